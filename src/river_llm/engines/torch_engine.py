@@ -1,0 +1,112 @@
+"""The reference engine: PyTorch eager, any decoder-only model of `transformers`, any device."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from river_llm.attachment import AttachedRiver
+from river_llm.engines.engine import StepResult
+from river_llm.errors import ContextFullError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_router import Phase
+
+
+class TorchEngine:
+    """Decoding with a model that has a river attached; see `Engine` for the verbs.
+
+    The cache keeps every token of every layer, also where a layer's attention only looks back over
+    a sliding window, so that it can be truncated anywhere.
+    """
+
+    name = "torch"
+
+    def __init__(self, attached: AttachedRiver) -> None:
+        self.attached = attached
+        self.model = attached.model
+        self.num_layers = attached.num_layers
+        config = self.model.config.get_text_config(decoder=True)
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        parameters = inspect.signature(self.model.forward).parameters
+        self._takes_position_ids = "position_ids" in parameters
+        self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._cache = DynamicCache()
+        self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
+        self._length = 0
+
+    @property
+    def policy(self) -> ExitPolicy:
+        return self.attached.policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        self.attached.policy = policy
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
+        return self._run(token_ids, padding_mask, "prefill")
+
+    def decode(self, token_ids: Tensor) -> StepResult:
+        return self._run(token_ids.unsqueeze(1), None, "decode")
+
+    def truncate(self, length: int) -> None:
+        self._length = min(length, self._length)
+        if self._length == 0:
+            self._cache = DynamicCache()
+            self._padding_mask = None
+            return
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[:, :, : self._length]
+            layer.values = layer.values[:, :, : self._length]
+        if self._padding_mask is not None:
+            self._padding_mask = self._padding_mask[:, : self._length]
+
+    @torch.no_grad()
+    def _run(self, token_ids: Tensor, padding_mask: Tensor | None, phase: Phase) -> StepResult:
+        num_tokens = token_ids.shape[1]
+        if self.context_length is not None and self._length + num_tokens > self.context_length:
+            raise ContextFullError(
+                f"{self._length + num_tokens} tokens don't fit the model's context of "
+                f"{self.context_length}; shorten the prompt or lower the number of new tokens"
+            )
+        inputs = self._inputs(token_ids, padding_mask)
+        self.attached.phase = phase
+        length = self._length
+        try:
+            output = self.model(
+                past_key_values=self._cache, use_cache=True, **inputs, **self._last_logits_only
+            )
+            self._length = length + num_tokens
+        finally:
+            self.attached.phase = None
+            if self._length == length:  # cut short by an error or Ctrl-C: undo half a pass
+                self._undo(length)
+        return StepResult(output.logits[:, -1], self.attached.last_exit_layers[:, -1])
+
+    def _inputs(self, token_ids: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
+        """Arguments of the model's forward; mask and positions only where there is padding."""
+        token_ids = token_ids.to(self.model.device)
+        if self._padding_mask is None and (padding_mask is None or bool(padding_mask.all())):
+            return {"input_ids": token_ids}
+        batch, num_tokens = token_ids.shape
+        seen = self._padding_mask
+        if seen is None:
+            seen = torch.ones(batch, self._length, dtype=torch.bool)
+        new = torch.ones(batch, num_tokens, dtype=torch.bool)
+        self._padding_mask = torch.cat([seen, new if padding_mask is None else padding_mask], 1)
+        inputs = {"input_ids": token_ids, "attention_mask": self._padding_mask.to(token_ids)}
+        if self._takes_position_ids:
+            positions = self._padding_mask.long().cumsum(1).sub_(1).clamp_(min=0)
+            inputs["position_ids"] = positions[:, -num_tokens:].to(token_ids.device)
+        return inputs
+
+    def _undo(self, length: int) -> None:
+        self._length = length + 1  # some layers hold more than others: cut them all back
+        self.truncate(length)

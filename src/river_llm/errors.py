@@ -1,0 +1,28 @@
+"""Everything that can go wrong and that the user can mend.
+
+Each message is one line: the cause, then the mend. The command line prints it and exits with 1.
+"""
+
+
+class RiverError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(RiverError, ValueError):
+    """A setting is out of its range, or two settings exclude each other."""
+
+
+class ModelLoadError(RiverError):
+    """The backbone can't be found, read or held in memory."""
+
+
+class UnsupportedModelError(RiverError):
+    """The model has a layer that is no plain decoder layer, so the river can't follow it."""
+
+
+class RiverFileError(RiverError):
+    """A river on disk is cut short, of another format, or made from other weights."""
+
+
+class ContextFullError(RiverError):
+    """The prompt, or the prompt and what was generated, doesn't fit the model's context."""

@@ -1,0 +1,158 @@
+"""When a token leaves the backbone.
+
+Every policy comes down to one number per layer. After `l` backbone layers a token leaves if its
+state transition similarity
+
+    s[l] = cos(h[l-1], h[l])        the layer's input against its output (the paper's equation 3)
+
+exceeds `thresholds[l]`. `thresholds[0]` stands before the first layer, where there is no
+similarity yet: minus infinity there means that a token leaves at once. That vector is all an
+engine needs to know.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from river_llm.errors import ConfigError
+
+PolicyKind = Literal["never", "always", "fixed", "similarity", "thresholds"]
+PrefillRule = Literal["backbone", "river", "sequence", "token"]
+BatchRule = Literal["sequence", "minimum"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPolicy:
+    """When tokens leave the backbone; made by one of the class methods.
+
+    Attributes:
+        kind: which of the class methods made it.
+        exit_layer: for ``fixed``, how many backbone layers every token runs.
+        threshold: for ``similarity``, the paper's tau, in [-1, 1].
+        first_layer: for ``similarity``, the first layer after which tau counts (1 is the first).
+        layer_thresholds: for ``thresholds``, one number for each layer count 0 ... L-1.
+        prefill: how the prompt runs. ``"backbone"``: in full precision, all layers. ``"river"``:
+            all of it through the exit layers. ``"sequence"``: the paper's sequence-level exit, a
+            whole prompt leaves where the mean similarity over its tokens exceeds the threshold.
+            ``"token"``: every prompt token leaves by its own similarity, as decoding would take
+            it; this is how a given text is scored in one pass.
+        batch: how sequences that decode together leave. ``"sequence"``: each on its own.
+            ``"minimum"``: all together, by the smallest similarity (the paper's rule).
+    """
+
+    kind: PolicyKind = "never"
+    exit_layer: int | None = None
+    threshold: float | None = None
+    first_layer: int = 1
+    layer_thresholds: tuple[float, ...] | None = None
+    prefill: PrefillRule = "backbone"
+    batch: BatchRule = "sequence"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", PolicyKind), ("prefill", PrefillRule), ("batch", BatchRule)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                listed = ", ".join(get_args(choices))
+                raise ConfigError(f"exit policy: {name} is {value!r}; choose one of {listed}")
+        if self.kind == "fixed" and (self.exit_layer is None or self.exit_layer < 0):
+            raise ConfigError(
+                f"exit policy: the exit layer is {self.exit_layer!r}; it must be 0 or more"
+            )
+        if self.kind == "similarity" and not _is_cosine(self.threshold):
+            raise ConfigError(
+                f"exit policy: the threshold is {self.threshold!r}; "
+                "a similarity is a cosine, so choose one in [-1, 1]"
+            )
+        if self.first_layer < 1:
+            raise ConfigError(
+                f"exit policy: the first layer is {self.first_layer}; layers count from 1"
+            )
+        if self.kind == "thresholds" and (
+            not self.layer_thresholds or any(math.isnan(t) for t in self.layer_thresholds)
+        ):
+            raise ConfigError("exit policy: give one threshold per layer, and none that is NaN")
+
+    @classmethod
+    def never(cls, **rules: Any) -> ExitPolicy:
+        """Every token runs the whole backbone: the untouched model."""
+        return cls("never", **rules)
+
+    @classmethod
+    def always(cls, **rules: Any) -> ExitPolicy:
+        """Every token, the prompt's too unless `prefill` says otherwise, runs exit layers only:
+        the fully quantised model."""
+        return cls("always", **{"prefill": "river", **rules})
+
+    @classmethod
+    def fixed(cls, exit_layer: int, **rules: Any) -> ExitPolicy:
+        """Every token leaves after `exit_layer` backbone layers."""
+        return cls("fixed", exit_layer=exit_layer, **rules)
+
+    @classmethod
+    def similarity(cls, threshold: float, first_layer: int = 1, **rules: Any) -> ExitPolicy:
+        """The paper's rule: leave after the first layer from `first_layer` on whose similarity
+        exceeds `threshold`."""
+        return cls("similarity", threshold=threshold, first_layer=first_layer, **rules)
+
+    @classmethod
+    def per_layer(cls, thresholds: tuple[float, ...], **rules: Any) -> ExitPolicy:
+        """One threshold for each number of layers run, 0 to L-1; infinities are allowed."""
+        return cls("thresholds", layer_thresholds=tuple(map(float, thresholds)), **rules)
+
+    def thresholds(self, num_layers: int) -> tuple[float, ...]:
+        """One threshold for each number of layers run; entry l stands for "after l layers".
+
+        Raises:
+            ConfigError: the policy names more layers than the model has.
+        """
+        if self.kind == "always":
+            return (-math.inf,) * num_layers
+        if self.kind == "fixed":
+            assert self.exit_layer is not None
+            if self.exit_layer > num_layers:
+                raise ConfigError(
+                    f"exit policy: the exit layer is {self.exit_layer}, "
+                    f"but the model has {num_layers} layers; choose one in [0, {num_layers}]"
+                )
+            stays = (math.inf,) * self.exit_layer
+            return stays + (-math.inf,) * (num_layers - self.exit_layer)
+        if self.kind == "similarity":
+            assert self.threshold is not None
+            if self.first_layer > num_layers:
+                raise ConfigError(
+                    f"exit policy: the first layer is {self.first_layer}, "
+                    f"but the model has {num_layers} layers"
+                )
+            stays = (math.inf,) * self.first_layer
+            return stays + (self.threshold,) * (num_layers - self.first_layer)
+        if self.kind == "thresholds":
+            assert self.layer_thresholds is not None
+            if len(self.layer_thresholds) != num_layers:
+                raise ConfigError(
+                    f"exit policy: {len(self.layer_thresholds)} thresholds for a model "
+                    f"of {num_layers} layers; give one for each number of layers run, "
+                    f"0 to {num_layers - 1}"
+                )
+            return self.layer_thresholds
+        return (math.inf,) * num_layers
+
+    def describe(self) -> str:
+        """A few words for a table: ``similarity > 0.97``."""
+        if self.kind == "fixed":
+            return f"exit after {self.exit_layer}"
+        if self.kind == "similarity":
+            start = f" from layer {self.first_layer}" if self.first_layer > 1 else ""
+            return f"similarity > {self.threshold:g}{start}"
+        if self.kind == "thresholds":
+            return "threshold per layer"
+        return {"never": "never leaves", "always": "leaves at once"}[self.kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, as plain JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _is_cosine(value: float | None) -> bool:
+    return value is not None and -1 <= value <= 1  # False for NaN

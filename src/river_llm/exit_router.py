@@ -1,0 +1,135 @@
+"""Which tokens of the running pass are still in the backbone, and which are in the river.
+
+One `ExitRouter` accompanies a model. It is told when a pass begins and what each layer made of its
+input; it applies the exit policy, and every linear layer asks it which weights to use for which
+row. A row is one token of one sequence: row `b * T + t` of a pass over `[B, T]` tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from river_llm.exit_policy import ExitPolicy
+
+Phase = Literal["prefill", "decode"]
+
+
+class Route(Enum):
+    """Where the rows of the running layer go."""
+
+    BACKBONE = 0  # all of them through the backbone's weights
+    RIVER = 1  # all of them through the exit layer's
+    BOTH = 2  # some here, some there
+
+
+class ExitRouter:
+    """The exit decision of every token, pass by pass.
+
+    Attributes:
+        route: where the rows of the layer that runs now go.
+        backbone_rows, river_rows: the row indices of either side, while `route` is BOTH.
+        exit_layers: int64 `[B, T]`, how many backbone layers each token of the last pass ran.
+        similarities: float32 `[L, B, T]` of the last pass, NaN where a token had left before;
+            None unless `record_similarities` is set.
+    """
+
+    def __init__(self, policy: ExitPolicy, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.record_similarities = False
+        self.route = Route.BACKBONE
+        self.backbone_rows = self.river_rows = torch.empty(0, dtype=torch.long)
+        self.exit_layers = torch.empty(0, 0, dtype=torch.long)
+        self.similarities: Tensor | None = None
+        self.set_policy(policy)
+
+    def set_policy(self, policy: ExitPolicy) -> None:
+        """Use `policy` from the next pass on.
+
+        Raises:
+            ConfigError: it names more layers than the model has.
+        """
+        self.thresholds = policy.thresholds(self.num_layers)
+        self.policy = policy
+
+    def begin_pass(
+        self, batch: int, num_tokens: int, phase: Phase, padding_mask: Tensor | None = None
+    ) -> None:
+        """Start a pass over `[batch, num_tokens]` tokens.
+
+        Args:
+            padding_mask: `[batch, num_tokens]`, true for real tokens; None where all are.
+        """
+        rule = self.policy.prefill if phase == "prefill" else "token"
+        if rule == "backbone":
+            self._pass_thresholds = (math.inf,) * self.num_layers
+        elif rule == "river":
+            self._pass_thresholds = (-math.inf,) * self.num_layers
+        else:
+            self._pass_thresholds = self.thresholds
+        self._leave_by_sequence = rule == "sequence"
+        self._padding_mask = padding_mask
+        self._in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
+        self.exit_layers = torch.full((batch, num_tokens), self.num_layers)
+        self.route = Route.BACKBONE
+        self.similarities = (
+            torch.full((self.num_layers, batch, num_tokens), math.nan)
+            if self.record_similarities
+            else None
+        )
+        if self._pass_thresholds[0] == -math.inf:
+            self._leave(self._in_backbone, after=0)
+
+    def after_layer(self, layers_run: int, layer_input: Tensor, layer_output: Tensor) -> None:
+        """Let tokens leave after `layers_run` layers.
+
+        Args:
+            layer_input, layer_output: hidden states `[B, T, C]` before and after the last layer.
+        """
+        if self.route is Route.RIVER:
+            return
+        is_last = layers_run == self.num_layers
+        threshold = math.inf if is_last else self._pass_thresholds[layers_run]
+        if threshold == math.inf and self.similarities is None:
+            return
+        if threshold == -math.inf and self.similarities is None:
+            self._leave(self._in_backbone, after=layers_run)
+            return
+        # s[t,b,l] = cos(h[t,b,l-1], h[t,b,l]), in float32: [B, T]
+        similarity = F.cosine_similarity(layer_input.float(), layer_output.float(), dim=-1).cpu()
+        if self.similarities is not None:
+            self.similarities[layers_run - 1] = similarity.where(self._in_backbone, math.nan)
+        self._leave((self._join(similarity) > threshold) & self._in_backbone, after=layers_run)
+
+    def _join(self, similarity: Tensor) -> Tensor:
+        """What is held against the threshold: `[B or 1, T or 1]`, from similarities `[B, T]`."""
+        if self._leave_by_sequence:
+            if self._padding_mask is None:
+                similarity = similarity.mean(1, keepdim=True)
+            else:
+                weights = self._padding_mask.float()
+                similarity = (similarity * weights).sum(1, keepdim=True) / weights.sum(
+                    1, keepdim=True
+                )
+        if self.policy.batch == "minimum":
+            similarity = similarity.amin(0, keepdim=True)
+        return similarity
+
+    def _leave(self, leaving: Tensor, after: int) -> None:
+        """Send the tokens `leaving`, bool `[B, T]`, into the river after `after` layers."""
+        if not bool(leaving.any()):
+            return
+        self.exit_layers[leaving] = after
+        self._in_backbone = self._in_backbone & ~leaving
+        rows = self._in_backbone.flatten()
+        if not bool(rows.any()):
+            self.route = Route.RIVER
+            return
+        self.route = Route.BOTH
+        self.backbone_rows = rows.nonzero().flatten()
+        self.river_rows = (~rows).nonzero().flatten()

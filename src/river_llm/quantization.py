@@ -1,0 +1,183 @@
+"""A weight matrix to a `QuantizedMatrix`: HQQ, and round-to-nearest as the plain reference.
+
+Every group of `group_size` consecutive inputs of an output row has a scale and a zero:
+
+    w  =  (code - 2**(bits - 1)) * scale + zero
+
+with the zero in the weight's own units and both numbers in bfloat16. (HQQ writes the same map as
+``(code - z) * scale`` with z in units of codes; then ``zero = (2**(bits - 1) - z) * scale``.) The
+codes are chosen for the rounded numbers, so every engine that computes with them, in whatever
+precision, means exactly the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from river_llm.bit_packing import pack_codes, unpack_codes
+from river_llm.config import GROUP_SIZES, RiverConfig
+from river_llm.errors import ConfigError
+
+_SMALLEST_SCALE = 1e-30  # below it a group is as good as zero, and its inverse would overflow
+_BLOCK_ELEMENTS = 1 << 18  # weights solved at a time: the working set stays in the CPU's cache
+
+# The solver's settings, as HQQ's authors ship them.
+_NORM = 0.7  # p of the l_p norm that the error is measured in
+_BETA = 10.0
+_KAPPA = 1.01  # beta grows by this factor every iteration
+_ITERATIONS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """One linear weight `[out_features, in_features]` in groups of few bits.
+
+    Attributes:
+        packed: the codes, uint8 `[out_features, in_features * bits / 8]` (see `bit_packing`).
+        scales: bfloat16 `[out_features, in_features / group_size]`.
+        zeros: bfloat16, the same shape, in the weight's units.
+        bits: width of a code.
+        group_size: inputs per group.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        return self.scales.shape[0], self.scales.shape[1] * self.group_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of codes, scales and zeros together."""
+        return self.packed.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def to(self, device: torch.device | str) -> QuantizedMatrix:
+        """The same matrix with its tensors on `device`."""
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            scales=self.scales.to(device),
+            zeros=self.zeros.to(device),
+        )
+
+    def codes(self) -> Tensor:
+        """The codes, uint8 `[out_features, in_features]`."""
+        return unpack_codes(self.packed, self.bits, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, `[out_features, in_features]`."""
+        rows, columns = self.shape
+        weight = self.codes().to(torch.float32).view(rows, -1, self.group_size)
+        scales = self.scales.float().unsqueeze(-1)
+        zeros = self.zeros.float().unsqueeze(-1)
+        weight.sub_(2 ** (self.bits - 1)).mul_(scales).add_(zeros)
+        return weight.view(rows, columns).to(dtype)
+
+
+def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
+    """Quantise a weight `[out_features, in_features]`; it is neither changed nor kept.
+
+    Raises:
+        ConfigError: the group size doesn't divide `in_features`, or a weight is not finite.
+    """
+    rows, columns = weight.shape
+    if columns % config.group_size:
+        fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+        mend = f"choose {' or '.join(fitting)}" if fitting else "no group size does"
+        raise ConfigError(
+            f"group size {config.group_size} does not divide the input width {columns}; {mend}"
+        )
+    num_groups = columns // config.group_size
+    block_rows = max(1, _BLOCK_ELEMENTS // columns)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=weight.device)
+    zeros = torch.empty_like(scales)
+    for start in range(0, rows, block_rows):
+        block = slice(start, min(start + block_rows, rows))
+        groups = weight[block].detach().float().reshape(-1, config.group_size)
+        scale, zero_point = _min_max_grid(groups, config.bits)
+        if config.quantizer == "hqq":
+            zero_point = _solve_zero_point(groups, scale, zero_point, config.bits)
+        block_codes, block_scales, block_zeros = _encode(groups, scale, zero_point, config.bits)
+        if not bool(torch.isfinite(block_zeros).all() & torch.isfinite(block_scales).all()):
+            raise ConfigError("the weight holds values that are not finite; check the model's file")
+        codes[block] = block_codes.view(-1, columns)
+        scales[block] = block_scales.view(-1, num_groups)
+        zeros[block] = block_zeros.view(-1, num_groups)
+    return QuantizedMatrix(
+        pack_codes(codes, config.bits), scales, zeros, config.bits, config.group_size
+    )
+
+
+def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point `[groups, 1]` of the grid from each group's minimum to its maximum.
+
+    The grid always holds 0, so that the zero point stays within the codes; a group of equal
+    weights gets a grid from 0 to that weight, which holds it exactly.
+    """
+    low = groups.amin(1, keepdim=True).clamp_(max=0)
+    high = groups.amax(1, keepdim=True).clamp_(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale > _SMALLEST_SCALE, scale, torch.ones_like(scale))
+    return scale, -low / scale
+
+
+def _solve_zero_point(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """HQQ's half-quadratic solver: the zero point that minimises ``||W - dequantised||_p^p``.
+
+    Alternates two closed-form steps (Badri and Shaji 2023, "Half-Quadratic Quantization of Large
+    Machine Learning Models", equations for W_e and z), every group on its own:
+
+        W_e  <-  shrink_p(W - W_r, beta)
+        z    <-  mean(W_q - (W - W_e) / s)
+
+    and keeps the best zero point each group has seen, by mean absolute error.
+
+    Shapes: weight `[groups, group_size]`; scale, zero_point and the result `[groups, 1]`.
+    """
+    scaled = weight / scale  # [groups, group_size], in units of codes
+    best_zero_point = zero_point
+    best_error = torch.full_like(zero_point, torch.inf)
+    beta = _BETA
+    for _ in range(_ITERATIONS):
+        quantized = (scaled + zero_point).round_().clamp_(0, 2**bits - 1)
+        error = (quantized - zero_point).mul_(scale).sub_(weight).neg_()  # W - W_r
+        mean_error = error.abs().mean(1, keepdim=True)
+        improved = mean_error < best_error
+        if not bool(improved.any()):
+            break
+        best_error = torch.where(improved, mean_error, best_error)
+        best_zero_point = torch.where(improved, zero_point, best_zero_point)
+        residual = quantized.sub_(scaled)
+        if float(error.abs().max()) > beta ** (-1 / (2 - _NORM)):  # else the shrinkage is zero
+            residual.add_(_shrink(error, beta).div_(scale))
+        zero_point = residual.mean(1, keepdim=True)
+        beta *= _KAPPA
+    return best_zero_point
+
+
+def _shrink(error: Tensor, beta: float) -> Tensor:
+    """Generalised soft-thresholding, the proximal operator of ``|.|_p^p`` as HQQ takes it."""
+    magnitude = error.abs()
+    shrunk = (magnitude - magnitude.pow(_NORM - 1) / beta).clamp_(min=0)
+    return shrunk.mul_(error.sign())
+
+
+def _encode(
+    groups: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round scale and zero to bfloat16 first, then choose the codes nearest on that grid."""
+    middle = 2 ** (bits - 1)
+    scales = scale.to(torch.bfloat16)
+    rounded_scale = scales.float()
+    zeros = ((middle - zero_point) * rounded_scale).to(torch.bfloat16)
+    codes = ((groups - zeros.float()) / rounded_scale + middle).round_().clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8), scales, zeros

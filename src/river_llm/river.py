@@ -1,0 +1,247 @@
+"""River: the quantised copy of every decoder layer. Build, save, load.
+
+On disk a river is a folder of two files: `river.safetensors` with three tensors for every linear
+layer (`<layer>.<linear>.packed`, `.scales`, `.zeros`; see `quantization`), and `river.json` with
+the format version, the config and the fingerprint of the backbone it was made from. Norms, biases,
+embeddings and LM head are the backbone's own and in neither file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from river_llm.backbone import DecoderLayer, decoder_layers, fingerprint, linear_weight
+from river_llm.config import RiverConfig
+from river_llm.errors import ConfigError, RiverFileError
+from river_llm.quantization import QuantizedMatrix, quantize
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "river.json"
+TENSORS_NAME = "river.safetensors"
+
+Progress = Callable[[int, int], None]  # (layers done, layers in all)
+
+
+@dataclass(frozen=True, slots=True)
+class River:
+    """The exit river: for every decoder layer, its linear weights in few bits.
+
+    Attributes:
+        config: how it was quantised.
+        exit_layers: one dict per decoder layer, from a linear layer's name inside the layer
+            (`self_attn.q_proj`) to its quantised weight.
+        fingerprint: of the backbone's weights that it was made from.
+        model_type: the backbone's architecture, `llama`.
+    """
+
+    config: RiverConfig
+    exit_layers: list[dict[str, QuantizedMatrix]]
+    fingerprint: str
+    model_type: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all quantised weights."""
+        return sum(matrix.num_bytes for layer in self.exit_layers for matrix in layer.values())
+
+    @classmethod
+    def build(
+        cls,
+        model: PreTrainedModel,
+        config: RiverConfig | None = None,
+        progress: Progress | None = None,
+    ) -> River:
+        """Quantise a copy of every decoder layer of `model`, which stays as it is.
+
+        Args:
+            progress: called after each layer with (layers done, layers in all).
+
+        Raises:
+            UnsupportedModelError: a layer is no plain decoder layer.
+            ConfigError: the group size doesn't divide the input width of some linear layer.
+        """
+        config = config or RiverConfig()
+        layers = decoder_layers(model)
+        exit_layers = []
+        for done, layer in enumerate(layers, start=1):
+            exit_layers.append(_quantize_layer(layer, config))
+            if progress:
+                progress(done, len(layers))
+        return cls(config, exit_layers, fingerprint(layers), model.config.model_type)
+
+    def check_fits(self, layers: list[DecoderLayer]) -> None:
+        """See that this river was made from these very layers.
+
+        Raises:
+            RiverFileError: it was made from another model or from other weights.
+        """
+        same_shape = len(layers) == len(self.exit_layers) and all(
+            list(layer.linears) == list(exit_layer)
+            for layer, exit_layer in zip(layers, self.exit_layers, strict=True)
+        )
+        if not same_shape or fingerprint(layers) != self.fingerprint:
+            what = "other weights" if same_shape else "another model"
+            raise RiverFileError(
+                f"this river was built for {what} "
+                f"({self.model_type}, {len(self.exit_layers)} layers, {self.fingerprint[:19]}...); "
+                "build one for this model: river-llm build MODEL -o DIR"
+            )
+
+    def save(self, directory: str | Path) -> None:
+        """Write the river to `directory`, whole or not at all.
+
+        An older river at that place is replaced; a folder that holds anything else is refused.
+
+        Raises:
+            RiverFileError: the place is taken, or can't be written.
+        """
+        directory = Path(directory)
+        if directory.exists() and not _is_replaceable(directory):
+            raise RiverFileError(
+                f"{directory} exists and holds more than a river; choose a new directory"
+            )
+        tensors = {
+            f"{index}.{name}.{part}": getattr(matrix, part).contiguous()
+            for index, layer in enumerate(self.exit_layers)
+            for name, matrix in layer.items()
+            for part in ("packed", "scales", "zeros")
+        }
+        staging: Path | None = None
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".river-", dir=directory.parent))
+            new = staging / "new"
+            new.mkdir()
+            save_file(tensors, new / TENSORS_NAME)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "config": self.config.to_dict(),
+                "model_type": self.model_type,
+                "num_layers": len(self.exit_layers),
+                "linears": list(self.exit_layers[0]),
+                "fingerprint": self.fingerprint,
+                "tensor_bytes": (new / TENSORS_NAME).stat().st_size,
+            }
+            (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+            if directory.exists():
+                directory.rename(staging / "replaced")
+            new.rename(directory)
+        except OSError as error:
+            raise RiverFileError(f"can't write the river to {directory}: {error}") from error
+        finally:
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> River:
+        """Read a river; its tensors are mapped from the file, not copied.
+
+        Raises:
+            RiverFileError: there is no river, it is cut short, or of another format version.
+        """
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        rebuild = "build it again: river-llm build MODEL -o DIR"
+        tensors_path = directory / TENSORS_NAME
+        actual = tensors_path.stat().st_size if tensors_path.exists() else 0
+        if actual != manifest["tensor_bytes"]:
+            raise RiverFileError(
+                f"{tensors_path} has {actual} bytes where {manifest['tensor_bytes']} belong: "
+                f"it is cut short or was replaced; {rebuild}"
+            )
+        config = manifest["config"]
+        try:
+            with safetensors.safe_open(tensors_path, framework="pt") as tensors:
+                exit_layers = [
+                    {
+                        name: QuantizedMatrix(
+                            tensors.get_tensor(f"{index}.{name}.packed"),
+                            tensors.get_tensor(f"{index}.{name}.scales"),
+                            tensors.get_tensor(f"{index}.{name}.zeros"),
+                            config.bits,
+                            config.group_size,
+                        )
+                        for name in manifest["linears"]
+                    }
+                    for index in range(manifest["num_layers"])
+                ]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise RiverFileError(f"{tensors_path} can't be read ({error}); {rebuild}") from error
+        return cls(config, exit_layers, manifest["fingerprint"], manifest["model_type"])
+
+    def to(self, device: torch.device | str) -> River:
+        """The same river with its tensors on `device`."""
+        exit_layers = [
+            {name: matrix.to(device) for name, matrix in layer.items()}
+            for layer in self.exit_layers
+        ]
+        return River(self.config, exit_layers, self.fingerprint, self.model_type)
+
+
+def _quantize_layer(layer: DecoderLayer, config: RiverConfig) -> dict[str, QuantizedMatrix]:
+    exit_layer: dict[str, QuantizedMatrix] = {}
+    name = ""
+    try:
+        for name, linear in layer.linears.items():
+            exit_layer[name] = quantize(linear_weight(linear), config)
+    except ConfigError as error:
+        raise ConfigError(f"{layer.name}.{name}: {error}") from error
+    return exit_layer
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise RiverFileError(
+            f"{directory} holds no {MANIFEST_NAME}; build a river there: "
+            f"river-llm build MODEL -o {directory}"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RiverFileError(
+            f"{path} is cut short or no river's; build it again: river-llm build MODEL -o DIR"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise RiverFileError(
+            f"{path} is of format version {version}, this release reads {FORMAT_VERSION}; "
+            "build it again: river-llm build MODEL -o DIR"
+        )
+    try:
+        manifest["config"] = RiverConfig.from_dict(manifest["config"])
+        for key, kind in _MANIFEST_FIELDS.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(key)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise RiverFileError(
+            f"{path} is damaged ({error}); build it again: river-llm build MODEL -o DIR"
+        ) from error
+    return manifest
+
+
+_MANIFEST_FIELDS = {
+    "model_type": str,
+    "num_layers": int,
+    "linears": list,
+    "fingerprint": str,
+    "tensor_bytes": int,
+}
+
+
+def _is_replaceable(directory: Path) -> bool:
+    return directory.is_dir() and {entry.name for entry in directory.iterdir()} <= {
+        MANIFEST_NAME,
+        TENSORS_NAME,
+    }

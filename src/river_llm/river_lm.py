@@ -1,0 +1,223 @@
+"""RiverLM: a language model with its exit river, from a name to text in two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from river_llm.attachment import attach_river
+from river_llm.config import RiverConfig
+from river_llm.engines import Engine, TorchEngine
+from river_llm.errors import ConfigError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
+from river_llm.loading import DEFAULT_MODEL, load_backbone
+from river_llm.river import Progress, River
+from river_llm.sampling import SamplingConfig
+from river_llm.text import Message, Prompt, encode_prompt
+
+EngineChoice = Literal["auto", "torch"]
+
+
+class RiverLM:
+    """A model, its tokeniser, its river and the engine that runs them.
+
+    Not safe for use from two threads at once: there is one KV cache.
+
+    Attributes:
+        engine: computes the steps and holds the KV cache.
+        tokenizer: of `transformers`.
+        stop_tokens: ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_tokens: frozenset[int] = frozenset(),
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.stop_tokens = stop_tokens
+        self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        river: str | Path | River | RiverConfig | None = None,
+        policy: ExitPolicy | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        device: torch.device | str | None = None,
+        engine: EngineChoice = "auto",
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
+    ) -> RiverLM:
+        """Load a model and load or build its river.
+
+        Args:
+            name_or_path: see `load_backbone`.
+            river: the folder of a river that was saved, a `River`, or a `RiverConfig` to build one
+                by; by default 4-bit HQQ in groups of 64 is built.
+            policy: when tokens leave the backbone, see `ExitPolicy`.
+            dtype: of the backbone's weights, the activations and the KV cache.
+            device: by default CUDA where there is one, else the CPU.
+            engine: ``"torch"`` is the only one so far, so ``"auto"`` takes it.
+            progress: called while the river is built with (layers done, layers in all).
+
+        Raises:
+            ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
+        """
+        if engine not in ("auto", "torch"):
+            raise ConfigError(f"engine is {engine!r}; choose one of auto, torch")
+        if isinstance(river, str | Path):
+            river = River.load(river)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+        attached = attach_river(model, river, policy=policy, progress=progress)
+        stop_tokens = {tokenizer.eos_token_id}
+        configured = model.generation_config.eos_token_id
+        stop_tokens.update(configured if isinstance(configured, list) else [configured])
+        return cls(TorchEngine(attached), tokenizer, frozenset(stop_tokens - {None}))
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """When tokens leave the backbone; may be set between answers."""
+        return self.engine.policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        self.engine.policy = policy
+
+    def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> GenerationResult:
+        """Answer a prompt.
+
+        Args:
+            prompt: a string, or messages `[{"role": "user", "content": ...}, ...]`.
+            raw: give a string to the model as it is, without the chat template.
+            **sampling: fields of `SamplingConfig`.
+
+        Raises:
+            ConfigError: the prompt is empty, or a setting out of its range.
+            ContextFullError: the prompt doesn't fit the model's context.
+        """
+        responses = list(self.stream(prompt, raw=raw, **sampling))
+        return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens)
+
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, **sampling: Any
+    ) -> Iterator[GenerationResponse]:
+        """Answer a prompt token by token; arguments and errors as of `generate`."""
+        token_ids = encode_prompt(self.tokenizer, prompt, raw)
+        return self.stream_tokens(token_ids, sampling_config(sampling))
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, raw: bool = False, **sampling: Any
+    ) -> list[GenerationResult]:
+        """Answer several prompts at once; every answer is what the prompt alone would give, up to
+        the rounding of larger matrix products. Arguments and errors as of `generate`."""
+        encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
+        self._cached_tokens = []
+        steps = list(
+            generate_rows(
+                self.engine, self.tokenizer, encoded, sampling_config(sampling), self.stop_tokens
+            )
+        )
+        return [
+            GenerationResult.of(self.engine, [r for r in row if r is not None], len(prompt))
+            for row, prompt in zip(zip(*steps, strict=True), encoded, strict=True)
+        ]
+
+    def chat(self, messages: str | Sequence[Message], **sampling: Any) -> GenerationResult:
+        """Answer the last of `messages` (or a single user message) through the chat template.
+
+        Every call starts anew; `Conversation` keeps the cache from turn to turn.
+
+        Raises:
+            ConfigError: the model has no chat template, and what `generate` raises.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate(messages, **sampling)
+
+    def stream_tokens(
+        self, token_ids: Sequence[int], sampling: SamplingConfig, reuse_cache: bool = False
+    ) -> Iterator[GenerationResponse]:
+        """Continue a prompt given in tokens.
+
+        Args:
+            reuse_cache: keep what the KV cache holds of this prompt's beginning, as the exits of
+                the answers before left it, and run only the rest.
+        """
+        common = 0
+        if reuse_cache:  # at least one token has to run, to give the first logits
+            pairs = zip(token_ids[:-1], self._cached_tokens, strict=False)
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._cached_tokens = []
+        steps = generate_rows(
+            self.engine, self.tokenizer, [token_ids], sampling, self.stop_tokens, common
+        )
+        text = list(token_ids)
+        try:
+            for (response,) in steps:
+                assert response is not None
+                text.append(response.token)
+                yield response
+        finally:
+            if len(text) > len(token_ids):  # else the prompt may not have come into the cache
+                self._cached_tokens = text[: self.engine.length]
+
+
+class Conversation:
+    """A chat that keeps its KV cache from turn to turn, as the turns before left it.
+
+    Attributes:
+        messages: all turns so far.
+    """
+
+    def __init__(self, lm: RiverLM, system: str | None = None, **sampling: Any) -> None:
+        self.messages: list[Message] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self._lm = lm
+        self._sampling = sampling_config(sampling)
+
+    def stream(self, text: str) -> Iterator[GenerationResponse]:
+        """The answer to a user's turn. What has come when the stream is cut short stays.
+
+        Raises:
+            ConfigError: the text is empty or the model has no chat template.
+            ContextFullError: the conversation no longer fits the model's context.
+        """
+        if not text.strip():
+            raise ConfigError("the message is empty; give some text")
+        turn: Message = {"role": "user", "content": text}
+        token_ids = encode_prompt(self._lm.tokenizer, [*self.messages, turn])
+        answer: list[str] = []
+        try:
+            for response in self._lm.stream_tokens(token_ids, self._sampling, reuse_cache=True):
+                answer.append(response.text)
+                yield response
+        finally:
+            if answer:
+                self.messages += [turn, {"role": "assistant", "content": "".join(answer)}]
+
+
+def sampling_config(fields: dict[str, Any]) -> SamplingConfig:
+    """A `SamplingConfig` from keyword arguments.
+
+    Raises:
+        ConfigError: one of them is unknown or out of its range.
+    """
+    try:
+        return SamplingConfig(**fields)
+    except TypeError as error:
+        names = ", ".join(SamplingConfig.__dataclass_fields__)
+        raise ConfigError(f"{error}; the sampling settings are {names}") from error

@@ -1,0 +1,110 @@
+"""Text to tokens and, while they come, tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from river_llm.errors import ConfigError
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+Prompt = str | Sequence[Message]
+
+_UNFINISHED = "\ufffd"  # what a tokeniser decodes the first bytes of a character to
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool = False
+) -> list[int]:
+    """The prompt's tokens, as many as it takes.
+
+    A string given to a model with a chat template is a user's message, unless `raw`; messages
+    always go through the template.
+
+    Raises:
+        ConfigError: the prompt is empty, or there are messages but no chat template.
+    """
+    if not prompt or (isinstance(prompt, str) and not prompt.strip() and not raw):
+        raise ConfigError("the prompt is empty; give some text")
+    has_template = bool(tokenizer.chat_template)
+    if isinstance(prompt, str) and (raw or not has_template):
+        token_ids = list(tokenizer(prompt).input_ids)
+    else:
+        if not has_template:
+            raise ConfigError("the model has no chat template; give the prompt as one string")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=True
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                'messages must be a list of {"role": ..., "content": ...} '
+                f"that the chat template takes ({error})"
+            ) from error
+        token_ids = list(encoded["input_ids"])
+    if not token_ids:
+        raise ConfigError("the prompt is empty; give some text")
+    return token_ids
+
+
+class IncrementalDecoder:
+    """Tokens to text, one at a time, holding back what isn't certain yet.
+
+    Held back are the first bytes of a character that isn't whole, and whatever may turn out to be
+    the beginning of a stop string. Once a stop string is whole, `stopped` is true and the text ends
+    before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._token_ids: list[int] = []
+        self._context_start = 0  # tokens before are only there to be counted
+        self._decoded_end = 0  # tokens before have given their text
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that is certain now that `token` has come; may be empty."""
+        self._token_ids.append(token)
+        # A token's text depends on its neighbours, so decode with the last ones before it.
+        before = self._decode(self._token_ids[self._context_start : self._decoded_end])
+        text = self._decode(self._token_ids[self._context_start :])
+        if text.endswith(_UNFINISHED):
+            return ""
+        self._context_start, self._decoded_end = self._decoded_end, len(self._token_ids)
+        return self._release(text[len(before) :])
+
+    def finish(self) -> str:
+        """The text that was still held back when the tokens ended."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._token_ids[self._context_start : self._decoded_end])
+        rest = self._decode(self._token_ids[self._context_start :])[len(before) :]
+        self._context_start = self._decoded_end = len(self._token_ids)
+        text = self._release(rest) + ("" if self.stopped else self._held)
+        self._held = ""
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
