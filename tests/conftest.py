@@ -1,0 +1,69 @@
+"""Models that the tests share. Each is loaded once per worker; a test leaves it as it found it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from river_llm.loading import load_backbone
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched at test time
+settings.register_profile("river", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("river")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_backbone("smollm2", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2(
+    _smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> Iterator[PreTrainedModel]:
+    """The real SmolLM2-135M-Instruct in float32, without a river."""
+    model = _smollm2[0]
+    yield model
+    assert not hasattr(model, "_river_attachment"), "a test left its river attached"
+
+
+@pytest.fixture(scope="session")
+def smollm2_bf16(
+    _smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> PreTrainedModel:
+    """The real SmolLM2-135M-Instruct in bfloat16, without a river."""
+    return copy.deepcopy(_smollm2[0]).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(
+    _smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokeniser."""
+    return _smollm2[1]
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    """A fresh random Llama of 4 layers, float32, whose layers change the hidden state a little."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
