@@ -134,34 +134,30 @@ def _solve_zero_point(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: i
     """HQQ's half-quadratic solver: the zero point that minimises ``||W - dequantised||_p^p``.
 
     Alternates two closed-form steps (Badri and Shaji 2023, "Half-Quadratic Quantization of Large
-    Machine Learning Models", equations for W_e and z), every group on its own:
+    Machine Learning Models", equations for W_e and z) from a whole zero point on, every group on
+    its own:
 
         W_e  <-  shrink_p(W - W_r, beta)
         z    <-  mean(W_q - (W - W_e) / s)
 
-    and keeps the best zero point each group has seen, by mean absolute error.
+    The authors stop when the error of the whole matrix grows; here every group takes all its
+    iterations, so that its result doesn't depend on the others.
 
     Shapes: weight `[groups, group_size]`; scale, zero_point and the result `[groups, 1]`.
     """
-    scaled = weight / scale  # [groups, group_size], in units of codes
-    best_zero_point = zero_point
-    best_error = torch.full_like(zero_point, torch.inf)
+    scaled = weight / scale  # in units of codes
+    zero_point = zero_point.round()
     beta = _BETA
     for _ in range(_ITERATIONS):
         quantized = (scaled + zero_point).round_().clamp_(0, 2**bits - 1)
         error = (quantized - zero_point).mul_(scale).sub_(weight).neg_()  # W - W_r
-        mean_error = error.abs().mean(1, keepdim=True)
-        improved = mean_error < best_error
-        if not bool(improved.any()):
-            break
-        best_error = torch.where(improved, mean_error, best_error)
-        best_zero_point = torch.where(improved, zero_point, best_zero_point)
         residual = quantized.sub_(scaled)
-        if float(error.abs().max()) > beta ** (-1 / (2 - _NORM)):  # else the shrinkage is zero
+        low, high = torch.aminmax(error)
+        if max(-float(low), float(high)) > beta ** (-1 / (2 - _NORM)):  # else W_e is zero
             residual.add_(_shrink(error, beta).div_(scale))
         zero_point = residual.mean(1, keepdim=True)
         beta *= _KAPPA
-    return best_zero_point
+    return zero_point
 
 
 def _shrink(error: Tensor, beta: float) -> Tensor:

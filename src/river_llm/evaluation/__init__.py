@@ -1,0 +1,1 @@
+"""Quality of the river, measured against the backbone."""
