@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,7 @@ def main() -> None:
     Console(width=110).print(_table(scores, len(windows), context))
     if arguments.json:
         result = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "date": datetime.date.today().isoformat(),
             "model": arguments.model,
             "fingerprint": weights,

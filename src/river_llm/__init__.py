@@ -1,20 +1,24 @@
 """River-LLM: token-level early exit with a quantised exit river that writes the same KV cache."""
 
-from river_llm.attachment import AttachedRiver, attach_river, detach_river
-from river_llm.config import RiverConfig
-from river_llm.errors import (
-    ConfigError,
-    ContextFullError,
-    ModelLoadError,
-    RiverError,
-    RiverFileError,
-    UnsupportedModelError,
-)
-from river_llm.exit_policy import ExitPolicy
-from river_llm.generation import GenerationResponse, GenerationResult
-from river_llm.river import River
-from river_llm.river_lm import Conversation, RiverLM
-from river_llm.sampling import SamplingConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from river_llm.attachment import AttachedRiver, attach_river, detach_river
+    from river_llm.config import RiverConfig
+    from river_llm.errors import (
+        ConfigError,
+        ContextFullError,
+        ModelLoadError,
+        RiverError,
+        RiverFileError,
+        UnsupportedModelError,
+    )
+    from river_llm.exit_policy import ExitPolicy
+    from river_llm.generation import GenerationResponse, GenerationResult
+    from river_llm.river import River
+    from river_llm.river_lm import Conversation, RiverLM
+    from river_llm.sampling import SamplingConfig
 
 __version__ = "0.1.0"
 
@@ -37,3 +41,35 @@ __all__ = [
     "attach_river",
     "detach_river",
 ]
+
+_MODULES = {
+    "attachment": ("AttachedRiver", "attach_river", "detach_river"),
+    "config": ("RiverConfig",),
+    "errors": (
+        "ConfigError",
+        "ContextFullError",
+        "ModelLoadError",
+        "RiverError",
+        "RiverFileError",
+        "UnsupportedModelError",
+    ),
+    "exit_policy": ("ExitPolicy",),
+    "generation": ("GenerationResponse", "GenerationResult"),
+    "river": ("River",),
+    "river_lm": ("Conversation", "RiverLM"),
+    "sampling": ("SamplingConfig",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: PyTorch takes seconds, `--help` needs none."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

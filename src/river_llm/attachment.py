@@ -26,7 +26,7 @@ from river_llm.backbone import (
 )
 from river_llm.config import RiverConfig
 from river_llm.errors import RiverError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.exit_router import ExitRouter, Phase, Route
 from river_llm.kernels import Kernel, KernelChoice, make_kernel
 from river_llm.river import Progress, River
@@ -168,7 +168,8 @@ def attach_river(
     Args:
         river: a river built or loaded before, or how to build one; by default 4-bit HQQ in groups
             of 64.
-        policy: when tokens leave the backbone; by default `ExitPolicy.similarity(0.9)`.
+        policy: when tokens leave the backbone; by default the paper's rule with
+            `DEFAULT_THRESHOLD`.
         kernel: the product with quantised weights, see `kernels`.
         progress: called while a river is built with (layers done, layers in all).
 
@@ -181,7 +182,7 @@ def attach_river(
         raise RiverError("the model has a river already; call detach_river(model) first")
     layers = decoder_layers(model)
     check_plain_decoder(model, layers)
-    policy = policy or ExitPolicy.similarity(0.9)
+    policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
     policy.thresholds(len(layers))  # refuse it before the work of building
     if not isinstance(river, River):
         river = River.build(model, river, progress)

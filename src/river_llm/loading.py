@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -101,7 +102,33 @@ def _resolve(name_or_path: str | Path) -> tuple[str, str | None]:
     name = str(name_or_path)
     if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ModelLoadError(f"there is no file or directory {path}")
+    _check_hub_id(name)
     return name, None
+
+
+def _check_hub_id(name: str) -> None:
+    """See in one request that a model is in the Hub or in its local cache.
+
+    The loaders would ask for file after file, with pauses of many seconds in between.
+    """
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise ModelLoadError(
+            f"{name} asks for its terms to be accepted; do so on its page in the Hub, then log in "
+            "with: hf auth login"
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise ModelLoadError(
+            f"there is no model {name}: no such file or directory, and none of that name in the Hub"
+        ) from error
+    except Exception as error:
+        raise ModelLoadError(
+            f"there is no file or directory {name}, and the Hub can't be asked for a model of that "
+            f"name: {_first(' '.join(str(error).split()))}"
+        ) from error
 
 
 @contextmanager
@@ -134,11 +161,6 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
         return f"{name} can't be read as GGUF, it may be cut short: {_first(text)}"
     if "safetensor" in type(error).__name__.lower() or "deserializing" in text:
         return f"the weights of {name} can't be read, a file may be cut short: {_first(text)}"
-    if not Path(name).exists():
-        return (
-            f"there is no model {name}: no such file or directory, and it can't be had from the "
-            f"Hub: {_first(text)}"
-        )
     return f"{name} can't be loaded: {_first(text)}"
 
 

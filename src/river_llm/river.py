@@ -123,7 +123,7 @@ class River:
             staging = Path(tempfile.mkdtemp(prefix=".river-", dir=directory.parent))
             new = staging / "new"
             new.mkdir()
-            save_file(tensors, new / TENSORS_NAME)
+            save_file(tensors, new / TENSORS_NAME, metadata={"format": "pt"})
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "config": self.config.to_dict(),
@@ -134,6 +134,8 @@ class River:
                 "tensor_bytes": (new / TENSORS_NAME).stat().st_size,
             }
             (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+            # safetensors makes its files readable by their owner alone
+            (new / TENSORS_NAME).chmod((new / MANIFEST_NAME).stat().st_mode)
             if directory.exists():
                 directory.rename(staging / "replaced")
             new.rename(directory)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from river_llm.attachment import attach_river
+from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.config import RiverConfig
 from river_llm.engines import Engine, TorchEngine
 from river_llm.errors import ConfigError
@@ -32,6 +32,7 @@ class RiverLM:
     Attributes:
         engine: computes the steps and holds the KV cache.
         tokenizer: of `transformers`.
+        river_config: how the river is quantised.
         stop_tokens: ids that end an answer.
     """
 
@@ -39,10 +40,12 @@ class RiverLM:
         self,
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
+        river_config: RiverConfig,
         stop_tokens: frozenset[int] = frozenset(),
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.river_config = river_config
         self.stop_tokens = stop_tokens
         self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
 
@@ -76,16 +79,20 @@ class RiverLM:
         """
         if engine not in ("auto", "torch"):
             raise ConfigError(f"engine is {engine!r}; choose one of auto, torch")
-        if isinstance(river, str | Path):
-            river = River.load(river)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
-        attached = attach_river(model, river, policy=policy, progress=progress)
+        attached, tokenizer = load_with_river(
+            name_or_path,
+            river,
+            policy,
+            dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
         stop_tokens = {tokenizer.eos_token_id}
-        configured = model.generation_config.eos_token_id
+        configured = attached.model.generation_config.eos_token_id
         stop_tokens.update(configured if isinstance(configured, list) else [configured])
-        return cls(TorchEngine(attached), tokenizer, frozenset(stop_tokens - {None}))
+        stop_tokens -= {None}
+        return cls(TorchEngine(attached), tokenizer, attached.config, frozenset(stop_tokens))
 
     @property
     def policy(self) -> ExitPolicy:
@@ -221,3 +228,23 @@ def sampling_config(fields: dict[str, Any]) -> SamplingConfig:
     except TypeError as error:
         names = ", ".join(SamplingConfig.__dataclass_fields__)
         raise ConfigError(f"{error}; the sampling settings are {names}") from error
+
+
+def load_with_river(
+    name_or_path: str | Path,
+    river: str | Path | River | RiverConfig | None = None,
+    policy: ExitPolicy | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
+    """The model of `transformers` with its river attached, and its tokeniser; arguments and errors
+    as of `RiverLM.from_pretrained`."""
+    if isinstance(river, str | Path):
+        river = River.load(river)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+    return attach_river(model, river, policy=policy, progress=progress), tokenizer

@@ -1,0 +1,61 @@
+"""The commands, and how their errors reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from river_llm.cli.build import build
+from river_llm.cli.chat import chat
+from river_llm.cli.generate import generate
+from river_llm.cli.inspect import inspect
+from river_llm.cli.options import print_version
+from river_llm.errors import RiverError
+
+app = typer.Typer(
+    name="river-llm",
+    help="Text through the exit river: tokens leave the backbone when they hardly change any more.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _options(version: bool = print_version) -> None:
+    """Options of the program itself."""
+
+
+app.command()(build)
+app.command()(generate)
+app.command()(chat)
+app.command()(inspect)
+
+
+def main() -> None:
+    """Run the command line; every error that a user can mend is one line on stderr."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
+    try:
+        app()
+    except RiverError as error:
+        _fail(str(error))
+    except Exception as error:
+        if os.environ.get("RIVER_LLM_DEBUG"):
+            raise
+        _fail(_explain(error))
+
+
+def _explain(error: Exception) -> str:
+    from river_llm.loading import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return "not enough memory; shorten the prompt, or take a smaller model"
+    text = " ".join(str(error).split())
+    return f"internal error: {type(error).__name__}: {text} (RIVER_LLM_DEBUG=1 shows where)"
+
+
+def _fail(message: str) -> None:
+    print(f"river-llm: {message}", file=sys.stderr)
+    sys.exit(1)

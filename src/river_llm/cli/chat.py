@@ -1,0 +1,102 @@
+"""`river-llm chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from river_llm.cli import options
+from river_llm.errors import ConfigError, ContextFullError
+
+if TYPE_CHECKING:
+    from river_llm.river_lm import Conversation, RiverLM
+    from river_llm.sampling import SamplingConfig
+
+_HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def chat(
+    model: options.Model = "smollm2",
+    river: options.RiverPath = None,
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    quantizer: options.Quantizer = options.QuantizerName.hqq,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    exit_layer: options.ExitLayer = None,
+    first_layer: options.FirstLayer = 1,
+    prefill: options.Prefill = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    engine: options.Engine = options.EngineName.auto,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Talk with a model; its KV cache is kept from turn to turn."""
+    chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    sampling = options.sampling_config(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
+    )
+    config = options.river_config(river, bits, group_size, quantizer)
+    lm = options.load(model, config, chosen, engine, dtype, device, threads, trust_remote_code)
+    if not lm.tokenizer.chat_template:
+        raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
+    _converse(lm, system, sampling)
+
+
+def _converse(lm: RiverLM, system: str | None, sampling: SamplingConfig) -> None:
+    from river_llm.cli import render
+    from river_llm.river_lm import Conversation
+
+    render.stderr.print(_HELP)
+    conversation = Conversation(lm, system, **asdict(sampling))
+    while (text := _read_line()) is not None:
+        command = text.strip()
+        if command == "/exit":
+            return
+        if command == "/clear":
+            conversation = Conversation(lm, system, **asdict(sampling))
+        elif command:
+            _reply(lm, conversation, text)
+
+
+def _read_line() -> str | None:
+    """The next line the user types; None at the end of the input or on Ctrl-C."""
+    try:
+        if sys.stdin.isatty():
+            return input("> ")
+        return sys.stdin.readline() or None
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _reply(lm: RiverLM, conversation: Conversation, text: str) -> None:
+    from river_llm.cli import render
+    from river_llm.generation import GenerationResult
+
+    responses = []
+    try:
+        for response in conversation.stream(text):
+            responses.append(response)
+            render.print_token(response.text, response.exit_layer, lm.engine.num_layers)
+    except KeyboardInterrupt:
+        pass
+    except ContextFullError as error:
+        render.stderr.print(f"{error}; /clear starts a new conversation")
+        return
+    render.stdout.print()
+    if responses:
+        result = GenerationResult.of(lm.engine, responses, responses[-1].prompt_tokens)
+        render.stderr.print(render.statistics_line(result), style="dim")

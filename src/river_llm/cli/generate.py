@@ -1,0 +1,134 @@
+"""`river-llm generate`: answer one prompt through the river."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from river_llm.cli import options
+
+if TYPE_CHECKING:
+    from river_llm.comparison import ArmResult
+    from river_llm.river_lm import RiverLM
+    from river_llm.sampling import SamplingConfig
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from stdin.")],
+    model: options.Model = "smollm2",
+    river: options.RiverPath = None,
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    quantizer: options.Quantizer = options.QuantizerName.hqq,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    exit_layer: options.ExitLayer = None,
+    first_layer: options.FirstLayer = 1,
+    prefill: options.Prefill = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give the prompt to the model without chat template.")
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Then run backbone, full quantisation and River in turn along the backbone's "
+            "own greedy answer: speed, exit depth, agreement.",
+        ),
+    ] = False,
+    json_output: options.Json = False,
+    engine: options.Engine = options.EngineName.auto,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answer a prompt; every token in the colour of the layer at which it left the backbone."""
+    chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise options.usage_error("the prompt is empty; give some text, or - to read it from stdin")
+    sampling = options.sampling_config(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
+    )
+    config = options.river_config(river, bits, group_size, quantizer)
+    lm = options.load(model, config, chosen, engine, dtype, device, threads, trust_remote_code)
+    _answer(lm, prompt, raw, sampling, compare, json_output)
+
+
+def _answer(
+    lm: RiverLM,
+    prompt: str,
+    raw: bool,
+    sampling: SamplingConfig,
+    compare: bool,
+    json_output: bool,
+) -> None:
+    from river_llm.cli import render
+    from river_llm.generation import GenerationResult
+    from river_llm.text import encode_prompt
+
+    token_ids = encode_prompt(lm.tokenizer, prompt, raw)
+    responses = []
+    try:
+        for response in lm.stream_tokens(token_ids, sampling):
+            responses.append(response)
+            if not json_output:
+                render.print_token(response.text, response.exit_layer, lm.engine.num_layers)
+    except KeyboardInterrupt:
+        compare = False
+    result = GenerationResult.of(lm.engine, responses, len(token_ids))
+    if not json_output:
+        render.stdout.print()
+        if result.tokens:
+            render.stderr.print(render.exit_depth_table(result.exit_layers, result.num_layers))
+        render.stderr.print(render.statistics_line(result))
+    arms = _compare(lm, token_ids, sampling.max_new_tokens) if compare else None
+    if json_output:
+        output = asdict(result)
+        if arms is not None:
+            output["comparison"] = [asdict(arm) for arm in arms]
+        print(json.dumps(output, ensure_ascii=False))
+    elif arms is not None:
+        render.stdout.print(render.comparison_table(arms, lm.engine.num_layers))
+
+
+def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[ArmResult] | None:
+    """The arms along the backbone's own answer; None if it is too short or Ctrl-C came."""
+    from river_llm.cli import render
+    from river_llm.comparison import compare_arms
+    from river_llm.exit_policy import ExitPolicy
+    from river_llm.sampling import SamplingConfig
+
+    river_policy = lm.policy
+    try:
+        with render.LoadingProgress("comparing") as progress:
+            lm.policy = ExitPolicy.never()
+            greedy = SamplingConfig(max_new_tokens=max_new_tokens)
+            answer = [response.token for response in lm.stream_tokens(token_ids, greedy)]
+            if len(answer) < 2:
+                render.stderr.print("the backbone's answer is too short to compare along it")
+                return None
+            arms = {
+                "backbone": ExitPolicy.never(),
+                f"full {lm.river_config.bits}-bit": ExitPolicy.always(),
+                f"River, {river_policy.describe()}": river_policy,
+            }
+            return compare_arms(lm.engine, token_ids, answer, arms, progress=progress.steps_done)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        lm.policy = river_policy

@@ -1,0 +1,197 @@
+"""`river-llm inspect`: a model's layers, what its river costs, what it does on a text."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from river_llm.cli import options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from river_llm.attachment import AttachedRiver
+    from river_llm.inspection import TextInspection
+
+
+def inspect(
+    model: options.ModelArgument = "smollm2",
+    text: Annotated[
+        str | None, typer.Option(help="Measure the river on this text; - reads it from stdin.")
+    ] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(help="Measure the river on the text of this file.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Read at most so much of it.")] = 512,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it too, as PNG, SVG or PDF. [extra: plot]")
+    ] = None,
+    river: options.RiverPath = None,
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    quantizer: options.Quantizer = options.QuantizerName.hqq,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    exit_layer: options.ExitLayer = None,
+    first_layer: options.FirstLayer = 1,
+    json_output: options.Json = False,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Show a model's layers, what its river costs in bytes, and what both do on a text."""
+    from river_llm.cli.render import LoadingProgress
+
+    chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, None)
+    text = _read_text(text, text_file)
+    if plot is not None:
+        if text is None:
+            raise options.usage_error("--plot draws what is measured on a text; give --text")
+        _check_plot(plot)
+    config = options.river_config(river, bits, group_size, quantizer)
+    with LoadingProgress(f"loading {model}") as progress:
+        from river_llm.river_lm import load_with_river
+
+        options.prepare_torch(threads)
+        attached, tokenizer = load_with_river(
+            model,
+            config,
+            chosen,
+            options.torch_dtype(dtype),
+            device=options.check_device(device),
+            trust_remote_code=trust_remote_code,
+            progress=progress.layers_built,
+        )
+    output = _describe(attached)
+    inspection = None
+    if text is not None:
+        inspection, pieces = _inspect(attached, tokenizer, text, max_tokens)
+        output |= {
+            "similarity": inspection.similarities.nanmean(1).tolist(),
+            "key_cosine": inspection.key_cosine.tolist(),
+            "value_cosine": inspection.value_cosine.tolist(),
+            "tokens": pieces,
+            "exit_layers": inspection.exit_layers.tolist(),
+            "mean_exit_layer": float(inspection.exit_layers.float().mean()),
+            "policy": attached.policy.to_dict(),
+        }
+        if plot is not None:
+            from river_llm.plots import plot_inspection
+
+            command = shlex.join(["river-llm", *sys.argv[1:]])
+            plot_inspection(inspection, attached.policy, command, plot)
+    if json_output:
+        print(json.dumps(output, ensure_ascii=False))
+    else:
+        _show(output, inspection)
+
+
+def _read_text(text: str | None, text_file: Path | None) -> str | None:
+    if text is not None and text_file is not None:
+        raise options.usage_error("give --text or --text-file, not both")
+    if text_file is not None:
+        try:
+            text = text_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise options.usage_error(f"can't read {text_file}: {error}") from error
+    elif text == "-":
+        text = sys.stdin.read()
+    if text is not None and not text.strip():
+        raise options.usage_error("the text is empty")
+    return text
+
+
+def _check_plot(plot: Path) -> None:
+    from river_llm.plots import PLOT_SUFFIXES, has_matplotlib
+
+    if plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise options.usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
+    if not plot.parent.is_dir():
+        raise options.usage_error(f"--plot: there is no directory {plot.parent}")
+    if not has_matplotlib():
+        raise options.usage_error("--plot needs matplotlib: pip install 'river-llm[plot]'")
+
+
+def _describe(attached: AttachedRiver) -> dict[str, Any]:
+    """The model's shape, and the bytes of backbone and river."""
+    from river_llm.backbone import decoder_layers, linear_weight
+
+    layers = decoder_layers(attached.model)
+    linears = [linear_weight(linear) for layer in layers for linear in layer.linears.values()]
+    backbone_bytes = sum(weight.nbytes for weight in linears)
+    parameters = list(attached.model.parameters())
+    return {
+        "model": type(attached.model).__name__,
+        "num_layers": attached.num_layers,
+        "linears": {
+            name: list(linear_weight(linear).shape) for name, linear in layers[0].linears.items()
+        },
+        "model_bytes": sum(parameter.nbytes for parameter in parameters),
+        "backbone_linear_bytes": backbone_bytes,
+        "river": attached.config.to_dict(),
+        "river_bytes": attached.num_bytes,
+        "bits_per_weight": 8 * attached.num_bytes / sum(weight.numel() for weight in linears),
+    }
+
+
+def _inspect(
+    attached: AttachedRiver, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
+) -> tuple[TextInspection, list[str]]:
+    from river_llm.errors import ConfigError
+    from river_llm.inspection import inspect_text
+
+    token_ids = list(tokenizer(text).input_ids)[:max_tokens]
+    if len(token_ids) < 2:
+        raise ConfigError("the text has fewer than two tokens; give a longer one")
+    return inspect_text(attached, token_ids), [tokenizer.decode([t]) for t in token_ids]
+
+
+def _show(output: dict[str, Any], inspection: TextInspection | None) -> None:
+    from rich.table import Table
+
+    from river_llm.cli.render import exit_depth_table, format_bytes, print_token, stdout
+
+    num_layers = output["num_layers"]
+    river = output["river"]
+    stdout.print(f"{output['model']}, {num_layers} decoder layers, each with the linear layers")
+    shapes = Table("linear layer", "outputs x inputs", box=None)
+    for name, (rows, columns) in output["linears"].items():
+        shapes.add_row(name, f"{rows} x {columns}")
+    stdout.print(shapes)
+    ratio = output["river_bytes"] / output["backbone_linear_bytes"]
+    stdout.print(
+        f"model {format_bytes(output['model_bytes'])}, of that the decoder layers' linear weights "
+        f"{format_bytes(output['backbone_linear_bytes'])}"
+    )
+    stdout.print(
+        f"river {format_bytes(output['river_bytes'])}: {river['bits']} bits in groups of "
+        f"{river['group_size']} ({river['quantizer']}), {output['bits_per_weight']:.2f} bits a "
+        f"weight, {100 * ratio:.0f} % of those weights"
+    )
+    if inspection is None:
+        return
+    stdout.print()
+    table = Table(title=f"on {len(output['tokens'])} tokens")
+    for heading in ("layer", "similarity", "key cosine", "value cosine", "tokens that leave here"):
+        table.add_column(heading, justify="right")
+    leaving = inspection.exit_layers.bincount(minlength=num_layers + 1).tolist()
+    for layer in range(num_layers):
+        table.add_row(
+            str(layer + 1),
+            f"{output['similarity'][layer]:.4f}",
+            f"{output['key_cosine'][layer]:.4f}",
+            f"{output['value_cosine'][layer]:.4f}",
+            str(leaving[layer + 1] if layer + 1 < num_layers else f"{leaving[-1]} (stay)"),
+        )
+    stdout.print(table)
+    for piece, exit_layer in zip(output["tokens"], output["exit_layers"], strict=True):
+        print_token(piece, exit_layer, num_layers)
+    stdout.print("\n")
+    stdout.print(exit_depth_table(output["exit_layers"], num_layers))
+    stdout.print(f"mean exit depth {output['mean_exit_layer']:.1f} of {num_layers}")

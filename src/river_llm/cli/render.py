@@ -1,0 +1,131 @@
+"""What the commands show: coloured tokens, tables, progress."""
+
+from __future__ import annotations
+
+import colorsys
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from river_llm.comparison import ArmResult
+    from river_llm.generation import GenerationResult
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def exit_layer_style(exit_layer: int, num_layers: int) -> str:
+    """From green (left early) over yellow to red (ran the whole backbone)."""
+    hue = (1 - exit_layer / num_layers) / 3
+    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.75, 0.9))
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def print_token(text: str, exit_layer: int, num_layers: int) -> None:
+    """A piece of the answer in the colour of its exit layer, at once."""
+    stdout.print(Text(text, style=exit_layer_style(exit_layer, num_layers)), end="")
+    stdout.file.flush()
+
+
+def statistics_line(result: GenerationResult) -> str:
+    """One line about a whole answer."""
+    parts = [f"{len(result.tokens)} tokens ({result.finish_reason})"]
+    if result.decode_tokens_per_second is not None:
+        parts.append(f"{result.decode_tokens_per_second:.1f} tokens/s")
+    if result.time_to_first_token is not None:
+        parts.append(f"first token after {result.time_to_first_token:.2f} s")
+    if result.mean_exit_layer is not None:
+        parts.append(f"mean exit depth {result.mean_exit_layer:.1f} of {result.num_layers}")
+    parts.append(f"peak memory {format_bytes(result.peak_memory_bytes)}")
+    return ", ".join(parts)
+
+
+def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:
+    """How many tokens left after how many layers."""
+    counts = Counter(exit_layers)
+    widest = max(counts.values())
+    table = Table(title="exit depth of the tokens", box=None, title_justify="left")
+    table.add_column("layers run", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("")
+    for exit_layer in sorted(counts):
+        count = counts[exit_layer]
+        bar = Text("█" * max(1, round(30 * count / widest)))
+        bar.stylize(exit_layer_style(exit_layer, num_layers))
+        table.add_row(str(exit_layer), str(count), bar)
+    return table
+
+
+def comparison_table(arms: Sequence[ArmResult], num_layers: int) -> Table:
+    """Backbone, full quantisation and River side by side; the first arm is the measure."""
+    table = Table(caption="tokens/s: median [lowest - highest round]", caption_justify="left")
+    table.add_column("")
+    for heading in ("tokens/s", "speed-up", "exit depth", "agreement"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm in arms:
+        speed_up = arm.decode_tokens_per_second / arms[0].decode_tokens_per_second
+        spread = f"[{arm.slowest:.1f} - {arm.fastest:.1f}]"
+        table.add_row(
+            arm.name,
+            Text(f"{arm.decode_tokens_per_second:.1f} {spread}"),
+            f"{speed_up:.2f}x",
+            f"{arm.mean_exit_layer:.1f} of {num_layers}",
+            f"{100 * arm.agreement:.0f} %",
+        )
+    return table
+
+
+def format_bytes(count: int) -> str:
+    """In units of 1024, as `ls -h` does."""
+    if count < 1024:
+        return f"{count} B"
+    value, units = count / 1024, ["KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if value >= 100 else f"{value:.1f} {units[0]}"
+
+
+class LoadingProgress:
+    """A line on stderr while the model loads, a bar while its river is built."""
+
+    def __init__(self, description: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=stderr,
+            transient=True,
+            disable=not stderr.is_terminal,
+        )
+        self._task = self._progress.add_task(description, total=None)
+
+    def layers_built(self, done: int, total: int) -> None:
+        """The river has `done` of `total` exit layers."""
+        self._progress.update(
+            self._task, description="building the exit river", completed=done, total=total
+        )
+
+    def steps_done(self, done: int, total: int) -> None:
+        """`done` of `total` steps of whatever the description says."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> LoadingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

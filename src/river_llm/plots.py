@@ -1,0 +1,58 @@
+"""Figures. They are readable in black and white and carry the command that made them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from river_llm.exit_policy import ExitPolicy
+from river_llm.inspection import TextInspection
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def has_matplotlib() -> bool:
+    """Whether the extra `plot` is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_inspection(
+    inspection: TextInspection, policy: ExitPolicy, command: str, path: Path
+) -> None:
+    """Similarity, K and V cosine per layer, and the exit depth of every token.
+
+    Args:
+        command: what made the figure; it stands below it.
+        path: a file whose suffix is one of `PLOT_SUFFIXES`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_layers, num_tokens = inspection.similarities.shape
+    layers = range(1, num_layers + 1)
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_similarity, by_cosine, by_token = figure.subplots(3, 1)
+
+    quantiles = inspection.similarities.float().nanquantile(
+        inspection.similarities.new_tensor([0.1, 0.5, 0.9]), dim=1
+    )
+    low, middle, high = quantiles.tolist()
+    by_similarity.fill_between(layers, low, high, color="0.85", label="80 % of the tokens")
+    by_similarity.plot(layers, middle, "k-o", markersize=3, label="median")
+    if policy.threshold is not None:
+        by_similarity.axhline(policy.threshold, color="k", linestyle=":", label="threshold")
+    by_similarity.set(xlabel="backbone layer", ylabel="state transition similarity")
+    by_similarity.legend()
+
+    by_cosine.plot(layers, inspection.key_cosine.tolist(), "k-o", markersize=3, label="keys")
+    by_cosine.plot(layers, inspection.value_cosine.tolist(), "k--s", markersize=3, label="values")
+    by_cosine.set(xlabel="layer", ylabel="cosine, river against backbone")
+    by_cosine.legend()
+
+    by_token.bar(range(num_tokens), inspection.exit_layers.tolist(), width=1.0, color="0.4")
+    by_token.set(xlabel="token", ylabel="backbone layers run", ylim=(0, num_layers))
+    by_token.set_title(f"exit depth, {policy.describe()}", fontsize="medium")
+
+    figure.supxlabel(command, fontsize=7, family="monospace", wrap=True)
+    figure.savefig(path, dpi=150)
