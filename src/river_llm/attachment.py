@@ -181,12 +181,13 @@ def attach_river(
     if hasattr(model, _ATTRIBUTE):
         raise RiverError("the model has a river already; call detach_river(model) first")
     layers = decoder_layers(model)
-    check_plain_decoder(model, layers)
     policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
     policy.thresholds(len(layers))  # refuse it before the work of building
-    if not isinstance(river, River):
+    if isinstance(river, River):
+        check_plain_decoder(model, layers)
+        river.check_fits(layers)
+    else:
         river = River.build(model, river, progress)
-    river.check_fits(layers)
     attached = AttachedRiver(model, river, layers, policy, kernel)
     setattr(model, _ATTRIBUTE, attached)
     return attached

@@ -21,7 +21,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from river_llm.backbone import DecoderLayer, decoder_layers, fingerprint, linear_weight
+from river_llm.backbone import (
+    DecoderLayer,
+    check_plain_decoder,
+    decoder_layers,
+    fingerprint,
+    linear_weight,
+)
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import QuantizedMatrix, quantize
@@ -73,6 +79,7 @@ class River:
         """
         config = config or RiverConfig()
         layers = decoder_layers(model)
+        check_plain_decoder(model, layers)
         exit_layers = []
         for done, layer in enumerate(layers, start=1):
             exit_layers.append(_quantize_layer(layer, config))
