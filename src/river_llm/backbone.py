@@ -150,7 +150,12 @@ def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> N
         device = model.get_input_embeddings().weight.device
         token_ids = torch.arange(num_tokens, device=device).unsqueeze(0)
         with torch.no_grad():
-            cache = text_decoder(model)(input_ids=token_ids, use_cache=True).past_key_values
+            output = text_decoder(model)(input_ids=token_ids, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be run as a decoder ({type(error).__name__}: {error})"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -168,6 +173,8 @@ def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> N
                 f"{refusal}{name} is called for {calls} rows where {num_tokens} tokens run, "
                 "as in a mixture of experts"
             )
+    if cache is None:
+        raise UnsupportedModelError(f"{refusal}it keeps no KV cache")
     lengths = [int(cache.get_seq_length(index)) for index in range(len(layers))]
     if lengths != [num_tokens] * len(layers):
         raise UnsupportedModelError(f"{refusal}not every layer writes a KV cache slot of its own")

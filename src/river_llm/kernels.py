@@ -66,8 +66,8 @@ class PackedInt4Kernel:
 
     Codes of up to 4 bits are one product. Wider codes are two: a code q of 8 bits is 16 h + l, and
     both halves are 4-bit matrices over the same groups. PyTorch's own map from code to weight is
-    ``(code - 8) * scale + zero``; the halves are shifted so that both scales stay exact in
-    bfloat16.
+    ``(code - 8) * scale + zero``; the halves are shifted so that both are centred and all their
+    scales and zeros stay exact in bfloat16.
     """
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device, dtype: torch.dtype) -> None:
@@ -82,8 +82,8 @@ class PackedInt4Kernel:
             shift = 8 - 2 ** (matrix.bits - 5)
             high, low = (codes >> 4) + shift, codes & 15
             self.products = [
-                self._pack(high, 16 * scales, torch.zeros_like(zeros)),
-                self._pack(low, scales, zeros + 8 * scales),
+                self._pack(high, 16 * scales, 8 * scales),
+                self._pack(low, scales, zeros),
             ]
 
     def __call__(self, inputs: Tensor) -> Tensor:

@@ -97,11 +97,15 @@ def _resolve(name_or_path: str | Path) -> tuple[str, str | None]:
             return str(path), None
         if len(gguf_files) == 1:
             return str(path), gguf_files[0].name
-        found = f"{len(gguf_files)} GGUF files; name one" if gguf_files else "no config.json"
-        raise ModelLoadError(f"{path} is no model directory: it has {found}")
+        if gguf_files:
+            raise ModelLoadError(f"{path} holds {len(gguf_files)} GGUF files; name one of them")
+        raise ModelLoadError(
+            f"{path} is no model directory, it has no config.json; give one written by "
+            "save_pretrained, or a GGUF file"
+        )
     name = str(name_or_path)
     if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ModelLoadError(f"there is no file or directory {path}")
+        raise ModelLoadError(f"there is no file or directory {path}; check the path")
     _check_hub_id(name)
     return name, None
 
@@ -122,12 +126,13 @@ def _check_hub_id(name: str) -> None:
         ) from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise ModelLoadError(
-            f"there is no model {name}: no such file or directory, and none of that name in the Hub"
+            f"there is no model {name}: no such file or directory, and none of that name in the "
+            "Hub; check the name"
         ) from error
     except Exception as error:
         raise ModelLoadError(
-            f"there is no file or directory {name}, and the Hub can't be asked for a model of that "
-            f"name: {_first(' '.join(str(error).split()))}"
+            f"there is no model {name}: no such file or directory, and the Hub can't be asked "
+            f"({_first(' '.join(str(error).split()))}); check the name, or give a local directory"
         ) from error
 
 
@@ -152,16 +157,27 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
             "allow it with --trust-remote-code"
         )
     if "not supported yet" in text or "does not recognize this architecture" in text:
-        return f"{name} has an architecture that transformers doesn't know: {_first(text)}"
+        return (
+            f"{name} has an architecture that transformers doesn't know ({_first(text)}); "
+            "upgrade transformers or take another model"
+        )
     if "Unrecognized configuration class" in text:
-        return f"{name} is no causal language model: {_first(text)}"
+        return f"{name} is no causal language model ({_first(text)}); take a decoder-only model"
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"the weights of {name} have other shapes than its config.json says; "
+            "get config and weights from one place"
+        )
     if "safetensors" in text and "no file named" in text:
         return f"{name} has no safetensors weights; convert pickled weights to safetensors first"
     if gguf_file is not None:
-        return f"{name} can't be read as GGUF, it may be cut short: {_first(text)}"
+        return f"{name} can't be read as GGUF, it may be cut short ({_first(text)}); get it again"
     if "safetensor" in type(error).__name__.lower() or "deserializing" in text:
-        return f"the weights of {name} can't be read, a file may be cut short: {_first(text)}"
-    return f"{name} can't be loaded: {_first(text)}"
+        return (
+            f"the weights of {name} can't be read, a file may be cut short ({_first(text)}); "
+            "get them again"
+        )
+    return f"{name} can't be loaded ({_first(text)}); check that its files are whole"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

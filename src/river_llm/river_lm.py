@@ -48,6 +48,7 @@ class RiverLM:
         self.river_config = river_config
         self.stop_tokens = stop_tokens
         self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
+        self._answers = 0  # begun so far
 
     @classmethod
     def from_pretrained(
@@ -128,10 +129,14 @@ class RiverLM:
     def generate_batch(
         self, prompts: Sequence[Prompt], *, raw: bool = False, **sampling: Any
     ) -> list[GenerationResult]:
-        """Answer several prompts at once; every answer is what the prompt alone would give, up to
-        the rounding of larger matrix products. Arguments and errors as of `generate`."""
+        """Answer several prompts at once; arguments and errors as of `generate`.
+
+        Every answer is what the prompt alone would give, up to the rounding of larger matrix
+        products. All of them end where the longest one fills the model's context.
+        """
         encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
         self._cached_tokens = []
+        self._answers += 1
         steps = list(
             generate_rows(
                 self.engine, self.tokenizer, encoded, sampling_config(sampling), self.stop_tokens
@@ -168,6 +173,8 @@ class RiverLM:
             pairs = zip(token_ids[:-1], self._cached_tokens, strict=False)
             common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._cached_tokens = []
+        self._answers += 1
+        answer = self._answers
         steps = generate_rows(
             self.engine, self.tokenizer, [token_ids], sampling, self.stop_tokens, common
         )
@@ -178,7 +185,9 @@ class RiverLM:
                 text.append(response.token)
                 yield response
         finally:
-            if len(text) > len(token_ids):  # else the prompt may not have come into the cache
+            # without a first token the prompt may not have come into the cache, and a stream that
+            # is closed late may find another answer there
+            if len(text) > len(token_ids) and answer == self._answers:
                 self._cached_tokens = text[: self.engine.length]
 
 

@@ -30,7 +30,7 @@ class SamplingConfig:
         min_p: leave out tokens less likely than this share of the likeliest one's probability.
         repetition_penalty: above 1 makes tokens that stand in the text already less likely.
         seed: of the random numbers; sequence i of a batch uses seed + i. None draws a new one.
-        stop: strings that end the text where they first appear; they are not part of it.
+        stop: a string, or several, that end the text where one first appears; not part of it.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -43,9 +43,11 @@ class SamplingConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         ranges = (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),

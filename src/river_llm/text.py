@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from river_llm.errors import ConfigError
@@ -34,19 +35,25 @@ def encode_prompt(
         if not has_template:
             raise ConfigError("the model has no chat template; give the prompt as one string")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        wanted = 'messages must be a list of {"role": ..., "content": ...}'
+        if not isinstance(messages, list | tuple) or not all(map(_is_message, messages)):
+            raise ConfigError(wanted)
         try:
             encoded = tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, return_dict=True
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                'messages must be a list of {"role": ..., "content": ...} '
-                f"that the chat template takes ({error})"
-            ) from error
+        except (KeyError, TypeError, AttributeError, ValueError, TemplateError) as error:
+            raise ConfigError(f"{wanted} that the chat template takes ({error})") from error
         token_ids = list(encoded["input_ids"])
     if not token_ids:
         raise ConfigError("the prompt is empty; give some text")
     return token_ids
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )
 
 
 class IncrementalDecoder:
@@ -72,7 +79,7 @@ class IncrementalDecoder:
         # A token's text depends on its neighbours, so decode with the last ones before it.
         before = self._decode(self._token_ids[self._context_start : self._decoded_end])
         text = self._decode(self._token_ids[self._context_start :])
-        if text.endswith(_UNFINISHED):
+        if text.endswith(_UNFINISHED) or text == before:  # no whole character, or a special token
             return ""
         self._context_start, self._decoded_end = self._decoded_end, len(self._token_ids)
         return self._release(text[len(before) :])
