@@ -22,6 +22,7 @@ _COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "initializer_range": 0.1,  # large enough that a layer changes the hidden state
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
