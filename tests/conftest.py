@@ -1,9 +1,13 @@
 """Models that the tests share. Each is loaded once per worker; a test leaves it as it found it."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import copy
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library reads it: tests fetch nothing
+
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -13,11 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from river_llm.loading import load_backbone
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched at test time
 settings.register_profile("river", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("river")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # two spinning threads beside another process take a hundred times longer
 
 
 @pytest.fixture(scope="session")

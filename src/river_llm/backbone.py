@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from river_llm.errors import UnsupportedModelError
 
 _FINGERPRINT_SAMPLES = 1024  # values of each weight that enter the fingerprint
+_FINGERPRINT_STRIDE = 2654435761  # a prime near 2**32 / golden ratio: no matrix's width divides it
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,18 @@ def linear_weight(linear: nn.Module) -> Tensor:
 def fingerprint(layers: list[DecoderLayer]) -> str:
     """A digest of the decoder layers' weights, the same in float32 and in bfloat16.
 
-    Covers the name and shape of every linear layer and 1024 of its values, evenly spaced and
-    rounded to bfloat16, so that it costs milliseconds and reads only those pages of a mapped file.
-    Any training, merging or re-quantising changes it.
+    Covers the name and shape of every linear layer and 1024 of its values, spread over all its
+    rows and columns and rounded to bfloat16, so that it costs milliseconds and reads only those
+    pages of a mapped file. Any training, merging or re-quantising changes it.
     """
     digest = hashlib.sha256()
     for layer in layers:
         for name, linear in layer.linears.items():
             weight = linear_weight(linear).detach()
             digest.update(f"{layer.name}.{name} {tuple(weight.shape)}\n".encode())
-            step = max(1, weight.numel() // _FINGERPRINT_SAMPLES)
-            rows = torch.arange(0, weight.numel(), step, device=weight.device)
-            sample = weight[rows // weight.shape[1], rows % weight.shape[1]]
+            samples = torch.arange(_FINGERPRINT_SAMPLES, device=weight.device)
+            places = samples * _FINGERPRINT_STRIDE % weight.numel()
+            sample = weight[places // weight.shape[1], places % weight.shape[1]]
             digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return "sha256:" + digest.hexdigest()
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.config import RiverConfig
 from river_llm.engines import Engine, TorchEngine
-from river_llm.errors import ConfigError
+from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
 from river_llm.loading import DEFAULT_MODEL, load_backbone
@@ -184,6 +184,11 @@ class RiverLM:
                 assert response is not None
                 text.append(response.token)
                 yield response
+                if answer != self._answers:
+                    raise RiverError(
+                        "another answer was begun, and there is one KV cache; "
+                        "finish a stream before the next call, or load a second RiverLM"
+                    )
         finally:
             # without a first token the prompt may not have come into the cache, and a stream that
             # is closed late may find another answer there
@@ -193,6 +198,9 @@ class RiverLM:
 
 class Conversation:
     """A chat that keeps its KV cache from turn to turn, as the turns before left it.
+
+    The cache of earlier turns holds what their exits wrote. If the model answers something else in
+    between, it is lost, and the next turn runs the whole conversation by the prefill rule.
 
     Attributes:
         messages: all turns so far.

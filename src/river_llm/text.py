@@ -101,11 +101,11 @@ class IncrementalDecoder:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
-        if found:
+        found = [(index + len(s), index) for s in self._stop if (index := text.find(s)) >= 0]
+        if found:  # the one that is whole first, so that the borders of tokens don't matter
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

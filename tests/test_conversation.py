@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_lm import interrupt_once, sharpened, tiny_lm
+from transformers import PreTrainedModel
+
+from river_llm import ConfigError, ContextFullError, Conversation, ExitPolicy, RiverLM
+from river_llm.engines import StepResult
+from river_llm.sampling import SamplingConfig
+from river_llm.text import Message, encode_prompt
+
+QUESTIONS = ["Who are you?", "And then?", "Why so?"]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+
+
+@pytest.fixture
+def lm(tiny_llama: PreTrainedModel) -> RiverLM:
+    """Float32, room for a few turns, some characters that end an answer."""
+    return tiny_lm(sharpened(tiny_llama), context_length=256, stop_tokens=frozenset({50, 51}))
+
+
+@pytest.fixture
+def prefilled(lm: RiverLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each prefill since ran."""
+    counts: list[int] = []
+    prefill = lm.engine.prefill
+
+    def spy(token_ids: torch.Tensor, padding_mask: torch.Tensor | None = None) -> StepResult:
+        counts.append(token_ids.numel())
+        return prefill(token_ids, padding_mask)
+
+    monkeypatch.setattr(lm.engine, "prefill", spy)
+    return counts
+
+
+def test_turns_answer_as_the_whole_chat_at_once_would(lm: RiverLM) -> None:
+    conversation = Conversation(lm, **SETTINGS)
+    answers = [_answer(conversation, question) for question in QUESTIONS]
+    messages: list[Message] = []
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        messages.append({"role": "user", "content": question})
+        assert lm.chat(messages, **SETTINGS).text == answer
+        messages.append({"role": "assistant", "content": answer})
+    assert conversation.messages == messages
+    assert len(set(answers)) == 3
+
+
+def test_a_turn_runs_only_what_is_new(lm: RiverLM, prefilled: list[int]) -> None:
+    lm.stop_tokens = frozenset()
+    conversation = Conversation(lm, **SETTINGS)
+    for question in QUESTIONS:
+        _answer(conversation, question)
+    first = len(encode_prompt(lm.tokenizer, QUESTIONS[0]))
+    # The last token of an answer is chosen but not run: it is prefilled with the next question.
+    others = [1 + len(f"\nu:{question}\na:") for question in QUESTIONS[1:]]
+    assert prefilled == [first, *others]
+
+
+def test_the_same_prompt_again_runs_its_last_token_only(lm: RiverLM, prefilled: list[int]) -> None:
+    token_ids = encode_prompt(lm.tokenizer, QUESTIONS[0])
+    answers = [
+        [
+            response.token
+            for response in lm.stream_tokens(token_ids, SamplingConfig(**SETTINGS), reuse_cache)
+        ]
+        for reuse_cache in (False, True)
+    ]
+    assert prefilled == [len(token_ids), 1]
+    assert answers[0] == answers[1]
+
+
+def test_the_cache_keeps_what_the_exits_of_earlier_turns_wrote(lm: RiverLM) -> None:
+    """The first turn runs in the river, the second in the backbone on the cache of the first."""
+    lm.stop_tokens = frozenset()
+    lm.policy = ExitPolicy.always()
+    conversation = Conversation(lm, **SETTINGS)
+    _answer(conversation, QUESTIONS[0])
+    lm.policy = ExitPolicy.never()
+    length = len(encode_prompt(lm.tokenizer, QUESTIONS[0])) + 12 - 1
+    expected_cache = [layer.keys[:, :, :length].clone() for layer in lm.engine._cache.layers]
+    _answer(conversation, QUESTIONS[1])
+    cache = lm.engine._cache.layers
+    for layer, expected in zip(cache, expected_cache, strict=True):
+        assert torch.equal(layer.keys[:, :, :length], expected)
+
+
+@pytest.mark.parametrize("policy", [ExitPolicy.never(), ExitPolicy.always()])
+def test_is_unaffected_by_other_answers_between_its_turns(lm: RiverLM, policy: ExitPolicy) -> None:
+    lm.policy = policy
+    conversation = Conversation(lm, **SETTINGS)
+    for question in QUESTIONS:
+        _answer(conversation, question)
+    expected = conversation.messages
+    conversation = Conversation(lm, **SETTINGS)
+    others = [
+        lambda: lm.generate("Something else", max_new_tokens=5),
+        lambda: lm.generate_batch(["Two", "at once"], max_new_tokens=5),
+        lambda: lm.chat([*conversation.messages, *conversation.messages], max_new_tokens=5),
+    ]
+    for question, between in zip(QUESTIONS, others, strict=True):
+        _answer(conversation, question)
+        between()
+    assert conversation.messages == expected
+
+
+def test_is_unaffected_by_an_old_stream_that_ends_late(lm: RiverLM) -> None:
+    conversation = Conversation(lm, **SETTINGS)
+    _answer(conversation, QUESTIONS[0])
+    messages = [*conversation.messages, {"role": "user", "content": QUESTIONS[1]}]
+    expected = lm.chat(messages, **SETTINGS).text
+    stream = lm.stream(messages, **SETTINGS)
+    next(stream)
+    lm.generate("Something else, and longer than the chat before it", max_new_tokens=40)
+    stream.close()
+    assert _answer(conversation, QUESTIONS[1]) == expected
+
+
+class TestCutShort:
+    def test_the_partial_answer_stays(self, lm: RiverLM) -> None:
+        lm.stop_tokens = frozenset()
+        conversation = Conversation(lm, **SETTINGS)
+        stream = conversation.stream(QUESTIONS[0])
+        text = "".join(next(stream).text for _ in range(5))
+        stream.close()
+        assert conversation.messages[1:] == [{"role": "assistant", "content": text}]
+        assert len(text) == 5
+        _check_next_turn(conversation, lm)
+
+    @pytest.mark.parametrize("passes", [1, 4])
+    def test_by_ctrl_c_the_partial_answer_stays(self, lm: RiverLM, passes: int) -> None:
+        lm.stop_tokens = frozenset()
+        conversation = Conversation(lm, **SETTINGS)
+        interrupt_once(lm.engine.attached.model, passes)
+        stream = conversation.stream(QUESTIONS[0])
+        text = "".join(next(stream).text for _ in range(passes))
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        assert conversation.messages[-1] == {"role": "assistant", "content": text}
+        _check_next_turn(conversation, lm)
+
+    def test_before_the_first_token_the_question_goes_too(self, lm: RiverLM) -> None:
+        conversation = Conversation(lm, **SETTINGS)
+        _answer(conversation, QUESTIONS[0])
+        messages = copy.deepcopy(conversation.messages)
+        interrupt_once(lm.engine.attached.model, 0)
+        with pytest.raises(KeyboardInterrupt):
+            next(conversation.stream(QUESTIONS[2]))
+        assert conversation.messages == messages
+        _check_next_turn(conversation, lm)
+
+
+def test_a_system_prompt_comes_first(lm: RiverLM) -> None:
+    conversation = Conversation(lm, system="Be brief", **SETTINGS)
+    answer = _answer(conversation, QUESTIONS[0])
+    prompt = f"s:Be brief\nu:{QUESTIONS[0]}\na:"
+    assert answer == lm.generate(prompt, raw=True, **SETTINGS).text
+    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
+    assert Conversation(lm).messages == []
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_refuses_an_empty_message(lm: RiverLM, text: str) -> None:
+    conversation = Conversation(lm)
+    with pytest.raises(ConfigError, match="the message is empty"):
+        next(conversation.stream(text))
+    assert conversation.messages == []
+
+
+def test_refuses_what_no_longer_fits_and_stays_as_it_was(lm: RiverLM) -> None:
+    conversation = Conversation(lm, **SETTINGS)
+    _answer(conversation, QUESTIONS[0])
+    messages = copy.deepcopy(conversation.messages)
+    lm.generate("Something else", max_new_tokens=40)
+    with pytest.raises(ContextFullError, match="shorten the prompt"):
+        _answer(conversation, "x" * 250)
+    assert conversation.messages == messages
+    _check_next_turn(conversation, lm)
+
+
+def test_refuses_unknown_settings_at_once(lm: RiverLM) -> None:
+    with pytest.raises(ConfigError, match="'heat'"):
+        Conversation(lm, heat=1)
+
+
+def _answer(conversation: Conversation, question: str) -> str:
+    return "".join(response.text for response in conversation.stream(question))
+
+
+def _check_next_turn(conversation: Conversation, lm: RiverLM) -> None:
+    """It answers as the chat so far would with an empty cache."""
+    messages = [*conversation.messages, {"role": "user", "content": QUESTIONS[1]}]
+    answer = _answer(conversation, QUESTIONS[1])
+    assert lm.chat(messages, **SETTINGS).text == answer

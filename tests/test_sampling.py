@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from river_llm import ConfigError
+from river_llm.sampling import Sampler, SamplingConfig
+
+DRAWS = 20_000
+LOGITS = torch.tensor([1.3, -0.2, 2.1, 0.4, -1.8, 1.9, 0.0, 2.05, -1.1, 0.7, 1.5, -0.6])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 2.5},
+        {"temperature": 1.0, "top_k": 4},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.25},
+        {"temperature": 2.0, "top_k": 9, "top_p": 0.75, "min_p": 0.55},
+        {"temperature": 1.0, "repetition_penalty": 1.8},
+    ],
+    ids=str,
+)
+def test_samples_follow_the_distribution(settings: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingConfig(seed=3, **settings))
+    seen = [2, 4, 4, 7]
+    draws = torch.tensor([sampler(seen, LOGITS) for _ in range(DRAWS)])
+    counts = torch.bincount(draws, minlength=len(LOGITS)).double()
+    expected = DRAWS * _distribution(LOGITS.double(), seen, **settings)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    assert expected[possible].min() >= 5
+    chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    degrees = int(possible.sum()) - 1
+    p_value = torch.special.gammaincc(torch.tensor(degrees / 2).double(), chi_squared / 2)
+    assert p_value > 0.001, f"chi squared {chi_squared:.1f} at {degrees} degrees of freedom"
+
+
+def test_a_row_of_a_batch_draws_as_a_prompt_alone_with_the_next_seed() -> None:
+    def draws(seed: int, row: int) -> list[int]:
+        sampler = Sampler(SamplingConfig(seed=seed, temperature=1.0), row)
+        return [sampler([0], LOGITS) for _ in range(30)]
+
+    assert draws(7, row=2) == draws(9, row=0)
+    assert draws(7, row=0) != draws(7, row=1)
+
+
+@given(logits=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20, unique=True))
+def test_greedy_takes_the_likeliest_whatever_the_other_settings(logits: list[float]) -> None:
+    config = SamplingConfig(temperature=0, top_k=3, top_p=0.4, min_p=0.1, seed=1)
+    assert Sampler(config)([0], torch.tensor(logits)) == logits.index(max(logits))
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12, unique=True),
+    seen=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    penalty=st.floats(0.25, 4),
+)
+def test_greedy_takes_the_likeliest_after_the_penalty(
+    logits: list[float], seen: list[int], penalty: float
+) -> None:
+    config = SamplingConfig(repetition_penalty=penalty)
+    penalised = _penalised(torch.tensor(logits), seen, penalty)
+    chosen = Sampler(config)(seen, torch.tensor(logits))
+    assert penalised[chosen] == pytest.approx(float(penalised.max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_the_narrowest_filters_leave_the_likeliest(settings: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingConfig(temperature=5.0, **settings))
+    assert {sampler([0], LOGITS) for _ in range(50)} == {2}
+
+
+def test_a_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    sampler = Sampler(SamplingConfig(temperature=50.0, top_k=1000, seed=0))
+    assert {sampler([0], LOGITS) for _ in range(300)} == set(range(len(LOGITS)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", -0.01),
+        ("min_p", 1.01),
+        ("repetition_penalty", 0.0),
+        ("stop", ("a", "")),
+    ],
+)
+def test_refuses_values_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is .*; it must be "):
+        SamplingConfig(**{name: value})
+
+
+def _distribution(
+    logits: Tensor,
+    seen: list[int],
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """Penalty, temperature, top-k, top-p, min-p, in this order, each over what is left."""
+    scaled = _penalised(logits, seen, repetition_penalty) / temperature
+    probabilities = scaled.exp() / scaled.exp().sum()
+    likeliest_first = sorted(range(len(logits)), key=lambda token: -probabilities[token])
+    kept = likeliest_first[:top_k] if top_k else likeliest_first
+    mass = sum(float(probabilities[token]) for token in kept)
+    nucleus: list[int] = []
+    for token in kept:
+        if sum(float(probabilities[other]) for other in nucleus) >= top_p * mass:
+            break
+        nucleus.append(token)
+    floor = min_p * probabilities[likeliest_first[0]]
+    result = torch.zeros_like(probabilities)
+    for token in nucleus:
+        if probabilities[token] >= floor:
+            result[token] = probabilities[token]
+    return result / result.sum()
+
+
+def _penalised(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """A logit of a token that was seen is divided by the penalty if positive, else multiplied."""
+    result = logits.clone()
+    for token in set(seen):
+        result[token] *= 1 / penalty if result[token] > 0 else penalty
+    return result
