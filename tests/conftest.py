@@ -1,6 +1,5 @@
 """Models that the tests share. Each is loaded once per worker; a test leaves it as it found it."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os

@@ -33,7 +33,7 @@ class RiverConfig:
     quantizer: Quantizer = "hqq"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS or not isinstance(self.bits, int):
             raise ConfigError(f"bits is {self.bits!r}; choose one of {_listed(BITS)}")
         if self.group_size not in GROUP_SIZES:
             raise ConfigError(

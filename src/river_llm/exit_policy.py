@@ -152,8 +152,14 @@ class ExitPolicy:
         return {"never": "never leaves", "always": "leaves at once"}[self.kind]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are set, as plain JSON values."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The fields that are set, as plain JSON values; infinite thresholds as strings."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.layer_thresholds is not None:
+            fields["layer_thresholds"] = [
+                threshold if math.isfinite(threshold) else str(threshold)
+                for threshold in self.layer_thresholds
+            ]
+        return fields
 
 
 def _is_cosine(value: float | None) -> bool:

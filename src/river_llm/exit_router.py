@@ -73,6 +73,7 @@ class ExitRouter:
         else:
             self._pass_thresholds = self.thresholds
         self._leave_by_sequence = rule == "sequence"
+        self._leave_together = self.policy.batch == "minimum"
         self._padding_mask = padding_mask
         self._in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
         self.exit_layers = torch.full((batch, num_tokens), self.num_layers)
@@ -97,14 +98,16 @@ class ExitRouter:
         threshold = math.inf if is_last else self._pass_thresholds[layers_run]
         if threshold == math.inf and self.similarities is None:
             return
-        if threshold == -math.inf and self.similarities is None:
-            self._leave(self._in_backbone, after=layers_run)
-            return
-        # s[t,b,l] = cos(h[t,b,l-1], h[t,b,l]), in float32: [B, T]
-        similarity = F.cosine_similarity(layer_input.float(), layer_output.float(), dim=-1).cpu()
-        if self.similarities is not None:
-            self.similarities[layers_run - 1] = similarity.where(self._in_backbone, math.nan)
-        self._leave((self._join(similarity) > threshold) & self._in_backbone, after=layers_run)
+        leaving = self._in_backbone
+        if threshold > -math.inf or self.similarities is not None:
+            # s[t,b,l] = cos(h[t,b,l-1], h[t,b,l]), in float32: [B, T]
+            similarity = F.cosine_similarity(layer_input.float(), layer_output.float(), dim=-1)
+            similarity = similarity.cpu()
+            if self.similarities is not None:
+                self.similarities[layers_run - 1] = similarity.where(self._in_backbone, math.nan)
+            if threshold > -math.inf:
+                leaving = (self._join(similarity) > threshold) & self._in_backbone
+        self._leave(leaving, after=layers_run)
 
     def _join(self, similarity: Tensor) -> Tensor:
         """What is held against the threshold: `[B or 1, T or 1]`, from similarities `[B, T]`."""
@@ -116,7 +119,7 @@ class ExitRouter:
                 similarity = (similarity * weights).sum(1, keepdim=True) / weights.sum(
                     1, keepdim=True
                 )
-        if self.policy.batch == "minimum":
+        if self._leave_together:
             similarity = similarity.amin(0, keepdim=True)
         return similarity
 

@@ -64,10 +64,11 @@ class DequantizeKernel:
 class PackedInt4Kernel:
     """PyTorch's packed 4-bit product, for codes of any width.
 
-    Codes of up to 4 bits are one product. Wider codes are two: a code q of 8 bits is 16 h + l, and
-    both halves are 4-bit matrices over the same groups. PyTorch's own map from code to weight is
-    ``(code - 8) * scale + zero``; the halves are shifted so that both are centred and all their
-    scales and zeros stay exact in bfloat16.
+    Codes of up to 4 bits are one product. Wider codes are two: a code is 16 h + l, and both halves
+    are 4-bit matrices over the same groups. PyTorch's own map from code to weight is
+    ``(code - 8) * scale + zero``; the halves are shifted so that all their scales and zeros stay
+    exact in bfloat16. Each product is rounded to the activations' dtype, so with 8 bits a group
+    whose codes use little of their range (one outlier sets it) loses some of bfloat16's precision.
     """
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device, dtype: torch.dtype) -> None:
@@ -79,11 +80,14 @@ class PackedInt4Kernel:
             shift = 8 - 2 ** (matrix.bits - 1)
             self.products = [self._pack(codes + shift, scales, zeros)]
         else:
-            shift = 8 - 2 ** (matrix.bits - 5)
-            high, low = (codes >> 4) + shift, codes & 15
+            # Rounded halves cancel least, but with 8 bits the higher one would need 17 values.
+            rounding = 8 if matrix.bits < 8 else 0
+            codes = codes - 2 ** (matrix.bits - 1)
+            high = (codes + rounding) >> 4
+            low = codes - 16 * high
             self.products = [
-                self._pack(high, 16 * scales, 8 * scales),
-                self._pack(low, scales, zeros),
+                self._pack(high + 8, 16 * scales, (8 - rounding) * scales),
+                self._pack(low + rounding, scales, zeros),
             ]
 
     def __call__(self, inputs: Tensor) -> Tensor:

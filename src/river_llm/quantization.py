@@ -59,6 +59,16 @@ class QuantizedMatrix:
         """Bytes of codes, scales and zeros together."""
         return self.packed.nbytes + self.scales.nbytes + self.zeros.nbytes
 
+    def is_consistent(self) -> bool:
+        """Whether the three tensors have the shapes and types that go with bits and group size."""
+        rows, columns = self.shape
+        return (
+            self.packed.dtype == torch.uint8
+            and self.scales.dtype == self.zeros.dtype == torch.bfloat16
+            and self.packed.shape == (rows, columns * self.bits // 8)
+            and self.zeros.shape == self.scales.shape
+        )
+
     def to(self, device: torch.device | str) -> QuantizedMatrix:
         """The same matrix with its tensors on `device`."""
         return replace(
@@ -107,7 +117,7 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
         if config.quantizer == "hqq":
             zero_point = _solve_zero_point(groups, scale, zero_point, config.bits)
         block_codes, block_scales, block_zeros = _encode(groups, scale, zero_point, config.bits)
-        if not bool(torch.isfinite(block_zeros).all() & torch.isfinite(block_scales).all()):
+        if not bool(torch.isfinite(block_zeros).all()):
             raise ConfigError("the weight holds values that are not finite; check the model's file")
         codes[block] = block_codes.view(-1, columns)
         scales[block] = block_scales.view(-1, num_groups)
@@ -121,7 +131,7 @@ def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point `[groups, 1]` of the grid from each group's minimum to its maximum.
 
     The grid always holds 0, so that the zero point stays within the codes; a group of equal
-    weights gets a grid from 0 to that weight, which holds it exactly.
+    weights gets a grid from 0 to that weight.
     """
     low = groups.amin(1, keepdim=True).clamp_(max=0)
     high = groups.amax(1, keepdim=True).clamp_(min=0)
@@ -131,7 +141,7 @@ def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _solve_zero_point(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """HQQ's half-quadratic solver: the zero point that minimises ``||W - dequantised||_p^p``.
+    """HQQ's half-quadratic solver, a descent on ``||W - dequantised||_p^p`` over the zero point.
 
     Alternates two closed-form steps (Badri and Shaji 2023, "Half-Quadratic Quantization of Large
     Machine Learning Models", equations for W_e and z) from a whole zero point on, every group on
@@ -139,6 +149,9 @@ def _solve_zero_point(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: i
 
         W_e  <-  shrink_p(W - W_r, beta)
         z    <-  mean(W_q - (W - W_e) / s)
+
+    W_e, the outliers' share of the error, is zero where all errors are small, as they are in most
+    language models; then z makes the mean error of each group vanish.
 
     The authors stop when the error of the whole matrix grows; here every group takes all its
     iterations, so that its result doesn't depend on the others.

@@ -113,10 +113,10 @@ class River:
         Raises:
             RiverFileError: the place is taken, or can't be written.
         """
-        directory = Path(directory)
+        directory = Path(directory).resolve()
         if directory.exists() and not _is_replaceable(directory):
             raise RiverFileError(
-                f"{directory} exists and holds more than a river; choose a new directory"
+                f"{directory} exists and is no river, or more than one; choose a new directory"
             )
         tensors = {
             f"{index}.{name}.{part}": getattr(matrix, part).contiguous()
@@ -143,13 +143,11 @@ class River:
             (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
             # safetensors makes its files readable by their owner alone
             (new / TENSORS_NAME).chmod((new / MANIFEST_NAME).stat().st_mode)
-            if directory.exists():
-                directory.rename(staging / "replaced")
-            new.rename(directory)
-        except OSError as error:
+            _replace(directory, new, staging / "replaced")
+        except (OSError, safetensors.SafetensorError) as error:
             raise RiverFileError(f"can't write the river to {directory}: {error}") from error
         finally:
-            if staging is not None:
+            if staging is not None and not (staging / "replaced").exists():
                 shutil.rmtree(staging, ignore_errors=True)
 
     @classmethod
@@ -187,6 +185,10 @@ class River:
                 ]
         except (safetensors.SafetensorError, OSError) as error:
             raise RiverFileError(f"{tensors_path} can't be read ({error}); {rebuild}") from error
+        if not all(matrix.is_consistent() for layer in exit_layers for matrix in layer.values()):
+            raise RiverFileError(
+                f"{tensors_path} holds other bits or groups than {MANIFEST_NAME} says; {rebuild}"
+            )
         return cls(config, exit_layers, manifest["fingerprint"], manifest["model_type"])
 
     def to(self, device: torch.device | str) -> River:
@@ -221,7 +223,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RiverFileError(
-            f"{path} is cut short or no river's; build it again: river-llm build MODEL -o DIR"
+            f"{path} is cut short, or no river's manifest; "
+            "build it again: river-llm build MODEL -o DIR"
         ) from error
     if version != FORMAT_VERSION:
         raise RiverFileError(
@@ -231,7 +234,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest["config"] = RiverConfig.from_dict(manifest["config"])
         for key, kind in _MANIFEST_FIELDS.items():
-            if not isinstance(manifest[key], kind):
+            if not isinstance(manifest[key], kind) or manifest[key] in (0, [], ""):
                 raise TypeError(key)
     except (ConfigError, KeyError, TypeError) as error:
         raise RiverFileError(
@@ -247,6 +250,20 @@ _MANIFEST_FIELDS = {
     "fingerprint": str,
     "tensor_bytes": int,
 }
+
+
+def _replace(directory: Path, new: Path, replaced: Path) -> None:
+    """Put `new` in the place of `directory`, or leave everything as it was."""
+    if not directory.exists():
+        new.rename(directory)
+        return
+    directory.rename(replaced)
+    try:
+        new.rename(directory)
+    except BaseException:
+        replaced.rename(directory)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _is_replaceable(directory: Path) -> bool:
