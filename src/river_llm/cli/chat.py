@@ -77,7 +77,8 @@ def _read_line() -> str | None:
     try:
         if sys.stdin.isatty():
             return input("> ")
-        return sys.stdin.readline() or None
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
     except (EOFError, KeyboardInterrupt):
         return None
 
