@@ -151,6 +151,8 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return f"not enough memory to load {name}; close other programs or take a smaller model"
+    if isinstance(error, ImportError):
+        return f"{name} needs a package that is not installed ({_first(text)})"
     if "trust_remote_code" in text:
         return (
             f"{name} comes with code of its own; read it, and if you trust it, "
