@@ -65,13 +65,14 @@ def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:
 
 def comparison_table(arms: Sequence[ArmResult], num_layers: int) -> Table:
     """Backbone, full quantisation and River side by side; the first arm is the measure."""
-    table = Table(caption="tokens/s: median [lowest - highest round]", caption_justify="left")
+    caption = Text("tokens/s: median [slowest - fastest round]")
+    table = Table(caption=caption, caption_justify="left")
     table.add_column("")
     for heading in ("tokens/s", "speed-up", "exit depth", "agreement"):
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in arms:
         speed_up = arm.decode_tokens_per_second / arms[0].decode_tokens_per_second
-        spread = f"[{arm.slowest:.1f} - {arm.fastest:.1f}]"
+        spread = f"[{arm.slowest:.0f} - {arm.fastest:.0f}]"
         table.add_row(
             arm.name,
             Text(f"{arm.decode_tokens_per_second:.1f} {spread}"),
