@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
+from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.inspection import TextInspection
 
@@ -24,6 +26,9 @@ def plot_inspection(
     Args:
         command: what made the figure; it stands below it.
         path: a file whose suffix is one of `PLOT_SUFFIXES`.
+
+    Raises:
+        RiverError: it can't be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -54,5 +59,10 @@ def plot_inspection(
     by_token.set(xlabel="token", ylabel="backbone layers run", ylim=(0, num_layers))
     by_token.set_title(f"exit depth, {policy.describe()}", fontsize="medium")
 
-    figure.supxlabel(command, fontsize=7, family="monospace", wrap=True)
-    figure.savefig(path, dpi=150)
+    figure.supxlabel(command, fontsize=7, family="monospace", wrap=True, parse_math=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as boxes
+            figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise RiverError(f"can't write the figure to {path}: {error}") from error

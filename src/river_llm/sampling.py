@@ -55,6 +55,7 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("stop", all(self.stop), "no empty string"),
         )
         for name, holds, wanted in ranges:

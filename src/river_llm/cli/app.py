@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -17,7 +18,6 @@ from river_llm.errors import RiverError
 app = typer.Typer(
     name="river-llm",
     help="Text through the exit river: tokens leave the backbone when they hardly change any more.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -38,10 +38,18 @@ def main() -> None:
     """Run the command line; every error that a user can mend is one line on stderr."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except RiverError as error:
         _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted")
+    except BrokenPipeError:  # the reader has gone; keep Python from writing to it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
+        usage_message = getattr(error, "format_message", None)
+        if usage_message is not None:  # the parser's own: an unknown option, a missing argument
+            _fail(" ".join(usage_message().split()) + " (--help shows what there is)", code=2)
         if os.environ.get("RIVER_LLM_DEBUG"):
             raise
         _fail(_explain(error))
@@ -56,6 +64,6 @@ def _explain(error: Exception) -> str:
     return f"internal error: {type(error).__name__}: {text} (RIVER_LLM_DEBUG=1 shows where)"
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> NoReturn:
     print(f"river-llm: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +57,7 @@ def generate(
     """Answer a prompt; every token in the colour of the layer at which it left the backbone."""
     chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = options.read_stdin()
     if not prompt.strip():
         raise options.usage_error("the prompt is empty; give some text, or - to read it from stdin")
     sampling = options.sampling_config(

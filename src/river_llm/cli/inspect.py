@@ -29,7 +29,7 @@ def inspect(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Read at most so much of it.")] = 512,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw it too, as PNG, SVG or PDF. [extra: plot]")
+        Path | None, typer.Option(help="Draw it too, as PNG, SVG or PDF. \\[extra: plot]")
     ] = None,
     river: options.RiverPath = None,
     bits: options.Bits = 4,
@@ -101,7 +101,7 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise options.usage_error(f"can't read {text_file}: {error}") from error
     elif text == "-":
-        text = sys.stdin.read()
+        text = options.read_stdin()
     if text is not None and not text.strip():
         raise options.usage_error("the text is empty")
     return text
@@ -146,7 +146,9 @@ def _inspect(
     from river_llm.errors import ConfigError
     from river_llm.inspection import inspect_text
 
-    token_ids = list(tokenizer(text).input_ids)[:max_tokens]
+    config = attached.model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", max_tokens)
+    token_ids = list(tokenizer(text).input_ids)[: min(max_tokens, context)]
     if len(token_ids) < 2:
         raise ConfigError("the text has fewer than two tokens; give a longer one")
     return inspect_text(attached, token_ids), [tokenizer.decode([t]) for t in token_ids]

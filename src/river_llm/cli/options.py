@@ -72,7 +72,7 @@ Quantizer = Annotated[
 Policy = Annotated[
     PolicyName | None,
     typer.Option(
-        help="When tokens leave the backbone. [default: similarity, threshold 0.9]",
+        help="When tokens leave the backbone. \\[default: similarity, threshold 0.9]",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -93,7 +93,7 @@ FirstLayer = Annotated[
 Prefill = Annotated[
     PrefillName | None,
     typer.Option(
-        help="How the prompt runs. [default: backbone; river with --policy always]",
+        help="How the prompt runs. \\[default: backbone; river with --policy always]",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -112,10 +112,10 @@ Engine = Annotated[EngineName, typer.Option(help="What computes.", rich_help_pan
 Dtype = Annotated[DtypeName, typer.Option(help="Of the backbone.", rich_help_panel=_SYSTEM)]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1 ... [default: cuda if any]", rich_help_panel=_SYSTEM),
+    typer.Option(help="cpu, cuda, cuda:1 ... \\[default: cuda if any]", rich_help_panel=_SYSTEM),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. [default: all]", rich_help_panel=_SYSTEM)
+    int | None, typer.Option(min=1, help="CPU threads. \\[default: all]", rich_help_panel=_SYSTEM)
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -145,6 +145,20 @@ def usage_error(message: str) -> typer.Exit:
     """Wrong usage: one line on stderr, exit code 2."""
     print(f"river-llm: {message}", file=sys.stderr)
     return typer.Exit(2)
+
+
+def read_stdin() -> str:
+    """All of stdin.
+
+    Raises:
+        typer.Exit: it is no text.
+    """
+    try:
+        text = sys.stdin.read()
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise usage_error("stdin is no UTF-8 text; convert it first") from error
+    return text
 
 
 def exit_policy(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
     from river_llm.generation import GenerationResult
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True, markup=False)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def exit_layer_style(exit_layer: int, num_layers: int) -> str:
@@ -29,8 +29,13 @@ def exit_layer_style(exit_layer: int, num_layers: int) -> str:
 
 
 def print_token(text: str, exit_layer: int, num_layers: int) -> None:
-    """A piece of the answer in the colour of its exit layer, at once."""
-    stdout.print(Text(text, style=exit_layer_style(exit_layer, num_layers)), end="")
+    """A piece of the answer, at once: to a terminal in the colour of its exit layer and without
+    control characters, to a file as it is."""
+    if stdout.is_terminal:
+        text = "".join(c for c in text if c.isprintable() or c in "\n\t\u200d")
+        stdout.print(Text(text, exit_layer_style(exit_layer, num_layers), tab_size=8), end="")
+    else:
+        stdout.file.write(text)
     stdout.file.flush()
 
 

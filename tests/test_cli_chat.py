@@ -1,0 +1,185 @@
+"""`river-llm chat`, and Ctrl-C in it and in `generate`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Outcome, run, start
+
+from river_llm import Conversation, ExitPolicy, RiverLM
+from river_llm.engines import StepResult, TorchEngine
+
+pytest_plugins = ["cli_models"]
+
+PROMPT = "Name three rivers."
+_ANNOUNCE = """
+import sys
+from river_llm.cli import main
+from river_llm.river_lm import RiverLM
+stream = RiverLM.stream_tokens
+def announced(*args, **kwargs):
+    for count, response in enumerate(stream(*args, **kwargs)):
+        if count == 5:
+            print("streaming", file=sys.stderr, flush=True)
+        yield response
+RiverLM.stream_tokens = announced
+main()
+"""
+
+
+def chat(model: str, stdin: str, *options: object) -> Outcome:
+    """A conversation of short answers."""
+    outcome = run("chat", "-m", model, "-n", 6, *options, stdin=stdin)
+    assert outcome.exit_code == 0
+    assert "Traceback" not in outcome.stderr
+    return outcome
+
+
+class TestChat:
+    def test_goes_on_from_turn_to_turn(self, model: str) -> None:
+        first, second = (chat(model, f"{line}\n").stdout for line in ("Hello", "And you?"))
+        both = chat(model, "Hello\nAnd you?\n")
+        assert both.stdout.startswith(first)
+        assert both.stdout != first + second
+        assert len(both.stdout) > len(first)
+        assert both.stderr.count("6 tokens (length)") == 2
+        assert "/clear" in both.stderr.splitlines()[0]
+
+    def test_clear_starts_anew(self, model: str) -> None:
+        first, both = chat(model, "Hello\n").stdout, chat(model, "Hello\nAnd you?\n").stdout
+        assert chat(model, "Hello\nAnd you?\n /clear \nHello\n").stdout == both + first
+
+    def test_exit_ends(self, model: str) -> None:
+        assert chat(model, "Hello\n/exit\nAnd you?\n").stdout == chat(model, "Hello\n").stdout
+        assert chat(model, "/exit\n").stdout == chat(model, "").stdout == ""
+
+    def test_empty_lines_are_no_turns(self, model: str) -> None:
+        assert chat(model, "\n  \nHello\n\n").stdout == chat(model, "Hello\n").stdout
+
+    @pytest.mark.parametrize("stdin", ["Hello", "Hello\n"])
+    def test_a_line_is_the_message(self, model: str, stdin: str) -> None:
+        lm = RiverLM.from_pretrained(model, policy=ExitPolicy.fixed(1), device="cpu")
+        conversation = Conversation(lm, "Be brief.", max_new_tokens=6)
+        expected = "".join(response.text for response in conversation.stream("Hello"))
+        outcome = chat(model, stdin, "--exit-layer", 1, "--system", "Be brief.")
+        assert outcome.stdout == f"{expected}\n"
+        assert chat(model, stdin, "--exit-layer", 1).stdout != outcome.stdout
+
+    def test_a_full_context_is_a_line_and_no_end(self, other_model: str) -> None:
+        long = "river " * 100
+        outcome = chat(other_model, f"Hello\n{long}\n/clear\nHello\n")
+        assert outcome.stdout == 2 * chat(other_model, "Hello\n").stdout
+        full = [line for line in outcome.stderr.splitlines() if "context" in line]
+        assert len(full) == 1
+        assert "holds 96" in full[0]
+        assert full[0].endswith("/clear starts a new conversation")
+
+    def test_an_answer_ends_where_the_context_does(self, other_model: str) -> None:
+        outcome = chat(other_model, "Hello\nAgain\n", "-n", 500)
+        assert "tokens (context)" in outcome.stderr
+        assert "/clear starts a new conversation" in outcome.stderr.splitlines()[-1]
+
+    def test_a_model_without_chat_template_is_refused(self, model: str, tmp_path: Path) -> None:
+        for path in Path(model).iterdir():
+            if path.name != "chat_template.jinja":
+                (tmp_path / path.name).symlink_to(path)
+        run("chat", "-m", tmp_path, stdin="Hello\n").check_fails(1, "no chat template", "--raw")
+        options = ("-n", 4, "--json")
+        raw = run("generate", PROMPT, "-m", model, "--raw", *options).json
+        assert run("generate", PROMPT, "-m", tmp_path, *options).json["tokens"] == raw["tokens"]
+
+
+class TestCtrlC:
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_in_a_chat_ends_the_answer_only(
+        self, model: str, steps: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = chat(model, "Hello\n").stdout
+        interrupt(monkeypatch, "decode", steps)
+        outcome = chat(model, "Hello\n/clear\nHello\n")
+        answers = outcome.stdout.removesuffix(whole)
+        assert whole.startswith(answers.removesuffix("\n"))
+        assert 1 < len(answers) < len(whole)
+        assert f"{steps + 1} tokens (interrupted)" in outcome.stderr
+        assert "6 tokens (length)" in outcome.stderr
+
+    @pytest.mark.parametrize("steps", [0, 4])
+    def test_gives_what_has_come(
+        self, model: str, steps: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("generate", PROMPT, "-m", model, "-n", 8, "--exit-layer", 2)
+        whole = run(*command, "--json").json
+        interrupt(monkeypatch, "decode", steps)
+        output = run(*command, "--json", "--compare").json
+        assert "comparison" not in output
+        assert output["finish_reason"] == "interrupted"
+        assert output["tokens"] == whole["tokens"][: steps + 1]
+        assert output["exit_layers"] == [4, 2, 2, 2, 2][: steps + 1]
+        assert whole["text"].startswith(output["text"])
+
+    def test_before_the_first_token_gives_an_empty_answer(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        interrupt(monkeypatch, "prefill", 0)
+        output = run("generate", PROMPT, "-m", model, "--json").json
+        assert output["finish_reason"] == "interrupted"
+        assert (output["text"], output["tokens"], output["exit_layers"]) == ("", [], [])
+        assert output["mean_exit_layer"] is None
+        assert output["time_to_first_token"] is None
+        assert output["prompt_tokens"] > 0
+        interrupt(monkeypatch, "prefill", 0)
+        outcome = run("generate", PROMPT, "-m", model)
+        assert (outcome.exit_code, outcome.stdout) == (0, "\n")
+        assert "0 tokens (interrupted)" in outcome.stderr
+
+    def test_in_the_comparison_leaves_the_answer(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("generate", PROMPT, "-m", model, "-n", 8, "--json")
+        whole = run(*command).json
+        interrupt(monkeypatch, "decode", 17)
+        output = run(*command, "--compare").json
+        assert output["tokens"] == whole["tokens"]
+        assert "comparison" not in output
+
+    def test_as_a_signal_in_a_stream_of_text(self, model: str) -> None:
+        process = start("generate", PROMPT, "-m", model, "-n", 50_000, "--exit-layer", 1)
+        assert process.stdout
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert (first + rest).endswith(b"\n")
+        assert b"tokens (interrupted)" in errors
+        assert b"Traceback" not in errors
+
+    def test_as_a_signal_leaves_one_json_object(self, model: str) -> None:
+        command = ("generate", PROMPT, "-m", model, "-n", 50_000, "--exit-layer", 1, "--json")
+        process = start(*command, python=("-c", _ANNOUNCE))
+        assert process.stderr
+        assert process.stderr.readline() == b"streaming\n"
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert stderr == b""
+        output = Outcome(process.returncode, stdout.decode(), "").json
+        assert output["finish_reason"] == "interrupted"
+        assert 6 <= len(output["tokens"]) == len(output["exit_layers"]) < 50_000
+        assert set(output["exit_layers"][1:]) == {1}
+        assert output["text"]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, calls: int) -> None:
+    """Raise KeyboardInterrupt, once, in place of the engine's next call but `calls`."""
+    run_verb = getattr(TorchEngine, verb)
+    left = iter(range(calls, -1, -1))
+
+    def interrupted(engine: TorchEngine, *args: torch.Tensor | None) -> StepResult:
+        if next(left, None) == 0:
+            raise KeyboardInterrupt
+        result: StepResult = run_verb(engine, *args)
+        return result
+
+    monkeypatch.setattr(TorchEngine, verb, interrupted)

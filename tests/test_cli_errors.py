@@ -1,0 +1,250 @@
+"""What the command line says when it can't answer: exit codes 1 and 2, one line each."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run, run_process
+from transformers import AutoTokenizer
+
+from river_llm import River, RiverLM
+from river_llm.cli.options import check_device
+from river_llm.engines import TorchEngine
+
+pytest_plugins = ["cli_models"]
+
+PROMPT = "Name three rivers."
+
+WRONG_USAGE = [
+    ("--threshold 1.5", "in [-1, 1]"),
+    ("--threshold -1.5", "in [-1, 1]"),
+    ("--threshold nan", "in [-1, 1]"),
+    ("--threshold 0.9 --exit-layer 2", "not both"),
+    ("--policy never --threshold 0.5", "--policy similarity, not never"),
+    ("--policy always --exit-layer 2", "--policy fixed, not always"),
+    ("--policy similarity --exit-layer 2", "--policy fixed, not similarity"),
+    ("--policy fixed", "needs --exit-layer"),
+    ("--exit-layer -1", "0 or more"),
+    ("--first-layer 0", "layers count from 1"),
+    ("--bits 7", "2, 3, 4, 5, 6, 8"),
+    ("--group-size 48", "32, 64, 128"),
+    ("--temperature -1", "temperature"),
+    ("--temperature nan", "temperature"),
+    ("--top-p 0", "top_p"),
+    ("--top-k -1", "top_k"),
+    ("--min-p 1.1", "min_p"),
+    ("--repetition-penalty 0", "repetition_penalty"),
+    ("--max-new-tokens 0", "max_new_tokens"),
+    ("--river somewhere --bits 8", "--river brings its own"),
+    ("--river somewhere --group-size 32", "--river brings its own"),
+    ("--river somewhere --quantizer rtn", "--river brings its own"),
+]
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong usage is found before any model is loaded."""
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(RiverLM, "from_pretrained", load)
+    monkeypatch.setattr("river_llm.river_lm.load_with_river", load)
+    monkeypatch.setattr("river_llm.loading.load_backbone", load)
+
+
+@pytest.mark.usefixtures("no_loading")
+class TestWrongUsage:
+    @pytest.mark.parametrize(("options", "part"), WRONG_USAGE)
+    def test_is_refused_in_one_line(self, options: str, part: str) -> None:
+        run("generate", PROMPT, *options.split()).check_fails(2, part)
+
+    @pytest.mark.parametrize("prompt", ["", " \n\t"])
+    def test_an_empty_prompt_is_refused(self, prompt: str) -> None:
+        run("generate", prompt).check_fails(2, "the prompt is empty")
+        run("generate", "-", stdin=prompt).check_fails(2, "the prompt is empty")
+
+    def test_an_empty_stop_string_is_refused(self) -> None:
+        run("generate", PROMPT, "--stop", "").check_fails(2, "stop", "no empty string")
+
+    @pytest.mark.parametrize("command", [["chat"], ["inspect"], ["build", "tiny", "-o", "river"]])
+    def test_is_refused_by_every_command(self, command: list[str]) -> None:
+        run(*command, "--bits", 7).check_fails(2, "2, 3, 4, 5, 6, 8")
+
+    @pytest.mark.parametrize(
+        ("options", "part"),
+        [
+            ("--plot figure.png", "give --text"),
+            ("--text words --plot figure.jpg", ".png, .svg, .pdf, not figure.jpg"),
+            ("--text words --plot figure", "not figure"),
+            ("--text words --plot no/such/figure.png", "no directory no/such"),
+            ("--text words --text-file words.txt", "not both"),
+            ("--text-file no-such-file.txt", "can't read no-such-file.txt"),
+            ("--text-file bytes.txt", "can't read bytes.txt"),
+        ],
+    )
+    def test_of_inspect_is_refused(
+        self, options: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("bytes.txt").write_bytes(b"\xff\xfe")
+        run("inspect", *options.split()).check_fails(2, part)
+
+    @pytest.mark.parametrize("text", ["", " \n"])
+    def test_an_empty_text_is_refused(self, text: str) -> None:
+        run("inspect", "--text", text).check_fails(2, "the text is empty")
+        run("inspect", "--text", "-", stdin=text).check_fails(2, "the text is empty")
+
+    def test_a_plot_without_matplotlib_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("river_llm.plots.has_matplotlib", lambda: False)
+        outcome = run("inspect", "--text", "words", "--plot", "figure.png")
+        outcome.check_fails(2, "pip install 'river-llm[plot]'")
+
+
+class TestWrongUsageOfOptions:
+    CASES = (
+        ("generate words --frob", "--frob"),
+        ("generate", "prompt"),
+        ("generate words --bits many", "--bits"),
+        ("generate words --policy sometimes", "--policy"),
+        ("generate words --threads 0", "--threads"),
+        ("build", "model"),
+        ("frobnicate", "frobnicate"),
+    )
+
+    @pytest.mark.parametrize(("arguments", "part"), CASES)
+    def test_is_named(self, arguments: str, part: str) -> None:
+        outcome = run_process(*arguments.split())
+        assert outcome.exit_code == 2
+        assert outcome.stdout == ""
+        assert part in outcome.stderr
+        assert "Traceback" not in outcome.stderr
+
+    @pytest.mark.parametrize(("arguments", "part"), CASES[:1])
+    def test_is_refused_in_one_line(self, arguments: str, part: str) -> None:
+        run_process(*arguments.split()).check_fails(2, part)
+
+    def test_a_seed_beyond_64_bits_is_refused(self, model: str) -> None:
+        run("generate", PROMPT, "-m", model, "--seed", 2**64).check_fails(2, "seed")
+
+
+class TestFailure:
+    def test_no_such_model(self, tmp_path: Path) -> None:
+        run("generate", PROMPT, "-m", tmp_path / "none").check_fails(1, "no file or directory")
+        run("inspect", tmp_path).check_fails(1, "it has no config.json")
+        run("chat", "-m", "no-such-model").check_fails(1, "there is no model no-such-model")
+        outcome = run("build", "no/such", "-o", tmp_path / "river")
+        outcome.check_fails(1, "there is no model no/such")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_such_river(self, model: str, tmp_path: Path) -> None:
+        outcome = run("generate", PROMPT, "-m", model, "--river", tmp_path / "none")
+        outcome.check_fails(1, "holds no river.json")
+
+    def test_more_layers_than_the_model_has(self, model: str) -> None:
+        for command in (
+            ["generate", PROMPT, "-m", model],
+            ["chat", "-m", model],
+            ["inspect", model],
+        ):
+            run(*command, "--exit-layer", 99).check_fails(1, "the model has 4 layers")
+        outcome = run("generate", PROMPT, "-m", model, "--first-layer", 5)
+        outcome.check_fails(1, "the model has 4 layers")
+
+    def test_a_group_size_that_does_not_fit(self, model: str, tmp_path: Path) -> None:
+        wanted = ("model.layers.0.self_attn.q_proj", "input width 64", "choose 32 or 64")
+        outcome = run("generate", PROMPT, "-m", model, "--group-size", 128)
+        outcome.check_fails(1, *wanted)
+        outcome = run("build", model, "-o", tmp_path / "river", "--group-size", 128)
+        outcome.check_fails(1, *wanted)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device cuda here")
+    def test_no_cuda(self, model: str, tmp_path: Path) -> None:
+        for command in (
+            ["generate", PROMPT, "-m", model],
+            ["chat", "-m", model],
+            ["inspect", model],
+            ["build", model, "-o", tmp_path / "river"],
+        ):
+            run(*command, "--device", "cuda").check_fails(1, "no device 'cuda'", "--device cpu")
+
+    def test_no_such_device(self, model: str) -> None:
+        run("inspect", model, "--device", "abacus").check_fails(1, "no device 'abacus'")
+        assert check_device("cpu") == torch.device("cpu")
+
+    def test_a_prompt_beyond_the_context(self, other_model: str) -> None:
+        outcome = run("generate", "river " * 200, "-m", other_model, "--raw")
+        tokens = len(AutoTokenizer.from_pretrained(other_model)("river " * 200).input_ids)
+        outcome.check_fails(1, f"{tokens} tokens", "holds 96", "shorten the prompt")
+
+    def test_a_text_of_one_token(self, model: str) -> None:
+        run("inspect", model, "--text", "a").check_fails(1, "fewer than two tokens")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried"),
+        ],
+    )
+    @pytest.mark.parametrize("where", [(River, "build"), (TorchEngine, "prefill")])
+    def test_out_of_memory(
+        self,
+        model: str,
+        where: tuple[type, str],
+        error: Exception,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(*where, fail)
+        run("generate", PROMPT, "-m", model).check_fails(1, "not enough memory", "smaller model")
+
+    def test_an_internal_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise LookupError("no\nsuch   key")
+
+        monkeypatch.setattr(RiverLM, "from_pretrained", fail)
+        monkeypatch.delenv("RIVER_LLM_DEBUG", raising=False)
+        outcome = run("generate", PROMPT)
+        outcome.check_fails(1, "internal error: LookupError: no such key", "RIVER_LLM_DEBUG=1")
+        monkeypatch.setenv("RIVER_LLM_DEBUG", "1")
+        with pytest.raises(LookupError):
+            run("generate", PROMPT)
+
+    def test_an_answer_that_breaks_off(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: object) -> None:
+            raise LookupError("gone")
+
+        monkeypatch.setattr(TorchEngine, "decode", fail)
+        run("generate", PROMPT, "-m", model, "--json").check_fails(1, "internal error", "gone")
+
+    @pytest.mark.parametrize("cut", [0, 200])
+    def test_damaged_weights(self, model: str, tmp_path: Path, cut: int) -> None:
+        for path in Path(model).iterdir():
+            content = path.read_bytes()
+            is_weights = path.name == "model.safetensors"
+            (tmp_path / path.name).write_bytes(content[:cut] if is_weights else content)
+        run("inspect", tmp_path).check_fails(1, str(tmp_path))
+
+    @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # by Python's locale
+    @pytest.mark.parametrize("options", [[], ["--raw"]])
+    def test_stdin_that_is_no_text(self, model: str, errors: str, options: list[str]) -> None:
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors)
+        outcome = run("generate", "-", "-m", model, *options, stdin=stdin)
+        outcome.check_fails(outcome.exit_code, "UTF-8")
+        assert outcome.exit_code in (1, 2)
+
+    def test_a_config_that_is_no_json(self, model: str, tmp_path: Path) -> None:
+        for path in Path(model).iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        fields = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(fields)[:-10])
+        run("inspect", tmp_path).check_fails(1, str(tmp_path))
