@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def plot_inspection(
     by_token.set(xlabel="token", ylabel="backbone layers run", ylim=(0, num_layers))
     by_token.set_title(f"exit depth, {policy.describe()}", fontsize="medium")
 
-    figure.supxlabel(command, fontsize=7, family="monospace", wrap=True, parse_math=False)
+    command = textwrap.fill(command, 140)
+    figure.supxlabel(command, fontsize=7, family="monospace", parse_math=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as boxes
