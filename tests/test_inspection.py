@@ -20,7 +20,7 @@ from river_llm.inspection import TextInspection, inspect_text
 
 TOKENS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 CONFIG = RiverConfig(bits=3)
-THRESHOLDS = (math.inf, 0.935, 0.93, 0.88)  # tokens leave after any of the layers
+THRESHOLDS = (math.inf, 0.935, 0.92, 0.88)  # tokens leave after any of the layers
 MIXED = ExitPolicy.per_layer(THRESHOLDS)
 
 
@@ -65,18 +65,6 @@ def test_cosines_are_those_of_two_models_caches(
         assert len({round(cosine, 4) for cosine in expected}) == 4
 
 
-def test_the_first_token_is_left_out_of_the_cosines(
-    attached: AttachedRiver, tiny_llama: PreTrainedModel
-) -> None:
-    """A token whose embedding is nought has keys and values of nought, with a cosine of 0."""
-    expected = inspect_text(attached, TOKENS)
-    for model in (attached.model, tiny_llama):
-        model.get_input_embeddings().weight.data[5] = 0
-    changed = inspect_text(attached, [5, *TOKENS[1:]])
-    assert float(_cache(tiny_llama, [5, 6]).layers[0].keys[:, :, 0].abs().max()) == 0
-    assert changed.key_cosine[0] == pytest.approx(float(expected.key_cosine[0]), abs=1e-3)
-
-
 def test_exit_layers_are_those_of_slow_decoding(
     attached: AttachedRiver, tiny_llama: PreTrainedModel, river: River
 ) -> None:
@@ -116,7 +104,7 @@ def test_is_repeatable_and_leaves_the_policy(attached: AttachedRiver) -> None:
     assert not attached.router.record_similarities
 
 
-def test_two_tokens_are_enough(attached: AttachedRiver, tiny_llama: PreTrainedModel) -> None:
+def test_two_tokens_are_enough(attached: AttachedRiver) -> None:
     inspection = inspect_text(attached, TOKENS[:2])
     assert inspection.similarities.shape == (4, 2)
     assert inspection.exit_layers.shape == (2,)
@@ -144,9 +132,9 @@ def test_an_error_leaves_the_policy_and_the_model(attached: AttachedRiver, passe
 
 
 @torch.no_grad()
-def _cache(model: PreTrainedModel, tokens: list[int] = TOKENS) -> DynamicCache:
+def _cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache()
-    model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+    model(torch.tensor([TOKENS]), past_key_values=cache, use_cache=True)
     return cache
 
 
