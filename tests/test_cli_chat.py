@@ -10,7 +10,7 @@ import torch
 from command_line import Outcome, run, start
 
 from river_llm import Conversation, ExitPolicy, RiverLM
-from river_llm.engines import StepResult, TorchEngine
+from river_llm.engines import CpuEngine, Engine, StepResult, TorchEngine
 
 pytest_plugins = ["cli_models"]
 
@@ -107,12 +107,18 @@ class TestCtrlC:
         assert "6 tokens (length)" in outcome.stderr
 
     @pytest.mark.parametrize("steps", [0, 4])
+    @pytest.mark.parametrize("engine", [CpuEngine, TorchEngine])
     def test_gives_what_has_come(
-        self, model: str, steps: int, monkeypatch: pytest.MonkeyPatch
+        self,
+        model: str,
+        steps: int,
+        engine: type[CpuEngine | TorchEngine],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         command = ("generate", PROMPT, "-m", model, "-n", 8, "--exit-layer", 2)
+        command += ("--engine", engine.name)
         whole = run(*command, "--json").json
-        interrupt(monkeypatch, "decode", steps)
+        interrupt(monkeypatch, "decode", steps, engine)
         output = run(*command, "--json", "--compare").json
         assert "comparison" not in output
         assert output["finish_reason"] == "interrupted"
@@ -171,15 +177,20 @@ class TestCtrlC:
         assert output["text"]
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, verb: str, calls: int) -> None:
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    calls: int,
+    engine: type[CpuEngine | TorchEngine] = CpuEngine,
+) -> None:
     """Raise KeyboardInterrupt, once, in place of the engine's next call but `calls`."""
-    run_verb = getattr(TorchEngine, verb)
+    run_verb = getattr(engine, verb)
     left = iter(range(calls, -1, -1))
 
-    def interrupted(engine: TorchEngine, *args: torch.Tensor | None) -> StepResult:
+    def interrupted(engine: Engine, *args: torch.Tensor | None) -> StepResult:
         if next(left, None) == 0:
             raise KeyboardInterrupt
         result: StepResult = run_verb(engine, *args)
         return result
 
-    monkeypatch.setattr(TorchEngine, verb, interrupted)
+    monkeypatch.setattr(engine, verb, interrupted)

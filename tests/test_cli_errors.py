@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from river_llm import River, RiverLM
 from river_llm.cli.options import check_device
-from river_llm.engines import TorchEngine
+from river_llm.engines import CpuEngine, TorchEngine
 
 pytest_plugins = ["cli_models"]
 
@@ -193,7 +193,9 @@ class TestFailure:
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried"),
         ],
     )
-    @pytest.mark.parametrize("where", [(River, "build"), (TorchEngine, "prefill")])
+    @pytest.mark.parametrize(
+        "where", [(River, "build"), (CpuEngine, "prefill"), (TorchEngine, "prefill")]
+    )
     def test_out_of_memory(
         self,
         model: str,
@@ -205,7 +207,9 @@ class TestFailure:
             raise error
 
         monkeypatch.setattr(*where, fail)
-        run("generate", PROMPT, "-m", model).check_fails(1, "not enough memory", "smaller model")
+        engine = getattr(where[0], "name", "auto")
+        outcome = run("generate", PROMPT, "-m", model, "--engine", engine)
+        outcome.check_fails(1, "not enough memory", "smaller model")
 
     def test_an_internal_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object, **kwargs: object) -> None:
@@ -223,7 +227,7 @@ class TestFailure:
         def fail(*args: object) -> None:
             raise LookupError("gone")
 
-        monkeypatch.setattr(TorchEngine, "decode", fail)
+        monkeypatch.setattr(CpuEngine, "decode", fail)
         run("generate", PROMPT, "-m", model, "--json").check_fails(1, "internal error", "gone")
 
     @pytest.mark.parametrize("cut", [0, 200])

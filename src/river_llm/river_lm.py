@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.config import RiverConfig
-from river_llm.engines import Engine, TorchEngine
+from river_llm.engines import Engine, EngineChoice, check_engine_options, make_engine
 from river_llm.errors import ConfigError, RiverError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
 from river_llm.loading import DEFAULT_MODEL, load_backbone
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
 from river_llm.text import Message, Prompt, encode_prompt
-
-EngineChoice = Literal["auto", "torch"]
 
 
 class RiverLM:
@@ -34,6 +32,8 @@ class RiverLM:
         tokenizer: of `transformers`.
         river_config: how the river is quantised.
         stop_tokens: ids that end an answer.
+        fallback_reason: why the torch engine serves where ``engine="auto"`` could have taken the
+            native one; None if that is not so.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class RiverLM:
         tokenizer: PreTrainedTokenizerBase,
         river_config: RiverConfig,
         stop_tokens: frozenset[int] = frozenset(),
+        fallback_reason: str | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.river_config = river_config
         self.stop_tokens = stop_tokens
+        self.fallback_reason = fallback_reason
         self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
         self._answers = 0  # begun so far
 
@@ -60,6 +62,9 @@ class RiverLM:
         *,
         device: torch.device | str | None = None,
         engine: EngineChoice = "auto",
+        threads: int | None = None,
+        backbone_bits: int = 16,
+        lm_head_bits: int = 16,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> RiverLM:
@@ -72,28 +77,33 @@ class RiverLM:
             policy: when tokens leave the backbone, see `ExitPolicy`.
             dtype: of the backbone's weights, the activations and the KV cache.
             device: by default CUDA where there is one, else the CPU.
-            engine: ``"torch"`` is the only one so far, so ``"auto"`` takes it.
+            engine: ``"cpu"``, the native one, ``"torch"`` or ``"auto"``, see `make_engine`.
+            threads: that compute on a CPU; by default as many as the process may use.
+            backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
+            lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
             progress: called while the river is built with (layers done, layers in all).
 
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
-        if engine not in ("auto", "torch"):
-            raise ConfigError(f"engine is {engine!r}; choose one of auto, torch")
-        attached, tokenizer = load_with_river(
-            name_or_path,
-            river,
-            policy,
-            dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+        check_engine_options(engine, backbone_bits, lm_head_bits)
+        model, tokenizer, made = _load(
+            name_or_path, river, dtype, device, trust_remote_code, progress
         )
         stop_tokens = {tokenizer.eos_token_id}
-        configured = attached.model.generation_config.eos_token_id
+        configured = model.generation_config.eos_token_id if model.generation_config else None
         stop_tokens.update(configured if isinstance(configured, list) else [configured])
         stop_tokens -= {None}
-        return cls(TorchEngine(attached), tokenizer, attached.config, frozenset(stop_tokens))
+        chosen, reason = make_engine(
+            model,
+            made,
+            policy or ExitPolicy.similarity(DEFAULT_THRESHOLD),
+            engine,
+            threads=threads,
+            backbone_bits=backbone_bits,
+            lm_head_bits=lm_head_bits,
+        )
+        return cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -259,9 +269,23 @@ def load_with_river(
 ) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
     """The model of `transformers` with its river attached, and its tokeniser; arguments and errors
     as of `RiverLM.from_pretrained`."""
+    model, tokenizer, made = _load(name_or_path, river, dtype, device, trust_remote_code, progress)
+    return attach_river(model, made, policy=policy), tokenizer
+
+
+def _load(
+    name_or_path: str | Path,
+    river: str | Path | River | RiverConfig | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, River]:
     if isinstance(river, str | Path):
         river = River.load(river)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
-    return attach_river(model, river, policy=policy, progress=progress), tokenizer
+    if not isinstance(river, River):
+        river = River.build(model, river, progress)
+    return model, tokenizer, river

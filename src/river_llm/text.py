@@ -24,12 +24,14 @@ def encode_prompt(
     always go through the template.
 
     Raises:
-        ConfigError: the prompt is empty, or there are messages but no chat template.
+        ConfigError: the prompt is empty or has lone surrogates, which are no text, or there are
+            messages but no chat template.
     """
     if not prompt or (isinstance(prompt, str) and not prompt.strip() and not raw):
         raise ConfigError("the prompt is empty; give some text")
     has_template = bool(tokenizer.chat_template)
     if isinstance(prompt, str) and (raw or not has_template):
+        _check_encodable(prompt)
         token_ids = list(tokenizer(prompt).input_ids)
     else:
         if not has_template:
@@ -38,6 +40,8 @@ def encode_prompt(
         wanted = 'messages must be a list of {"role": ..., "content": ...}'
         if not isinstance(messages, list | tuple) or not all(map(_is_message, messages)):
             raise ConfigError(wanted)
+        for message in messages:
+            _check_encodable(message["content"])
         try:
             encoded = tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, return_dict=True
@@ -54,6 +58,16 @@ def _is_message(message: object) -> bool:
     return isinstance(message, dict) and all(
         isinstance(message.get(key), str) for key in ("role", "content")
     )
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt is no text, character {error.start} is half of a surrogate pair; "
+            "read it as UTF-8"
+        ) from error
 
 
 class IncrementalDecoder:

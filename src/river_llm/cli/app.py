@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from river_llm.cli.bench import bench
 from river_llm.cli.build import build
 from river_llm.cli.chat import chat
 from river_llm.cli.generate import generate
@@ -32,6 +33,7 @@ app.command()(build)
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
+app.command()(bench)
 
 
 def main() -> None:

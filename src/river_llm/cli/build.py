@@ -29,10 +29,10 @@ def build(
 
     config = options.new_river_config(bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:
+        options.prepare_torch(threads)
         from river_llm.loading import load_backbone
         from river_llm.river import River
 
-        options.prepare_torch(threads)
         backbone, _ = load_backbone(
             model,
             options.torch_dtype(dtype),

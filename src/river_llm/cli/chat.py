@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +13,8 @@ from river_llm.cli import options
 from river_llm.errors import ConfigError, ContextFullError
 
 if TYPE_CHECKING:
+    from river_llm.config import SamplingConfig
     from river_llm.river_lm import Conversation, RiverLM
-    from river_llm.sampling import SamplingConfig
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -39,18 +40,33 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     engine: options.Engine = options.EngineName.auto,
+    backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
+    lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Talk with a model; its KV cache is kept from turn to turn."""
+    if system is not None:
+        options.check_text("--system", system)
     chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     sampling = options.sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
     config = options.river_config(river, bits, group_size, quantizer)
-    lm = options.load(model, config, chosen, engine, dtype, device, threads, trust_remote_code)
+    lm = options.load(
+        model,
+        config,
+        chosen,
+        engine,
+        dtype,
+        device,
+        threads,
+        trust_remote_code,
+        backbone_bits,
+        lm_head_bits,
+    )
     if not lm.tokenizer.chat_template:
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
     _converse(lm, system, sampling)
@@ -60,6 +76,8 @@ def _converse(lm: RiverLM, system: str | None, sampling: SamplingConfig) -> None
     from river_llm.cli import render
     from river_llm.river_lm import Conversation
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one bad line leaves the next ones whole
     render.stderr.print(_HELP)
     conversation = Conversation(lm, system, **asdict(sampling))
     while (text := _read_line()) is not None:
@@ -68,6 +86,8 @@ def _converse(lm: RiverLM, system: str | None, sampling: SamplingConfig) -> None
             return
         if command == "/clear":
             conversation = Conversation(lm, system, **asdict(sampling))
+        elif not options.is_text(text):
+            render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:
             _reply(lm, conversation, text)
 

@@ -12,8 +12,8 @@ from river_llm.cli import options
 
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
+    from river_llm.config import SamplingConfig
     from river_llm.river_lm import RiverLM
-    from river_llm.sampling import SamplingConfig
 
 
 def generate(
@@ -49,6 +49,8 @@ def generate(
     ] = False,
     json_output: options.Json = False,
     engine: options.Engine = options.EngineName.auto,
+    backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
+    lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -58,13 +60,25 @@ def generate(
     chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     if prompt == "-":
         prompt = options.read_stdin()
+    options.check_text("the prompt", prompt)
     if not prompt.strip():
         raise options.usage_error("the prompt is empty; give some text, or - to read it from stdin")
     sampling = options.sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
     config = options.river_config(river, bits, group_size, quantizer)
-    lm = options.load(model, config, chosen, engine, dtype, device, threads, trust_remote_code)
+    lm = options.load(
+        model,
+        config,
+        chosen,
+        engine,
+        dtype,
+        device,
+        threads,
+        trust_remote_code,
+        backbone_bits,
+        lm_head_bits,
+    )
     _answer(lm, prompt, raw, sampling, compare, json_output)
 
 
@@ -109,8 +123,8 @@ def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Arm
     """The arms along the backbone's own answer; None if it is too short or Ctrl-C came."""
     from river_llm.cli import render
     from river_llm.comparison import compare_arms
+    from river_llm.config import SamplingConfig
     from river_llm.exit_policy import ExitPolicy
-    from river_llm.sampling import SamplingConfig
 
     river_policy = lm.policy
     try:

@@ -56,9 +56,9 @@ def inspect(
         _check_plot(plot)
     config = options.river_config(river, bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:
+        options.prepare_torch(threads)
         from river_llm.river_lm import load_with_river
 
-        options.prepare_torch(threads)
         attached, tokenizer = load_with_river(
             model,
             config,
@@ -102,8 +102,10 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
             raise options.usage_error(f"can't read {text_file}: {error}") from error
     elif text == "-":
         text = options.read_stdin()
-    if text is not None and not text.strip():
-        raise options.usage_error("the text is empty")
+    if text is not None:
+        options.check_text("the text", text)
+        if not text.strip():
+            raise options.usage_error("the text is empty")
     return text
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_llm.config import RiverConfig
+from river_llm.cli.imports import import_libraries
+from river_llm.config import RiverConfig, SamplingConfig
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from river_llm.exit_policy import ExitPolicy
     from river_llm.river_lm import RiverLM
-    from river_llm.sampling import SamplingConfig
 
 
 class PolicyName(str, Enum):
@@ -35,7 +35,13 @@ class PrefillName(str, Enum):
 
 class EngineName(str, Enum):
     auto = "auto"
+    cpu = "cpu"
     torch = "torch"
+
+
+class WeightBits(str, Enum):
+    sixteen = "16"
+    eight = "8"
 
 
 class QuantizerName(str, Enum):
@@ -108,7 +114,28 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(help="End the answer at this string; may be repeated.", rich_help_panel=_SAMPLING),
 ]
-Engine = Annotated[EngineName, typer.Option(help="What computes.", rich_help_panel=_SYSTEM)]
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        help="What computes: the native one (cpu), or PyTorch, for every model and device.",
+        rich_help_panel=_SYSTEM,
+    ),
+]
+BackboneBits = Annotated[
+    WeightBits,
+    typer.Option(
+        help="Of the backbone's weights: 16 (bfloat16) or 8 (native engine; not the exact model).",
+        rich_help_panel=_SYSTEM,
+    ),
+]
+HeadBits = Annotated[
+    WeightBits,
+    typer.Option(
+        "--lm-head-bits",
+        help="Of the LM head: 16 (bfloat16) or 8 (native engine; faster, not the exact model).",
+        rich_help_panel=_SYSTEM,
+    ),
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the backbone.", rich_help_panel=_SYSTEM)]
 Device = Annotated[
     str | None,
@@ -147,6 +174,25 @@ def usage_error(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be encoded: bytes that are no UTF-8 come in as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(name: str, text: str) -> None:
+    """See that an argument is UTF-8 text.
+
+    Raises:
+        typer.Exit: it is not.
+    """
+    if not is_text(text):
+        raise usage_error(f"{name} is no UTF-8 text; convert it first")
+
+
 def read_stdin() -> str:
     """All of stdin.
 
@@ -155,9 +201,9 @@ def read_stdin() -> str:
     """
     try:
         text = sys.stdin.read()
-        text.encode("utf-8")
     except UnicodeError as error:
         raise usage_error("stdin is no UTF-8 text; convert it first") from error
+    check_text("stdin", text)
     return text
 
 
@@ -201,6 +247,7 @@ def exit_policy(
 
 def prepare_torch(threads: int | None) -> None:
     """Set the number of threads, and keep the libraries' own bars and notes off the terminal."""
+    import_libraries()
     import huggingface_hub
     import torch
     import transformers
@@ -235,8 +282,6 @@ def sampling_config(
     Raises:
         typer.Exit: one is out of its range.
     """
-    from river_llm.sampling import SamplingConfig
-
     try:
         return SamplingConfig(
             max_new_tokens=max_new_tokens,
@@ -289,6 +334,8 @@ def load(
     device: str | None,
     threads: int | None,
     trust_remote_code: bool,
+    backbone_bits: WeightBits = WeightBits.sixteen,
+    lm_head_bits: WeightBits = WeightBits.sixteen,
 ) -> RiverLM:
     """The model with its river, with progress on stderr.
 
@@ -298,19 +345,31 @@ def load(
     from river_llm.cli.render import LoadingProgress
 
     with LoadingProgress(f"loading {model}") as progress:
+        prepare_torch(threads)
         from river_llm.river_lm import RiverLM
 
-        prepare_torch(threads)
-        return RiverLM.from_pretrained(
+        lm = RiverLM.from_pretrained(
             model,
             river,
             policy,
             torch_dtype(dtype),
             device=check_device(device),
             engine=engine.value,
+            threads=threads,
+            backbone_bits=int(backbone_bits.value),
+            lm_head_bits=int(lm_head_bits.value),
             trust_remote_code=trust_remote_code,
             progress=progress.layers_built,
         )
+    notes = []
+    if lm.fallback_reason is not None:
+        notes.append(f"PyTorch computes: {lm.fallback_reason}")
+    for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
+        if bits is WeightBits.eight:
+            notes.append(f"the {name} is in 8 bits: its answers are not exactly the model's")
+    for note in notes:
+        print(f"river-llm: {note}", file=sys.stderr)
+    return lm
 
 
 def check_device(device: str | None) -> Any:

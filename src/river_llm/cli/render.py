@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
     from river_llm.generation import GenerationResult
 
+# What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
+# that turn the direction of the text around them.
+_OBEYED = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_WITHOUT_OBEYED = dict.fromkeys(code for code in _OBEYED if chr(code) not in "\n\t")
+
 stdout = Console(highlight=False, soft_wrap=True, markup=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -32,7 +37,7 @@ def print_token(text: str, exit_layer: int, num_layers: int) -> None:
     """A piece of the answer, at once: to a terminal in the colour of its exit layer and without
     control characters, to a file as it is."""
     if stdout.is_terminal:
-        text = "".join(c for c in text if c.isprintable() or c in "\n\t\u200d")
+        text = text.translate(_WITHOUT_OBEYED)
         stdout.print(Text(text, exit_layer_style(exit_layer, num_layers), tab_size=8), end="")
     else:
         stdout.file.write(text)

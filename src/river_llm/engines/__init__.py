@@ -1,6 +1,16 @@
 """How a step is computed. Generation and evaluation know engines only through `Engine`."""
 
+from river_llm.engines.choice import EngineChoice, check_engine_options, make_engine
+from river_llm.engines.cpu_engine import CpuEngine
 from river_llm.engines.engine import Engine, StepResult
 from river_llm.engines.torch_engine import TorchEngine
 
-__all__ = ["Engine", "StepResult", "TorchEngine"]
+__all__ = [
+    "CpuEngine",
+    "Engine",
+    "EngineChoice",
+    "StepResult",
+    "TorchEngine",
+    "check_engine_options",
+    "make_engine",
+]

@@ -34,6 +34,7 @@ class TorchEngine:
         parameters = inspect.signature(self.model.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.device = self.model.device
         self._cache = DynamicCache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
         self._length = 0
@@ -47,6 +48,14 @@ class TorchEngine:
         self.attached.policy = policy
 
     @property
+    def record_similarities(self) -> bool:
+        return self.attached.router.record_similarities
+
+    @record_similarities.setter
+    def record_similarities(self, record: bool) -> None:
+        self.attached.router.record_similarities = record
+
+    @property
     def length(self) -> int:
         return self._length
 
@@ -55,6 +64,14 @@ class TorchEngine:
 
     def decode(self, token_ids: Tensor) -> StepResult:
         return self._run(token_ids.unsqueeze(1), None, "decode")
+
+    def verify(self, token_ids: Tensor) -> StepResult:
+        policy = self.policy
+        self.policy = ExitPolicy.never()
+        try:
+            return self._run(token_ids, None, "decode", all_logits=True)
+        finally:
+            self.policy = policy
 
     def truncate(self, length: int) -> None:
         self._length = min(length, self._length)
@@ -69,7 +86,13 @@ class TorchEngine:
             self._padding_mask = self._padding_mask[:, : self._length]
 
     @torch.no_grad()
-    def _run(self, token_ids: Tensor, padding_mask: Tensor | None, phase: Phase) -> StepResult:
+    def _run(
+        self,
+        token_ids: Tensor,
+        padding_mask: Tensor | None,
+        phase: Phase,
+        all_logits: bool = False,
+    ) -> StepResult:
         num_tokens = token_ids.shape[1]
         if self.context_length is not None and self._length + num_tokens > self.context_length:
             raise ContextFullError(
@@ -80,15 +103,25 @@ class TorchEngine:
         self.attached.phase = phase
         length = self._length
         try:
+            fewer_logits = {} if all_logits else self._last_logits_only
             output = self.model(
-                past_key_values=self._cache, use_cache=True, **inputs, **self._last_logits_only
+                past_key_values=self._cache, use_cache=True, **inputs, **fewer_logits
             )
             self._length = length + num_tokens
         finally:
             self.attached.phase = None
             if self._length == length:  # cut short by an error or Ctrl-C: undo half a pass
                 self._undo(length)
-        return StepResult(output.logits[:, -1], self.attached.last_exit_layers[:, -1])
+        similarities = self.attached.router.similarities  # [L, B, T] or None
+        if all_logits:
+            return StepResult(
+                output.logits, self.attached.last_exit_layers, similarities=similarities
+            )
+        return StepResult(
+            output.logits[:, -1],
+            self.attached.last_exit_layers[:, -1],
+            similarities=None if similarities is None else similarities[:, :, -1],
+        )
 
     def _inputs(self, token_ids: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward; mask and positions only where there is padding."""

@@ -1,0 +1,53 @@
+// The forward pass: tokens in, KV cache extended, logits, exit layers and similarities out.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kv_cache.h"
+#include "model.h"
+#include "team.h"
+
+namespace river {
+
+// One pass over some rows; a row is one token of one sequence, and the rows of a sequence are
+// appended to it in their order. Vectors have one entry for each row unless said otherwise.
+struct Pass {
+  std::vector<int> tokens;
+  std::vector<int> sequences;
+  std::vector<float> thresholds;    // [L] leave after l layers where the similarity exceeds [l]
+  std::vector<int> mean_groups;     // rows of one group share their mean similarity; empty: none do
+  std::vector<int> minimum_groups;  // and then their smallest; empty: none do
+  std::vector<int> logit_rows;      // rows that go through the LM head
+  bool record_similarities = false;
+
+  // results
+  std::vector<int> exit_layers;     // how many backbone layers a row ran
+  std::vector<float> similarities;  // [L][rows], NaN where a row had left; empty unless recorded
+  std::vector<float> logits;        // [logit rows][logit_stride]
+  size_t logit_stride = 0;          // V, and what rounds it up to whole panels
+  std::vector<int> best_tokens;     // [logit rows] the first token of the largest logit
+};
+
+class Decoder {
+ public:
+  Decoder(const Model& model, const KernelSet& kernels, Team& team);
+  ~Decoder();
+
+  KvCache cache;
+
+  // Throws std::invalid_argument for tokens, sequences or groups that there aren't, and
+  // std::bad_alloc. After an error the cache holds what it held before.
+  void forward(Pass& pass);
+
+ private:
+  class Run;
+  struct Buffers;
+
+  const Model& model_;
+  const KernelSet& kernels_;
+  Team& team_;
+  std::unique_ptr<Buffers> buffers_;
+};
+
+}  // namespace river

@@ -1,0 +1,462 @@
+// The kernels, once, in terms of the sixteen lanes of a simd_*.h that was included before. Each
+// instruction set compiles them in its own translation unit with its own flags; everything here is
+// in an unnamed namespace, so that no function compiled for one processor is linked for another.
+// For the same reason no template of the standard library is used here.
+#pragma once
+
+#include <cmath>
+
+#include "kernel_set.h"
+
+namespace river {
+namespace {
+
+// How far ahead of their use the weights are fetched into the second level cache.
+constexpr int kPrefetchBytes = 8192;
+
+// ---- activations ----------------------------------------------------------------------------
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+size_t pairs_bytes(int columns) {
+  return sizeof(Pair) * static_cast<size_t>(round_up(columns, kInputBlock) / 2);
+}
+
+void prepare_pairs(const float* x, int count, void* out) {
+  auto* pairs = static_cast<Pair*>(out);
+  for (int i = 0; i < count / 2; ++i) prepare_pair(x + 2 * i, pairs + i);
+  const float nothing[2] = {0.0f, 0.0f};
+  for (int i = count / 2; i < round_up(count, kInputBlock) / 2; ++i)
+    prepare_pair(nothing, pairs + i);
+}
+
+// A group of activations in fixed point: x = scale * (256 * high + low).
+struct FixedGroup {
+  float scale;
+  float sum;          // of the group's x, as they were rounded
+  int32_t whole_sum;  // the same without the scale
+  int32_t unused;
+};
+// After the groups of a row, for every 8 inputs four words of signed bytes: high of the inputs
+// 0 2 4 6, high of 1 3 5 7, low of 0 2 4 6, low of 1 3 5 7 (the order of nibbles in a code word).
+
+size_t fixed_bytes(int columns, int group_size) {
+  return static_cast<size_t>(columns / group_size) * sizeof(FixedGroup) +
+         static_cast<size_t>(columns) * 2;
+}
+
+// 127 * 256 + 127 would be the largest; a little less keeps `high` within a byte after rounding.
+constexpr float kFixedMaximum = 32512.0f;
+
+void prepare_fixed(const float* x, int count, int group_size, void* out) {
+  const int num_groups = count / group_size;
+  auto* groups = static_cast<FixedGroup*>(out);
+  auto* bytes = reinterpret_cast<int8_t*>(groups + num_groups);
+  for (int g = 0; g < num_groups; ++g, x += group_size, bytes += 2 * group_size) {
+    Floats most = zero();
+    for (int i = 0; i < group_size; i += 16) {
+      const Floats v = load(x + i);
+      most = max(most, max(v, sub(zero(), v)));
+    }
+    const float maximum = largest(most);
+    const float inverse = maximum > 0.0f ? kFixedMaximum / maximum : 0.0f;
+    int32_t whole_sum = 0;
+    float rounded[128];
+    for (int i = 0; i < group_size; i += 16)
+      store(rounded + i, round_to_int(mul(load(x + i), set1(inverse))));
+    for (int i = 0; i < group_size; ++i) {
+      const auto whole = static_cast<int32_t>(rounded[i]);
+      const int32_t high = (whole + 128) >> 8;
+      whole_sum += whole;
+      int8_t* words = bytes + (i / 8) * 16 + (i % 2) * 4 + (i % 8) / 2;
+      words[0] = static_cast<int8_t>(high);
+      words[8] = static_cast<int8_t>(whole - 256 * high);
+    }
+    const float scale = maximum / kFixedMaximum;
+    groups[g] = {scale, scale * static_cast<float>(whole_sum), whole_sum, 0};
+  }
+}
+
+// ---- products -------------------------------------------------------------------------------
+
+// Sixteen outputs of `Rows` rows with bfloat16 weights: kChains sums of every kChains-th pair.
+template <int Rows>
+void panel_pairs(const uint8_t* panel, int pairs, const uint8_t* x, size_t x_stride, float* out,
+                 size_t out_stride) {
+  Floats acc[Rows][kChains];
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < kChains; ++c) acc[r][c] = zero();
+  for (int k = 0; k < pairs; k += kChains) {
+    for (int c = 0; c < kChains; ++c, panel += 64) {
+      prefetch(panel + kPrefetchBytes);
+      const Words w = load_words(panel);
+      for (int r = 0; r < Rows; ++r)
+        acc[r][c] = dot_pair(acc[r][c], w, reinterpret_cast<const Pair*>(x + r * x_stride) + k + c);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int width = kChains / 2; width > 0; width /= 2)
+      for (int c = 0; c < width; ++c) acc[r][c] = add(acc[r][c], acc[r][c + width]);
+    store(out + r * out_stride, acc[r][0]);
+  }
+}
+
+// Sixteen outputs of `Rows` rows with codes of `Bits`, group by group:
+//   sum of w x = scale * sum of (code - 2**(Bits - 1)) x + zero * sum of x
+template <int Bits, int Rows>
+void panel_codes(const uint8_t* panel, int num_groups, int group_size, const uint8_t* x,
+                 size_t x_stride, float* out, size_t out_stride) {
+  Floats total[Rows];
+  for (int r = 0; r < Rows; ++r) total[r] = zero();
+  const size_t words_start = static_cast<size_t>(num_groups) * sizeof(FixedGroup);
+  for (int g = 0; g < num_groups; ++g) {
+    prefetch(panel + kPrefetchBytes);
+    const Words scale_and_zero = load_words(panel);
+    panel += 64;
+    Ints high[Rows], low[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      const auto* groups = reinterpret_cast<const FixedGroup*>(x + r * x_stride);
+      high[r] = zero_ints();
+      low[r] = set1_int(-(1 << (Bits - 1)) * groups[g].whole_sum);
+    }
+    const uint8_t* words = x + words_start + static_cast<size_t>(g) * group_size * 2;
+    for (int i = 0; i < group_size / 8; ++i, words += 16) {
+      Words even, odd;  // codes of the inputs 0 2 4 6 and 1 3 5 7
+      prefetch(panel + kPrefetchBytes);
+      if constexpr (Bits == 4) {
+        const Words both = load_words(panel);
+        even = low_nibbles(both);
+        odd = high_nibbles(both);
+        panel += 64;
+      } else {
+        prefetch(panel + kPrefetchBytes + 64);
+        even = load_words(panel);
+        odd = load_words(panel + 64);
+        panel += 128;
+      }
+      for (int r = 0; r < Rows; ++r) {
+        const auto* w = reinterpret_cast<const uint32_t*>(words + r * x_stride);
+        if constexpr (Bits == 4) {
+          high[r] = dot_nibbles(dot_nibbles(high[r], even, w[0]), odd, w[1]);
+          low[r] = dot_nibbles(dot_nibbles(low[r], even, w[2]), odd, w[3]);
+        } else {
+          high[r] = dot_bytes(dot_bytes(high[r], even, w[0]), odd, w[1]);
+          low[r] = dot_bytes(dot_bytes(low[r], even, w[2]), odd, w[3]);
+        }
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      const FixedGroup& group = reinterpret_cast<const FixedGroup*>(x + r * x_stride)[g];
+      const Floats codes = mul(to_floats(times_256_plus(high[r], low[r])), set1(group.scale));
+      total[r] = fma(high_bf16(scale_and_zero), codes, total[r]);
+      total[r] = fma(low_bf16(scale_and_zero), set1(group.sum), total[r]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) store(out + r * out_stride, total[r]);
+}
+
+// Runs `body` with Rows = min(rows, Limit) as a compile-time constant.
+template <int Limit, class Body>
+inline void with_rows(int rows, Body body) {
+  if constexpr (Limit > 1) {
+    if (rows < Limit) {
+      with_rows<Limit - 1>(rows, body);
+      return;
+    }
+  }
+  body.template operator()<Limit>();
+}
+
+// Rows that stay in the second level cache while the panels pass by.
+inline int rows_in_cache(size_t x_stride) {
+  const auto rows = static_cast<int>((512u << 10) / (x_stride + 1));
+  return rows < 12 ? 12 : rows;
+}
+
+void panel_pairs_rows(const PackedMatrix& matrix, int panel, const uint8_t* x, size_t x_stride,
+                      int rows, float* out, size_t out_stride) {
+  for (int r = 0; r < rows; r += kMaxPairRows)
+    with_rows<kMaxPairRows>(rows - r, [&]<int Rows>() {
+      panel_pairs<Rows>(matrix.panel(panel), matrix.columns / 2, x + r * x_stride, x_stride,
+                        out + r * out_stride + panel * kLanes, out_stride);
+    });
+}
+
+template <int Bits>
+void panel_codes_rows(const PackedMatrix& matrix, int panel, const uint8_t* x, size_t x_stride,
+                      int rows, float* out, size_t out_stride) {
+  for (int r = 0; r < rows; r += kMaxCodeRows)
+    with_rows<kMaxCodeRows>(rows - r, [&]<int Rows>() {
+      panel_codes<Bits, Rows>(matrix.panel(panel), matrix.columns / matrix.group_size,
+                              matrix.group_size, x + r * x_stride, x_stride,
+                              out + r * out_stride + panel * kLanes, out_stride);
+    });
+}
+
+void matmul(const PackedMatrix& matrix, int first, int last, const void* x, size_t x_stride,
+            int rows, float* out, size_t out_stride) {
+  const int block = rows_in_cache(x_stride);
+  for (int start = 0; start < rows; start += block) {
+    const int count = rows - start < block ? rows - start : block;
+    const uint8_t* x_block = static_cast<const uint8_t*>(x) + start * x_stride;
+    float* out_block = out + start * out_stride;
+    for (int p = first; p < last; ++p) {
+      if (matrix.bits == 16)
+        panel_pairs_rows(matrix, p, x_block, x_stride, count, out_block, out_stride);
+      else if (matrix.bits == 4)
+        panel_codes_rows<4>(matrix, p, x_block, x_stride, count, out_block, out_stride);
+      else
+        panel_codes_rows<8>(matrix, p, x_block, x_stride, count, out_block, out_stride);
+    }
+  }
+}
+
+// ---- attention ------------------------------------------------------------------------------
+
+// e**x within 2e-7, by a polynomial on [-ln 2 / 2, ln 2 / 2]
+inline Floats exponential(Floats x) {
+  x = min(max(x, set1(-87.0f)), set1(88.0f));
+  const Floats n = round_to_int(mul(x, set1(1.44269504f)));
+  Floats r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  Floats p = set1(1.0f / 720);
+  p = fma(p, r, set1(1.0f / 120));
+  p = fma(p, r, set1(1.0f / 24));
+  p = fma(p, r, set1(1.0f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  return times_power_of_2(p, n);
+}
+
+constexpr float kNothingSeen = -1e30f;  // the maximum of no scores
+
+template <int Queries>
+void attend(const PageAttention& page, int start) {
+  const int dims = page.head_dim;
+  const Pair* query[Queries];
+  int first = kPagePositions, last = 0;
+  for (int q = 0; q < Queries; ++q) {
+    query[q] = reinterpret_cast<const Pair*>(static_cast<const uint8_t*>(page.query) +
+                                             (start + q) * page.query_stride);
+    first = page.begin[start + q] < first ? page.begin[start + q] : first;
+    last = page.end[start + q] > last ? page.end[start + q] : last;
+  }
+  const int first_block = first / kLanes, last_block = (last + kLanes - 1) / kLanes;
+
+  // scores[q][position] = query . key
+  float scores[Queries][kPagePositions];
+  Floats most[Queries];
+  for (int q = 0; q < Queries; ++q) most[q] = set1(kNothingSeen);
+  for (int b = first_block; b < last_block; ++b) {
+    const uint32_t* keys = page.keys + static_cast<size_t>(b) * dims / 2 * kLanes;
+    Floats acc[Queries];
+    for (int q = 0; q < Queries; ++q) acc[q] = zero();
+    for (int pair = 0; pair < dims / 2; ++pair) {
+      const Words w = load_words(keys + pair * kLanes);
+      for (int q = 0; q < Queries; ++q) acc[q] = dot_pair(acc[q], w, query[q] + pair);
+    }
+    for (int q = 0; q < Queries; ++q) {
+      int begin = page.begin[start + q] - b * kLanes, end = page.end[start + q] - b * kLanes;
+      begin = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
+      end = end < begin ? begin : end > kLanes ? kLanes : end;
+      if (begin > 0 || end < kLanes) acc[q] = keep_lanes(acc[q], begin, end, kNothingSeen);
+      most[q] = max(most[q], acc[q]);
+      store(&scores[q][b * kLanes], acc[q]);
+    }
+  }
+
+  // weights = e**(score - maximum)
+  Pair weights[Queries][kPagePositions / 2];
+  for (int q = 0; q < Queries; ++q) {
+    float* partial = page.partial + (start + q) * page.partial_stride;
+    const float maximum = largest(most[q]);
+    Floats weight_sum = zero();
+    for (int b = first_block; b < last_block; ++b) {
+      float weight[kLanes];
+      const Floats score = load(&scores[q][b * kLanes]);
+      // where a query sees nothing, its weights are zero, not e**0
+      const Floats w = maximum > kNothingSeen ? exponential(sub(score, set1(maximum))) : zero();
+      store(weight, w);
+      int begin = page.begin[start + q] - b * kLanes, end = page.end[start + q] - b * kLanes;
+      if (begin > 0 || end < kLanes) {  // e**-87 is not quite nothing
+        for (int i = 0; i < kLanes; ++i)
+          if (i < begin || i >= end) weight[i] = 0.0f;
+      }
+      weight_sum = add(weight_sum, load(weight));
+      for (int i = 0; i < kLanes; i += 2)
+        prepare_pair(weight + i, &weights[q][(b * kLanes + i) / 2]);
+    }
+    partial[dims] = maximum;
+    partial[dims + 1] = sum(weight_sum);
+  }
+
+  // partial[d] = sum over positions of weight * value, kValueVectors times 16 dims at a time
+  for (int d = 0; d < dims; d += kLanes * kValueVectors) {
+    const int vectors = dims - d < kLanes * kValueVectors ? (dims - d) / kLanes : kValueVectors;
+    Floats acc[Queries][kValueVectors];
+    for (int q = 0; q < Queries; ++q)
+      for (int v = 0; v < kValueVectors; ++v) acc[q][v] = zero();
+    const auto sum_values = [&](int count) {
+      for (int pair = first_block * kLanes / 2; pair < last_block * kLanes / 2; ++pair) {
+        const uint32_t* values = page.values + static_cast<size_t>(pair) * dims + d;
+        for (int v = 0; v < count; ++v) {
+          const Words w = load_words(values + v * kLanes);
+          for (int q = 0; q < Queries; ++q)
+            acc[q][v] = dot_pair(acc[q][v], w, &weights[q][pair]);
+        }
+      }
+    };
+    if (vectors == kValueVectors)
+      sum_values(kValueVectors);
+    else
+      sum_values(vectors);
+    for (int q = 0; q < Queries; ++q)
+      for (int v = 0; v < vectors; ++v)
+        store(page.partial + (start + q) * page.partial_stride + d + v * kLanes, acc[q][v]);
+  }
+}
+
+void attend_page(const PageAttention& page) {
+  for (int q = 0; q < page.queries; q += kMaxQueries)
+    with_rows<kMaxQueries>(page.queries - q, [&]<int Queries>() { attend<Queries>(page, q); });
+}
+
+void merge_partial(const float* partial, int head_dim, float* running) {
+  if (partial[head_dim + 1] == 0.0f) return;  // it saw nothing
+  const float maximum =
+      partial[head_dim] > running[head_dim] ? partial[head_dim] : running[head_dim];
+  const float old_factor = std::exp(running[head_dim] - maximum);
+  const float new_factor = std::exp(partial[head_dim] - maximum);
+  for (int d = 0; d < head_dim; d += kLanes)
+    store(running + d, fma(load(partial + d), set1(new_factor),
+                           mul(load(running + d), set1(old_factor))));
+  running[head_dim] = maximum;
+  running[head_dim + 1] =
+      running[head_dim + 1] * old_factor + partial[head_dim + 1] * new_factor;
+}
+
+void finish_partial(const float* running, int head_dim, float* out) {
+  const Floats inverse = set1(1.0f / running[head_dim + 1]);
+  for (int d = 0; d < head_dim; d += kLanes) store(out + d, mul(load(running + d), inverse));
+}
+
+// ---- the rest of a layer --------------------------------------------------------------------
+
+void rms_norm(const float* x, const float* weight, int count, float epsilon, float* out) {
+  Floats squares = zero();
+  for (int i = 0; i < count; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+  const Floats factor = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(count) + epsilon));
+  for (int i = 0; i < count; i += kLanes) {
+    const Floats normed = mul(load(x + i), factor);
+    store(out + i, weight == nullptr ? normed : mul(normed, load(weight + i)));
+  }
+}
+
+void add_to(float* x, const float* y, const float* bias, int count) {
+  for (int i = 0; i < count; i += kLanes) {
+    Floats total = add(load(x + i), load(y + i));
+    if (bias != nullptr) total = add(total, load(bias + i));
+    store(x + i, total);
+  }
+}
+
+float cosine(const float* a, const float* b, int count) {
+  Floats ab = zero(), aa = zero(), bb = zero();
+  for (int i = 0; i < count; i += kLanes) {
+    const Floats x = load(a + i), y = load(b + i);
+    ab = fma(x, y, ab);
+    aa = fma(x, x, aa);
+    bb = fma(y, y, bb);
+  }
+  // each norm is at least 1e-8, as in torch.nn.functional.cosine_similarity
+  const float a_norm = std::sqrt(sum(aa)), b_norm = std::sqrt(sum(bb));
+  const float result =
+      sum(ab) / ((a_norm > 1e-8f ? a_norm : 1e-8f) * (b_norm > 1e-8f ? b_norm : 1e-8f));
+  return result > 1.0f ? 1.0f : result < -1.0f ? -1.0f : result;
+}
+
+void gated(const float* gate_up, const float* bias, int blocks, bool gelu, float* out) {
+  for (int b = 0; b < blocks; ++b, gate_up += 2 * kLanes, out += kLanes) {
+    Floats gate = load(gate_up), up = load(gate_up + kLanes);
+    if (bias != nullptr) {
+      gate = add(gate, load(bias));
+      up = add(up, load(bias + kLanes));
+      bias += 2 * kLanes;
+    }
+    Floats argument = gate;
+    if (gelu) {  // the tanh form: gelu(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3))
+      const Floats cube = mul(mul(gate, gate), gate);
+      argument = mul(fma(cube, set1(0.044715f), gate), set1(1.5957691216f));
+    }
+    const Floats denominator = add(set1(1.0f), exponential(sub(zero(), argument)));
+    store(out, mul(div(gate, denominator), up));
+  }
+}
+
+void rope(float* head, int head_dim, int rotary, const float* cosines, const float* sines,
+          float scale) {
+  const int half = rotary / 2;
+  for (int i = 0; i < half; ++i) {
+    const float first = head[i], second = head[half + i];
+    head[i] = first * cosines[i] - second * sines[i];
+    head[half + i] = second * cosines[i] + first * sines[i];
+  }
+  if (scale != 1.0f)
+    for (int i = 0; i < head_dim; ++i) head[i] *= scale;
+}
+
+void fetch(const uint8_t* data, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) prefetch(data + i);
+}
+
+uint32_t read(const uint8_t* data, size_t bytes) {
+  constexpr size_t kAhead = 2048;
+  Ints sums = zero_ints();
+  for (size_t i = 0; i + 256 <= bytes; i += 256)
+    for (size_t line = 0; line < 256; line += 64) {
+      prefetch(data + i + line + kAhead);
+      sums = times_256_plus(sums, load_ints(data + i + line));
+    }
+  return static_cast<uint32_t>(sum(to_floats(sums)));
+}
+
+int argmax(const float* values, int count, float* most) {
+  Floats maximum = set1(values[0]);
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) maximum = max(maximum, load(values + i));
+  float best = largest(maximum);
+  for (; i < count; ++i) best = values[i] > best ? values[i] : best;
+  *most = best;
+  for (i = 0; i < count; ++i)
+    if (values[i] == best) return i;
+  return 0;  // NaN everywhere
+}
+
+// Constant-initialised: no code of this instruction set runs before the processor is known.
+constexpr KernelSet make_kernel_set(const char* name) {
+  KernelSet set{};
+  set.name = name;
+  set.pairs_bytes = pairs_bytes;
+  set.prepare_pairs = prepare_pairs;
+  set.query_bytes = pairs_bytes;
+  set.prepare_query = prepare_pairs;
+  set.fixed_bytes = fixed_bytes;
+  set.prepare_fixed = prepare_fixed;
+  set.matmul = matmul;
+  set.attend_page = attend_page;
+  set.merge_partial = merge_partial;
+  set.finish_partial = finish_partial;
+  set.rms_norm = rms_norm;
+  set.add = add_to;
+  set.cosine = cosine;
+  set.gated = gated;
+  set.rope = rope;
+  set.argmax = argmax;
+  set.fetch = fetch;
+  set.read = read;
+  return set;
+}
+
+}  // namespace
+}  // namespace river

@@ -1,0 +1,123 @@
+// Sixteen lanes in two 256-bit registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../bfloat16.h"
+
+namespace river {
+namespace {
+
+struct Floats { __m256 a, b; };
+struct Words { __m256i a, b; };
+using Ints = Words;
+struct Pair { float even, odd; };  // two activations, rounded to bfloat16
+
+constexpr int kChains = 1;
+constexpr int kMaxPairRows = 4;
+constexpr int kMaxCodeRows = 2;
+constexpr int kMaxQueries = 4;
+constexpr int kValueVectors = 1;
+
+inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Floats set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Ints set1_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Floats x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline Words load_words(const void* p) {
+  const auto* v = static_cast<const __m256i*>(p);
+  return {_mm256_load_si256(v), _mm256_load_si256(v + 1)};
+}
+inline Ints load_ints(const void* p) { return load_words(p); }
+inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats sub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats div(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Floats fma(Floats x, Floats y, Floats c) {
+  return {_mm256_fmadd_ps(x.a, y.a, c.a), _mm256_fmadd_ps(x.b, y.b, c.b)};
+}
+inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline Floats round_to_int(Floats x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+inline __m256 times_power_of_2(__m256 x, __m256 n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+inline Floats times_power_of_2(Floats x, Floats n) {
+  return {times_power_of_2(x.a, n.a), times_power_of_2(x.b, n.b)};
+}
+inline float sum(Floats x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+inline float largest(Floats x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+inline __m256 keep_lanes(__m256 x, int first, int begin, int end, float other) {
+  const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                        _mm256_set1_epi32(first));
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane);
+  const __m256i inside = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+  return _mm256_blendv_ps(_mm256_set1_ps(other), x, _mm256_castsi256_ps(inside));
+}
+inline Floats keep_lanes(Floats x, int begin, int end, float other) {
+  return {keep_lanes(x.a, 0, begin, end, other), keep_lanes(x.b, 8, begin, end, other)};
+}
+inline Floats low_bf16(Words w) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
+}
+inline Floats high_bf16(Words w) {
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
+          _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
+}
+inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
+  return fma(high_bf16(w), set1(x->odd), fma(low_bf16(w), set1(x->even), acc));
+}
+inline void prepare_pair(const float* x, Pair* out) {
+  out->even = to_float(to_bf16(x[0]));
+  out->odd = to_float(to_bf16(x[1]));
+}
+inline Words low_nibbles(Words w) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
+}
+inline Words high_nibbles(Words w) {
+  return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)});
+}
+// factor 1 or 16 times the products; codes of at most 15, so that 16 bits hold two products
+inline __m256i dot_nibbles(__m256i acc, __m256i w, __m256i x, int factor) {
+  const __m256i pairs = _mm256_maddubs_epi16(w, x);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(static_cast<short>(factor))));
+}
+inline Ints dot_nibbles(Ints acc, Words w, uint32_t x) {
+  const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x));
+  return {dot_nibbles(acc.a, w.a, bytes, 1), dot_nibbles(acc.b, w.b, bytes, 1)};
+}
+inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {
+  const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x));
+  const Words high = high_nibbles(w);
+  acc = dot_nibbles(acc, low_nibbles(w), x);
+  return {dot_nibbles(acc.a, high.a, bytes, 16), dot_nibbles(acc.b, high.b, bytes, 16)};
+}
+inline Ints times_256_plus(Ints high, Ints low) {
+  return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a),
+          _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
+}
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+}  // namespace
+}  // namespace river

@@ -1,0 +1,119 @@
+// Sixteen lanes in plain C++, for any processor: what the other simd_*.h do in registers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../bfloat16.h"
+
+namespace river {
+namespace {
+
+struct Floats { float lane[16]; };
+struct Words { uint32_t lane[16]; };
+struct Ints { int32_t lane[16]; };
+struct Pair { float even, odd; };  // two activations, rounded to bfloat16
+
+constexpr int kChains = 1;         // accumulators of a row in a product of bfloat16
+constexpr int kMaxPairRows = 4;    // rows that share one read of the weights
+constexpr int kMaxCodeRows = 4;
+constexpr int kMaxQueries = 4;
+constexpr int kValueVectors = 2;   // vectors of a head's dims that attention sums at a time
+
+#define RIVER_LANES for (int i = 0; i < 16; ++i)
+
+inline Floats zero() { return Floats{}; }
+inline Ints zero_ints() { return Ints{}; }
+inline Floats set1(float x) { Floats r; RIVER_LANES r.lane[i] = x; return r; }
+inline Ints set1_int(int32_t x) { Ints r; RIVER_LANES r.lane[i] = x; return r; }
+inline Floats load(const float* p) { Floats r; std::memcpy(&r, p, sizeof r); return r; }
+inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+inline Words load_words(const void* p) { Words r; std::memcpy(&r, p, sizeof r); return r; }
+inline Ints load_ints(const void* p) { Ints r; std::memcpy(&r, p, sizeof r); return r; }
+inline Floats add(Floats a, Floats b) { RIVER_LANES a.lane[i] += b.lane[i]; return a; }
+inline Floats sub(Floats a, Floats b) { RIVER_LANES a.lane[i] -= b.lane[i]; return a; }
+inline Floats mul(Floats a, Floats b) { RIVER_LANES a.lane[i] *= b.lane[i]; return a; }
+inline Floats div(Floats a, Floats b) { RIVER_LANES a.lane[i] /= b.lane[i]; return a; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+  RIVER_LANES c.lane[i] += a.lane[i] * b.lane[i];
+  return c;
+}
+inline Floats max(Floats a, Floats b) {
+  RIVER_LANES a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline Floats min(Floats a, Floats b) {
+  RIVER_LANES a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline Floats round_to_int(Floats a) { RIVER_LANES a.lane[i] = std::nearbyintf(a.lane[i]); return a; }
+inline Floats times_power_of_2(Floats a, Floats n) {
+  RIVER_LANES {
+    const int32_t bits = (static_cast<int32_t>(n.lane[i]) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    a.lane[i] *= power;
+  }
+  return a;
+}
+inline float sum(Floats a) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a.lane[i] += a.lane[i + width];
+  return a.lane[0];
+}
+inline float largest(Floats a) {
+  float r = a.lane[0];
+  RIVER_LANES r = a.lane[i] > r ? a.lane[i] : r;
+  return r;
+}
+// keeps the lanes in [begin, end), puts `other` into the rest
+inline Floats keep_lanes(Floats a, int begin, int end, float other) {
+  RIVER_LANES a.lane[i] = i >= begin && i < end ? a.lane[i] : other;
+  return a;
+}
+inline Floats low_bf16(Words w) {  // the lower bfloat16 of each word
+  Floats r;
+  RIVER_LANES { const uint32_t b = w.lane[i] << 16; std::memcpy(&r.lane[i], &b, 4); }
+  return r;
+}
+inline Floats high_bf16(Words w) {
+  Floats r;
+  RIVER_LANES { const uint32_t b = w.lane[i] & 0xffff0000u; std::memcpy(&r.lane[i], &b, 4); }
+  return r;
+}
+inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
+  return fma(high_bf16(w), set1(x->odd), fma(low_bf16(w), set1(x->even), acc));
+}
+inline void prepare_pair(const float* x, Pair* out) {
+  out->even = to_float(to_bf16(x[0]));
+  out->odd = to_float(to_bf16(x[1]));
+}
+inline Words low_nibbles(Words w) { RIVER_LANES w.lane[i] &= 0x0f0f0f0fu; return w; }
+inline Words high_nibbles(Words w) {
+  RIVER_LANES w.lane[i] = (w.lane[i] >> 4) & 0x0f0f0f0fu;
+  return w;
+}
+// adds the products of four unsigned bytes of each lane with the four signed bytes of x
+inline Ints dot_nibbles(Ints acc, Words w, uint32_t x) {
+  for (int byte = 0; byte < 4; ++byte) {
+    const int32_t factor = static_cast<int8_t>(x >> (8 * byte));
+    RIVER_LANES acc.lane[i] += static_cast<int32_t>((w.lane[i] >> (8 * byte)) & 0xffu) * factor;
+  }
+  return acc;
+}
+inline Ints dot_bytes(Ints acc, Words w, uint32_t x) { return dot_nibbles(acc, w, x); }
+inline Ints times_256_plus(Ints high, Ints low) {
+  RIVER_LANES high.lane[i] = high.lane[i] * 256 + low.lane[i];
+  return high;
+}
+inline Floats to_floats(Ints a) {
+  Floats r;
+  RIVER_LANES r.lane[i] = static_cast<float>(a.lane[i]);
+  return r;
+}
+inline void prefetch(const void*) {}
+#undef RIVER_LANES
+
+}  // namespace
+}  // namespace river

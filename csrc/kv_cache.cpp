@@ -1,0 +1,77 @@
+#include "kv_cache.h"
+
+#include <cstring>
+
+namespace river {
+
+KvCache::KvCache(int layers, int kv_heads, int head_dim)
+    : kv_heads_(kv_heads),
+      head_dim_(head_dim),
+      part_words_(static_cast<size_t>(kPagePositions) * head_dim / 2),
+      page_bytes_(part_words_ * 2 * sizeof(uint32_t) * kv_heads * layers) {}
+
+void KvCache::resize(int count) {
+  for (int s = count; s < sequences(); ++s) truncate(s, 0);
+  sequences_.resize(static_cast<size_t>(count));
+}
+
+void KvCache::reserve(int sequence, int length) {
+  auto& pages = sequences_[sequence].pages;
+  while (static_cast<int>(pages.size()) * kPagePositions < length) {
+    pages.reserve(pages.size() + 1);
+    if (free_.empty()) {
+      free_.reserve(pages_.size() + 1);
+      pages_.emplace_back(page_bytes_);
+      free_.push_back(pages_.back().as<uint32_t>());
+    }
+    pages.push_back(free_.back());
+    free_.pop_back();
+  }
+}
+
+void KvCache::truncate(int sequence, int length) {
+  Sequence& s = sequences_[sequence];
+  if (length < s.length) s.length = length;
+  const auto needed = static_cast<size_t>((s.length + kPagePositions - 1) / kPagePositions);
+  while (s.pages.size() > needed) {
+    free_.push_back(s.pages.back());
+    s.pages.pop_back();
+  }
+}
+
+void KvCache::copy(int from, int to) {
+  truncate(to, 0);
+  reserve(to, sequences_[from].length);
+  for (size_t p = 0; p < sequences_[to].pages.size(); ++p)
+    std::memcpy(sequences_[to].pages[p], sequences_[from].pages[p], page_bytes_);
+  sequences_[to].length = sequences_[from].length;
+}
+
+void KvCache::write(int sequence, int position, int layer, int head, const float* key,
+                    const float* value) {
+  const int page = position / kPagePositions, place = position % kPagePositions;
+  uint32_t* k = keys(sequence, page, layer, head) +
+                static_cast<size_t>(place / kLanes) * head_dim_ / 2 * kLanes + place % kLanes;
+  for (int d = 0; d < head_dim_; d += 2)
+    k[d / 2 * kLanes] = to_bf16(key[d]) | static_cast<uint32_t>(to_bf16(key[d + 1])) << 16;
+  auto* v = reinterpret_cast<bf16*>(values(sequence, page, layer, head) +
+                                    static_cast<size_t>(place / 2) * head_dim_) +
+            place % 2;
+  for (int d = 0; d < head_dim_; ++d) v[2 * d] = to_bf16(value[d]);
+}
+
+void KvCache::read(int sequence, int position, int layer, int head, bf16* key, bf16* value) const {
+  const int page = position / kPagePositions, place = position % kPagePositions;
+  const uint32_t* k = keys(sequence, page, layer, head) +
+                      static_cast<size_t>(place / kLanes) * head_dim_ / 2 * kLanes + place % kLanes;
+  for (int d = 0; d < head_dim_; d += 2) {
+    key[d] = static_cast<bf16>(k[d / 2 * kLanes]);
+    key[d + 1] = static_cast<bf16>(k[d / 2 * kLanes] >> 16);
+  }
+  const auto* v = reinterpret_cast<const bf16*>(values(sequence, page, layer, head) +
+                                                static_cast<size_t>(place / 2) * head_dim_) +
+                  place % 2;
+  for (int d = 0; d < head_dim_; ++d) value[d] = v[2 * d];
+}
+
+}  // namespace river

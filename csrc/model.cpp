@@ -1,0 +1,123 @@
+#include "model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace river {
+namespace {
+
+// What may be prefetched past the last weight has to be mapped for speed, not for safety.
+constexpr size_t kSlack = 16u << 10;
+
+void check(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+PackedMatrix plan(int rows, int columns, Format format) {
+  PackedMatrix matrix;
+  matrix.rows = rows;
+  matrix.columns = format.bits == 16 ? (columns + kInputBlock - 1) / kInputBlock * kInputBlock
+                                     : columns;
+  matrix.bits = format.bits;
+  matrix.group_size = format.group_size;
+  matrix.panel_bytes = panel_bytes(columns, format.bits, format.group_size);
+  return matrix;
+}
+
+void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatrix>& sources,
+          bool interleaved, Team& team) {
+  auto* out = const_cast<uint8_t*>(matrix.data);
+  const int panels = matrix.panels();
+  team.run([&](int t) {
+    pack_panels(sources, interleaved, columns, matrix.bits, matrix.group_size,
+                panels * t / team.size(), panels * (t + 1) / team.size(), out);
+  });
+}
+
+}  // namespace
+
+Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int rotary_tables)
+    : shape(s), formats{backbone, river}, layers(static_cast<size_t>(s.num_layers)),
+      rotary(static_cast<size_t>(rotary_tables)) {
+  check(s.num_layers > 0 && s.hidden_size > 0 && s.vocab_size > 0, "a size of the model is zero");
+  check(s.num_kv_heads > 0 && s.num_heads % s.num_kv_heads == 0,
+        "the heads are no multiple of the key-value heads");
+  check(s.num_heads / s.num_kv_heads <= kMaxGroupedQueries, "more than 64 heads share keys");
+  check(s.hidden_size % kLanes == 0 && s.intermediate_size % kLanes == 0 && s.head_dim % kLanes == 0,
+        "hidden size, intermediate size and head dim have to be multiples of 16");
+  check(s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd or too large");
+  const int columns[4] = {s.hidden_size, s.num_heads * s.head_dim, s.hidden_size,
+                          s.intermediate_size};
+  const int rows[4] = {(s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden_size,
+                       2 * s.intermediate_size, s.hidden_size};
+  for (const Format& format : {backbone, river, head_format}) {
+    const bool coded = (format.bits == 4 || format.bits == 8) &&
+                       (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
+    check(format.bits == 16 || coded, "weights have 16, 8 or 4 bits and groups of 32, 64 or 128");
+    if (coded)
+      for (int k : columns) check(k % format.group_size == 0, "a width is no multiple of the group");
+  }
+  size_t bytes = 0;
+  const auto place = [&](PackedMatrix matrix) {
+    matrix.data = reinterpret_cast<const uint8_t*>(bytes);  // an offset until the memory is there
+    bytes += matrix.panel_bytes * static_cast<size_t>(matrix.panels());
+    return matrix;
+  };
+  for (int side : {kBackbone, kRiver})
+    for (Layer& layer : layers)
+      for (int p = 0; p < 4; ++p)
+        layer.projections[p][side] = place(plan(rows[p], columns[p], formats[side]));
+  head = place(plan(s.vocab_size, s.hidden_size, head_format));
+  weights_ = Buffer(bytes + kSlack);
+  const auto settle = [&](PackedMatrix& matrix) {
+    matrix.data = weights_.data() + reinterpret_cast<size_t>(matrix.data);
+  };
+  for (Layer& layer : layers)
+    for (auto& sides : layer.projections)
+      for (PackedMatrix& matrix : sides) settle(matrix);
+  settle(head);
+}
+
+void Model::set_projection(int layer, Projection projection, Side side,
+                           const std::vector<SourceMatrix>& sources, Team& team) {
+  const PackedMatrix& matrix = layers.at(static_cast<size_t>(layer)).projections[projection][side];
+  int rows = 0;
+  for (const SourceMatrix& source : sources) rows += source.rows;
+  check(rows == matrix.rows, "a projection has the wrong number of outputs");
+  const int columns = projection == kOutput ? shape.num_heads * shape.head_dim
+                      : projection == kDown ? shape.intermediate_size
+                                            : shape.hidden_size;
+  pack(matrix, columns, sources, projection == kGateUp, team);
+}
+
+void Model::set_head(const SourceMatrix& source, Team& team) {
+  check(source.rows == head.rows, "the LM head has the wrong number of outputs");
+  pack(head, shape.hidden_size, {source}, false, team);
+}
+
+int Model::positions() const {
+  size_t positions = SIZE_MAX;
+  for (const RotaryTable& table : rotary)
+    positions = std::min(positions, table.cosines.size() * 2 / static_cast<size_t>(shape.rotary_dim));
+  return static_cast<int>(std::min<size_t>(positions, INT32_MAX));
+}
+
+void Model::embed(int token, float* out) const {
+  if (embedding == nullptr) {
+    unpack_row(head, token, out);
+  } else {
+    const bf16* row = embedding + static_cast<size_t>(token) * shape.hidden_size;
+    for (int i = 0; i < shape.hidden_size; ++i) out[i] = to_float(row[i]);
+  }
+  if (shape.embedding_scale != 1.0f)
+    for (int i = 0; i < shape.hidden_size; ++i) out[i] *= shape.embedding_scale;
+}
+
+size_t Model::layer_bytes(int layer, Side side) const {
+  size_t bytes = 0;
+  for (const auto& sides : layers.at(static_cast<size_t>(layer)).projections)
+    bytes += sides[side].panel_bytes * static_cast<size_t>(sides[side].panels());
+  return bytes;
+}
+
+}  // namespace river

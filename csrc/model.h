@@ -1,0 +1,92 @@
+// A decoder of the Llama family with its exit river: shape and packed weights.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "buffer.h"
+#include "packing.h"
+#include "team.h"
+
+namespace river {
+
+// L layers, C model dim, H heads, G key-value heads, D head dim, I inner dim of the MLP, V vocabulary
+struct Shape {
+  int num_layers;         // L
+  int hidden_size;        // C
+  int num_heads;          // H
+  int num_kv_heads;       // G
+  int head_dim;           // D
+  int intermediate_size;  // I
+  int vocab_size;         // V
+  int rotary_dim;         // of D, how many dims are rotated
+  float norm_epsilon;
+  float attention_scale;  // of query . key
+  float embedding_scale;
+  float logit_cap;        // logits = cap * tanh(logits / cap); 0: none
+  bool gelu;              // the MLP's activation: GELU (tanh form) or SiLU
+  bool tied_head;         // the LM head's bfloat16 weights are the embedding's
+};
+
+constexpr int kMaxGroupedQueries = 64;  // query heads that share a key-value head
+
+// How one side's weights are stored.
+struct Format {
+  int bits = 16;       // 16, 8 or 4
+  int group_size = 0;  // of 8 and 4 bits
+};
+
+enum Side { kBackbone = 0, kRiver = 1 };
+enum Projection { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3 };
+
+// An empty vector stands for a norm or bias that the architecture hasn't.
+struct Layer {
+  PackedMatrix projections[4][2];         // [Projection][Side]
+  std::vector<float> biases[4];           // [Projection]; gate and up in turn, 16 by 16
+  std::vector<float> attention_norm;      // (C) before attention
+  std::vector<float> post_attention_norm; // (C) on what attention adds
+  std::vector<float> mlp_norm;            // (C) before the MLP
+  std::vector<float> post_mlp_norm;       // (C) on what the MLP adds
+  std::vector<float> query_norm;          // (D) each head, or (H * D) all heads together
+  std::vector<float> key_norm;            // (D) or (G * D)
+  int window = 0;                         // positions that a token sees, itself among them; 0: all
+  int rope = 0;                           // which rotary table; -1: no positions
+};
+
+// Angles by position, as the model's own rotary embedding gives them.
+struct RotaryTable {
+  std::vector<float> cosines, sines;  // [positions][rotary_dim / 2]
+};
+
+class Model {
+ public:
+  // Takes memory for all weights; they are zero until they are set. Throws std::bad_alloc,
+  // std::invalid_argument.
+  Model(const Shape& shape, Format backbone, Format river, Format head, int rotary_tables);
+
+  const Shape shape;
+  const Format formats[2];  // [Side]
+  std::vector<Layer> layers;
+  std::vector<float> final_norm;  // (C)
+  PackedMatrix head;
+  const bf16* embedding = nullptr;  // [V, C], held by the caller; null: rows come from the head
+  std::vector<RotaryTable> rotary;
+  std::vector<float> query_scales;  // by position; empty: one everywhere
+
+  // Throw std::invalid_argument where the sources don't fit.
+  void set_projection(int layer, Projection projection, Side side,
+                      const std::vector<SourceMatrix>& sources, Team& team);
+  void set_head(const SourceMatrix& source, Team& team);
+  int positions() const;  // that the rotary tables cover
+
+  void embed(int token, float* out) const;
+  // Bytes of a layer's weights on one side, and of the head.
+  size_t layer_bytes(int layer, Side side) const;
+  size_t head_bytes() const { return head.panel_bytes * static_cast<size_t>(head.panels()); }
+  size_t weight_bytes() const { return weights_.size(); }
+
+ private:
+  Buffer weights_;  // backbone, river, head, each in the order of use
+};
+
+}  // namespace river

@@ -1,0 +1,41 @@
+// How weights lie in memory: panels of 16 outputs, so that a vector register holds one input pair
+// (or eight codes) of sixteen outputs and the activation is broadcast.
+//
+//   bfloat16   panel[K / 2][16][2]: the lanes' words are pairs of inputs. 32 inputs are a tile of
+//              the AMX unit.
+//   codes      panel[K / group]: 16 words (scale << 16 | zero, both bfloat16), then the group's
+//              codes. 4 bits: [group / 8][16] words of eight codes, as they were packed in rows.
+//              8 bits: [group / 4][16] words of four codes, of the inputs 0 2 4 6, 1 3 5 7, ...
+//
+// Inputs of bfloat16 are padded with zeros to a multiple of 32, outputs to a multiple of 16. Where
+// gate and up projections are packed together, their panels lie in turn.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernel_set.h"
+
+namespace river {
+
+// Rows of a matrix as they come from Python, row-major without gaps.
+struct SourceMatrix {
+  int rows = 0;
+  const bf16* weights = nullptr;   // [rows, K], for 16 bits
+  const uint8_t* codes = nullptr;  // [rows, K * bits / 8], for codes
+  const bf16* scales = nullptr;    // [rows, K / group]
+  const bf16* zeros = nullptr;     // [rows, K / group]
+};
+
+size_t panel_bytes(int columns, int bits, int group_size);
+
+// Packs panels [first, last) of the sources, put below each other or (interleaved) panel by panel
+// in turn, to `out`, the place of panel 0.
+void pack_panels(const std::vector<SourceMatrix>& sources, bool interleaved, int columns, int bits,
+                 int group_size, int first, int last, uint8_t* out);
+
+// Row `row` of a bfloat16 matrix, back from its panel.
+void unpack_row(const PackedMatrix& matrix, int row, float* out);
+
+}  // namespace river

@@ -1,0 +1,273 @@
+"""`river-llm bench`: how fast backbone, river and peers are, in the manner of llama-bench."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from river_llm.cli import options
+
+if TYPE_CHECKING:
+    from river_llm.benchmark.lineup import Lineup
+    from river_llm.benchmark.subject import Subject
+    from river_llm.exit_policy import ExitPolicy
+
+_TESTS, _ARMS = "Tests", "Arms"
+_Value = TypeVar("_Value", int, float)
+
+
+class ShapeName(str, Enum):
+    llama_3_2_1b = "llama-3.2-1b"
+    llama_3_2_3b = "llama-3.2-3b"
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A model directory, a GGUF file, a Hub id (org/name), or smollm2, the default.",
+        ),
+    ] = None,
+    random_weights: Annotated[
+        ShapeName | None,
+        typer.Option(help="Random weights of this shape in place of a model. Speed only."),
+    ] = None,
+    prompt_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Tokens of each prompt test (pp), as 512,1024; 0: none.", rich_help_panel=_TESTS
+        ),
+    ] = "512",
+    new_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Tokens of each decoding test (tg), as 128; 0: none.", rich_help_panel=_TESTS
+        ),
+    ] = "128",
+    depth: Annotated[
+        str,
+        typer.Option(
+            help="Tokens in the cache before each test, as 0,4096.", rich_help_panel=_TESTS
+        ),
+    ] = "0",
+    batch: Annotated[
+        str,
+        typer.Option(help="Sequences that decode together, as 1,2,4,8.", rich_help_panel=_TESTS),
+    ] = "1",
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            help="CPU threads, as 1,2. \\[default: as many as there are cores]",
+            rich_help_panel=_TESTS,
+        ),
+    ] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="In turn, after one that warms up.", rich_help_panel=_TESTS),
+    ] = 5,
+    disturb: Annotated[
+        bool,
+        typer.Option(
+            "--disturb",
+            help="As many rounds again beside a process that keeps one core busy.",
+            rich_help_panel=_TESTS,
+        ),
+    ] = False,
+    exit_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="River arms whose tokens leave after so many layers, as 3,10.",
+            rich_help_panel=_ARMS,
+        ),
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            help="River arms whose tokens leave above this similarity, as 0.97,0.98.",
+            rich_help_panel=_ARMS,
+        ),
+    ] = None,
+    lm_head_bits: Annotated[
+        options.WeightBits,
+        typer.Option(
+            help="8: every arm with an 8-bit LM head too (native engine).", rich_help_panel=_ARMS
+        ),
+    ] = options.WeightBits.sixteen,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="Others on the same weights: transformers,llama.cpp. \\[extra: bench]",
+            rich_help_panel=_ARMS,
+        ),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where llama.cpp's files are kept. \\[default: a temporary directory]",
+            rich_help_panel=_ARMS,
+        ),
+    ] = None,
+    river: options.RiverPath = None,
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    quantizer: options.Quantizer = options.QuantizerName.hqq,
+    json_output: options.Json = False,
+    engine: options.Engine = options.EngineName.auto,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Time backbone, river and peers in turn, beside the memory bandwidth that they could use."""
+    from river_llm.benchmark.disturbance import can_disturb, disturbed_core
+    from river_llm.benchmark.environment import describe_environment, usable_cores
+    from river_llm.cli.bench_table import print_results
+    from river_llm.cli.render import LoadingProgress
+
+    if random_weights is not None:
+        _check_random(model, river, threshold)
+    config = options.river_config(river, bits, group_size, quantizer)
+    counts = [usable_cores()] if threads is None else _numbers("--threads", threads, int, 1)
+    policies = _policies(bits, exit_layer, threshold)
+    wanted_peers = _wanted_peers(peers)
+    if work_dir is not None and "llama.cpp" not in wanted_peers:
+        raise options.usage_error("--work-dir goes with --peers llama.cpp")
+    if disturb and not can_disturb():
+        raise options.usage_error("--disturb needs a system that pins processes to cores (Linux)")
+    numbers = [
+        _numbers("--prompt-tokens", prompt_tokens, int, 0),
+        _numbers("--new-tokens", new_tokens, int, 0),
+        _numbers("--depth", depth, int, 0),
+        _numbers("--batch", batch, int, 1),
+    ]
+    if not any(numbers[0] + numbers[1]):
+        raise options.usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
+    head_bits = [16] if lm_head_bits is options.WeightBits.sixteen else [16, 8]
+    with ExitStack() as ending:
+        name = random_weights.value if random_weights else model or "smollm2"
+        with LoadingProgress(f"loading {name}") as progress:
+            options.prepare_torch(counts[0])
+            from river_llm.benchmark.bandwidth import read_bandwidth
+            from river_llm.benchmark.lineup import Lineup
+            from river_llm.benchmark.subject import load_subject, random_subject
+            from river_llm.benchmark.suite import Plan, run_suite
+            from river_llm.benchmark.workload import check_fits, make_workloads
+
+            if random_weights:
+                subject = random_subject(
+                    name, options.new_river_config(bits, group_size, quantizer)
+                )
+            else:
+                torch_dtype = options.torch_dtype(dtype)
+                subject = load_subject(
+                    name, config, torch_dtype, trust_remote_code, progress.layers_built
+                )
+            workloads = make_workloads(*numbers)
+            check_fits(workloads, subject.context_length)
+            lineup = Lineup(
+                subject.model,
+                subject.river,
+                subject.tokens,
+                policies,
+                engine.value,
+                head_bits,
+                counts,
+            )
+            if "transformers" in wanted_peers:
+                lineup.add_transformers()
+            if "llama.cpp" in wanted_peers:
+                folder = work_dir or ending.enter_context(tempfile.TemporaryDirectory())
+                lineup.add_llama_cpp(Path(folder))
+        core = disturbed_core() if disturb else None
+        plan = Plan(workloads, counts, rounds, core)
+        with LoadingProgress(f"timing {name}") as progress:
+            results = run_suite(lineup.arms, plan, read_bandwidth, progress.steps_done)
+    output = {
+        **describe_environment(),
+        **_describe_model(subject, lineup),
+        "rounds": rounds,
+        "threads": counts,
+        "disturbed_core": core,
+        "results": [result.to_dict() for result in results],
+    }
+    if json_output:
+        print(json.dumps(output, ensure_ascii=False))
+    else:
+        print_results(results, output)
+
+
+def _describe_model(subject: Subject, lineup: Lineup) -> dict[str, Any]:
+    notes = list(lineup.notes)
+    if subject.is_random:
+        notes.insert(0, "random weights: the speeds are those of the shape, no text was computed")
+    return {
+        "model": subject.name,
+        "random_weights": subject.is_random,
+        "architecture": type(subject.model).__name__,
+        "num_layers": len(subject.river.exit_layers),
+        "fingerprint": lineup.fingerprint,
+        "river": subject.river.config.to_dict(),
+        "engine": lineup.engine,
+        "same_top": lineup.same_top,
+        "llama_cpp_build": lineup.llama_cpp_build,
+        "notes": notes,
+    }
+
+
+def _check_random(model: str | None, river: Path | None, threshold: str | None) -> None:
+    if model is not None:
+        raise options.usage_error("give --model or --random-weights, not both")
+    if river is not None:
+        raise options.usage_error("--random-weights brings its own river; leave --river out")
+    if threshold is not None:
+        raise options.usage_error(
+            "--threshold says nothing on random weights; take --exit-layer, a fixed depth"
+        )
+
+
+def _numbers(
+    option: str, text: str, kind: Callable[[str], _Value], least: float, most: float | None = None
+) -> list[_Value]:
+    """`1,2,4` as numbers, each once."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    fits = values and all(least <= value and (most is None or value <= most) for value in values)
+    if not fits:
+        limits = f"from {least} to {most}" if most is not None else f"of {least} or more"
+        raise options.usage_error(f"{option} takes numbers {limits}, as 1,2,4; not {text!r}")
+    return list(dict.fromkeys(values))
+
+
+def _policies(bits: int, exit_layer: str | None, threshold: str | None) -> dict[str, ExitPolicy]:
+    """The arms on our own engine, by name; the backbone first."""
+    from river_llm.exit_policy import ExitPolicy
+
+    depths = [] if exit_layer is None else _numbers("--exit-layer", exit_layer, int, 0)
+    taus = [] if threshold is None else _numbers("--threshold", threshold, float, -1, 1)
+    rivers = [*map(ExitPolicy.fixed, depths), *map(ExitPolicy.similarity, taus)]
+    return {
+        "backbone": ExitPolicy.never(),
+        f"full {bits}-bit": ExitPolicy.always(),
+        **{policy.describe(): policy for policy in rivers},
+    }
+
+
+def _wanted_peers(text: str | None) -> list[str]:
+    from river_llm.benchmark.peers import INSTALL_LLAMA_CPP, PEERS, llama_cpp_is_installed
+
+    names = [] if text is None else text.split(",")
+    for name in names:
+        if name not in PEERS:
+            raise options.usage_error(f"--peers takes {', '.join(PEERS)}; not {name!r}")
+    if "llama.cpp" in names and not llama_cpp_is_installed():
+        raise options.usage_error(f"--peers llama.cpp needs llama-cpp-python: {INSTALL_LLAMA_CPP}")
+    return names

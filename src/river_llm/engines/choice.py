@@ -1,0 +1,92 @@
+"""Which engine runs a model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from river_llm.attachment import attach_river
+from river_llm.engines.cpu_engine import CpuEngine, is_built
+from river_llm.engines.engine import Engine
+from river_llm.engines.llama_family import check_supported
+from river_llm.engines.torch_engine import TorchEngine
+from river_llm.errors import ConfigError, UnsupportedModelError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.river import River
+
+EngineChoice = Literal["auto", "cpu", "torch"]
+
+
+def why_not_native(model: PreTrainedModel) -> str | None:
+    """Why the native engine doesn't serve this model; None: it does."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if not is_built():
+        return "the native engine was not built, for want of a compiler"
+    if model.dtype != torch.bfloat16:
+        return f"the model is in {str(model.dtype).removeprefix('torch.')}, not bfloat16"
+    try:
+        check_supported(model)
+    except UnsupportedModelError as error:
+        return str(error).removesuffix("; take --engine torch")
+    return None
+
+
+def check_engine_options(choice: EngineChoice, backbone_bits: int, lm_head_bits: int) -> None:
+    """Refuse what no engine takes, before anything is loaded.
+
+    Raises:
+        ConfigError: a setting is out of its range, or the named engine hasn't it.
+    """
+    if choice not in get_args(EngineChoice):
+        names = ", ".join(get_args(EngineChoice))
+        raise ConfigError(f"engine is {choice!r}; choose one of {names}")
+    for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
+        if bits not in (8, 16):
+            raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
+        if bits == 8 and choice == "torch":
+            raise ConfigError(f"8 bits of the {name} are for the native engine; take --engine cpu")
+
+
+def make_engine(
+    model: PreTrainedModel,
+    river: River,
+    policy: ExitPolicy,
+    choice: EngineChoice = "auto",
+    *,
+    threads: int | None = None,
+    backbone_bits: int = 16,
+    lm_head_bits: int = 16,
+) -> tuple[Engine, str | None]:
+    """The engine for a model that this call takes over, and why it isn't the native one.
+
+    Args:
+        choice: ``"cpu"`` is the native engine; ``"auto"`` takes it where the model is in bfloat16,
+            on a CPU and of a supported architecture, and the torch engine elsewhere.
+        threads: by default as many as the process may use.
+        backbone_bits, lm_head_bits: 16 (bfloat16), or 8 on the native engine.
+
+    Returns:
+        (engine, None), or with the torch engine under ``"auto"`` (engine, reason).
+
+    Raises:
+        ConfigError: a setting is out of its range or not for the engine.
+        UnsupportedModelError: the architecture is not for the engine.
+        RiverFileError: the river was made from other weights.
+    """
+    check_engine_options(choice, backbone_bits, lm_head_bits)
+    narrow: dict[str, Any] = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
+    reason = why_not_native(model) if choice == "auto" else None
+    if choice == "cpu" or (choice == "auto" and reason is None):
+        if model.device.type != "cpu":
+            raise ConfigError(f"the native engine needs the model on a CPU, not on {model.device}")
+        engine = CpuEngine(model, river, policy, threads=threads, free_model=True, **narrow)
+        return engine, None
+    if narrow != {"backbone_bits": 16, "lm_head_bits": 16}:
+        why = f": {reason}" if reason else ""
+        raise ConfigError(f"8-bit weights beside the river need the native engine{why}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchEngine(attach_river(model, river, policy=policy)), reason

@@ -1,0 +1,412 @@
+"""The native engine: the Llama family on a CPU, one call into C++ for each step."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from river_llm.backbone import decoder_layers, linear_weight
+from river_llm.bit_packing import pack_codes, unpack_codes
+from river_llm.config import RiverConfig
+from river_llm.engines.engine import StepResult
+from river_llm.engines.llama_family import (
+    PROJECTIONS,
+    check_supported,
+    layer_parts,
+    longrope_limit,
+    model_shape,
+    query_scales,
+    rotary_angles,
+    rotary_layer_types,
+)
+from river_llm.errors import ConfigError, ContextFullError, RiverError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.quantization import QuantizedMatrix, quantize
+from river_llm.river import River
+
+try:
+    from river_llm import _core
+except ImportError:  # installed without a compiler
+    _core = None  # type: ignore[assignment]
+
+_BACKBONE, _RIVER = 0, 1
+_PREFILL_ROWS = 1024  # rows of one native call, between which Ctrl-C is heard
+_ROTARY_BLOCK = 2048  # positions whose angles are computed at a time
+_KERNELS_VARIABLE = "RIVER_LLM_CPU"
+
+
+def is_built() -> bool:
+    """Whether the native core was compiled when the package was installed."""
+    return _core is not None
+
+
+class CpuEngine:
+    """Decoding in C++ with packed weights; see `Engine` for the verbs.
+
+    Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 4 or 8 bits
+    (2 and 3 bits are held as 4, 5 and 6 as 8). Activations are rounded to bfloat16 for products
+    with bfloat16 weights and to 16-bit fixed point, one scale a group, for products with codes;
+    sums, norms and the residual stream are float32. A row of a batch has the same bits as that
+    row alone.
+
+    Attributes:
+        kernels: the instruction set in use: amx, avx512bf16, avx512, avx2, neon or portable.
+        threads: how many compute.
+        backbone_bits, lm_head_bits: 16 (bfloat16) or 8.
+    """
+
+    name = "cpu"
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        river: River,
+        policy: ExitPolicy,
+        *,
+        threads: int | None = None,
+        backbone_bits: int = 16,
+        lm_head_bits: int = 16,
+        kernels: str | None = None,
+        free_model: bool = False,
+    ) -> None:
+        """Pack the weights of `model` and `river`.
+
+        Args:
+            threads: by default as many as the process may use.
+            kernels: an instruction set in place of the best one; by default the environment
+                variable RIVER_LLM_CPU.
+            free_model: let go of the model's own weights as they are packed, so that they are never
+                held twice; the model can't be run any more then.
+
+        Raises:
+            UnsupportedModelError: the architecture isn't one of `SUPPORTED_MODEL_TYPES`.
+            ConfigError: a setting is out of its range, or the processor has no such kernels.
+            RiverFileError: the river was made from other weights.
+            RiverError: the native core was not built.
+        """
+        if _core is None:
+            raise RiverError(
+                "the native engine was not built, for want of a compiler; install g++ 12 or later "
+                "and reinstall, or take --engine torch"
+            )
+        for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
+            if bits not in (8, 16):
+                raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
+        check_supported(model)
+        layers = decoder_layers(model)
+        river.check_fits(layers)
+        self.num_layers = len(layers)
+        self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.backbone_bits, self.lm_head_bits = backbone_bits, lm_head_bits
+        self.record_similarities = False
+        self.policy = policy
+        self._model = model
+        self._longrope_limit = longrope_limit(model)
+        self._uses_long_angles = False
+        self._padding: list[int] = []
+        self._length = 0
+        self._passes = 0
+
+        shape = model_shape(model)
+        code_group = _group_size(shape)
+        river_bits = 4 if river.config.bits <= 4 else 8
+        try:
+            self._core = _core.Engine(
+                shape,
+                backbone=(backbone_bits, code_group if backbone_bits == 8 else 0),
+                river=(river_bits, river.config.group_size),
+                head=(lm_head_bits, code_group if lm_head_bits == 8 else 0),
+                rotary_tables=len(rotary_layer_types(model)),
+                threads=threads or _core.usable_threads(),
+                kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
+            )
+        except ValueError as error:
+            raise ConfigError(f"native engine: {error}") from error
+        self.kernels, self.threads = self._core.kernels, self._core.threads
+        eight_bits = RiverConfig(bits=8, group_size=code_group, quantizer="rtn")
+        self._pack_head(model, shape["tied_head"], eight_bits)
+        for index in range(self.num_layers):
+            self._pack_layer(model, index, river.exit_layers[index], eight_bits)
+            if free_model:
+                for linear in layers[index].linears.values():
+                    _free(linear)
+        if free_model:
+            _free(model.get_output_embeddings())
+            _free(model.get_input_embeddings())
+        self._set_positions(min(_ROTARY_BLOCK, self.context_length or _ROTARY_BLOCK))
+
+    # ---- weights ----
+
+    def _pack_layer(
+        self,
+        model: PreTrainedModel,
+        index: int,
+        exit_layer: dict[str, QuantizedMatrix],
+        eight_bits: RiverConfig,
+    ) -> None:
+        layer = model.model.layers[index]
+        described = layer_parts(model, index)
+        self._core.set_layer(index, described.parts)
+        for projection in range(len(PROJECTIONS)):
+            pieces = described.projections[projection]
+            weights = [
+                weight if rows is None else weight[rows]
+                for weight, rows in (
+                    (linear_weight(layer.get_submodule(name)).detach(), rows)
+                    for name, rows in pieces
+                )
+            ]
+            if self.backbone_bits == 16:
+                self._core.set_weights(index, projection, [_bfloat16_bits(w) for w in weights])
+            else:
+                codes = [_codes(quantize(w, eight_bits)) for w in weights]
+                self._core.set_codes(index, projection, _BACKBONE, codes)
+            exits = [_codes(exit_layer[name], rows) for name, rows in pieces]
+            self._core.set_codes(index, projection, _RIVER, exits)
+
+    def _pack_head(self, model: PreTrainedModel, tied: bool, eight_bits: RiverConfig) -> None:
+        weight = model.get_output_embeddings().weight.detach()
+        if self.lm_head_bits == 16:
+            self._core.set_head_weights(_bfloat16_bits(weight))
+        else:
+            self._core.set_head_codes(_codes(quantize(weight, eight_bits)))
+        if not tied or self.lm_head_bits != 16:
+            self._core.set_embedding(_bfloat16_bits(model.get_input_embeddings().weight.detach()))
+        norm = model.model.norm.weight.detach().float()
+        if model.config.model_type.startswith("gemma"):
+            norm = 1 + norm
+        self._core.set_final_norm(norm.contiguous().numpy())
+
+    def _set_positions(self, end: int) -> None:
+        """Have rotary angles up to position `end`, those that a pass ending there takes."""
+        is_long = self._longrope_limit is not None and end > self._longrope_limit
+        have = self._core.positions
+        if is_long != self._uses_long_angles:
+            have, self._uses_long_angles = 0, is_long
+        if have >= end and have > 0:
+            return
+        # round up, but not over the place where the angles change
+        limit = self.context_length or end
+        if self._longrope_limit is not None and not is_long:
+            limit = min(limit, self._longrope_limit)
+        end = max(end, min(-(-end // _ROTARY_BLOCK) * _ROTARY_BLOCK, limit))
+        for table, layer_type in enumerate(rotary_layer_types(self._model)):
+            cosines, sines = rotary_angles(self._model, layer_type, have, end)
+            self._core.set_rotary(table, have, cosines.numpy(), sines.numpy())
+        scales = query_scales(self._model, end)
+        if scales is not None:
+            self._core.set_query_scales(scales.numpy())
+
+    # ---- verbs ----
+
+    @property
+    def policy(self) -> ExitPolicy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        self._thresholds = list(policy.thresholds(self.num_layers))
+        self._policy = policy
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
+        batch, num_tokens = token_ids.shape
+        self._begin(batch, num_tokens, padding_mask)
+        rule = self.policy.prefill
+        if rule in ("backbone", "river"):
+            thresholds = [math.inf if rule == "backbone" else -math.inf] * self.num_layers
+        else:
+            thresholds = self._thresholds
+        by_sequence = rule == "sequence"
+        together = self.policy.batch == "minimum"
+        columns = num_tokens if by_sequence else max(1, _PREFILL_ROWS // batch)
+        tokens = token_ids.tolist()
+        try:
+            for first in range(0, num_tokens, columns):
+                end = min(first + columns, num_tokens)
+                rows = [
+                    (sequence, column)
+                    for sequence in range(batch)
+                    for column in range(first, end)
+                    if self._length + column >= self._padding[sequence]
+                ]
+                if not rows:  # nothing but padding
+                    continue
+                result = self._forward(
+                    [tokens[sequence][column] for sequence, column in rows],
+                    [sequence for sequence, _ in rows],
+                    thresholds,
+                    [i for i, (_, column) in enumerate(rows) if column == num_tokens - 1],
+                    mean_groups=[sequence for sequence, _ in rows] if by_sequence else (),
+                    minimum_groups=[0 if by_sequence else column - first for _, column in rows]
+                    if together
+                    else (),
+                )
+        except BaseException:
+            self._cut(self._length)
+            raise
+        self._length += num_tokens
+        return result
+
+    def decode(self, token_ids: Tensor) -> StepResult:
+        batch = token_ids.shape[0]
+        self._begin(batch, 1, None)
+        rows = list(range(batch))
+        together = [0] * batch if self.policy.batch == "minimum" else ()
+        result = self._forward(
+            token_ids.tolist(), rows, self._thresholds, rows, minimum_groups=together
+        )
+        self._length += 1
+        return result
+
+    def verify(self, token_ids: Tensor) -> StepResult:
+        batch, num_tokens = token_ids.shape
+        self._begin(batch, num_tokens, None)
+        rows = batch * num_tokens
+        result = self._forward(
+            token_ids.flatten().tolist(),
+            [row // num_tokens for row in range(rows)],
+            [math.inf] * self.num_layers,
+            list(range(rows)),
+            shape=(batch, num_tokens),
+        )
+        self._length += num_tokens
+        return result
+
+    def truncate(self, length: int) -> None:
+        self._length = min(length, self._length)
+        if self._length == 0:
+            self._core.resize(0)
+            self._padding = []
+        else:
+            self._cut(self._length)
+
+    def step_bytes(self, exit_layer: int, position: int) -> int:
+        """Bytes that decoding one token at `position` reads: weights, LM head, keys and values."""
+        sides = [_BACKBONE] * exit_layer + [_RIVER] * (self.num_layers - exit_layer)
+        weights = sum(self._core.layer_bytes(layer, side) for layer, side in enumerate(sides))
+        shape = model_shape(self._model)
+        position_bytes = (
+            4 * shape["num_kv_heads"] * shape["head_dim"]
+        )  # key and value, 2 bytes each
+        keys = 0
+        for layer in range(self.num_layers):
+            window = layer_parts(self._model, layer).parts["window"]
+            keys += position_bytes * (min(position, window) if window else position)
+        return weights + self._core.head_bytes + keys
+
+    # ---- one native call ----
+
+    def _begin(self, batch: int, num_tokens: int, padding_mask: Tensor | None) -> None:
+        """See that the tokens fit, and note the padding of new sequences."""
+        end = self._length + num_tokens
+        if self.context_length is not None and end > self.context_length:
+            raise ContextFullError(
+                f"{end} tokens don't fit the model's context of {self.context_length}; shorten the "
+                "prompt or lower the number of new tokens"
+            )
+        if self._length == 0:
+            self._core.resize(0)
+            self._core.resize(batch)
+            self._padding = [0] * batch
+            if padding_mask is not None:
+                self._padding = (~padding_mask).sum(1).tolist()
+                left = torch.arange(num_tokens) >= torch.tensor(self._padding).unsqueeze(1)
+                if not bool((left == padding_mask).all()) or max(self._padding) == num_tokens:
+                    raise RiverError("padding has to stand on the left of each sequence's tokens")
+        elif batch != len(self._padding):
+            raise RiverError(
+                f"the cache holds {len(self._padding)} sequences, not {batch}; "
+                "truncate(0) begins anew"
+            )
+        self._set_positions(end)
+
+    def _forward(
+        self,
+        tokens: list[int],
+        sequences: list[int],
+        thresholds: list[float],
+        logit_rows: list[int],
+        mean_groups: Sequence[int] = (),
+        minimum_groups: Sequence[int] = (),
+        shape: tuple[int, ...] | None = None,
+    ) -> StepResult:
+        self._passes += 1
+        try:
+            best, exits, similarities = self._core.forward(
+                tokens,
+                sequences,
+                thresholds,
+                logit_rows,
+                list(mean_groups),
+                list(minimum_groups),
+                self.record_similarities,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise RiverError(f"native engine: {error}") from error
+        shape = shape or (len(logit_rows),)
+        rows = torch.tensor(logit_rows, dtype=torch.long)
+        return StepResult(
+            exit_layers=torch.from_numpy(exits)[rows].long().view(shape),
+            logits=partial(self._logits, self._passes, shape),
+            best_tokens=torch.from_numpy(best).long().view(shape),
+            similarities=None
+            if similarities is None
+            else torch.from_numpy(similarities)[:, rows].view(self.num_layers, *shape),
+        )
+
+    def _logits(self, of_pass: int, shape: tuple[int, ...]) -> Tensor:
+        if of_pass != self._passes:
+            raise RiverError("these logits are gone: look at them before the engine's next pass")
+        return torch.from_numpy(self._core.logits()).view(*shape, -1)
+
+    def _cut(self, length: int) -> None:
+        for sequence, padding in enumerate(self._padding):
+            self._core.truncate(sequence, max(0, length - padding))
+
+
+def _group_size(shape: dict[str, Any]) -> int:
+    """64, or 32 where a width is no multiple of 64."""
+    widths = (
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["num_heads"] * shape["head_dim"],
+    )
+    return 64 if all(width % 64 == 0 for width in widths) else 32
+
+
+def _bfloat16_bits(weight: Tensor) -> Any:
+    return weight.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+
+
+def _codes(matrix: QuantizedMatrix, rows: slice | None = None) -> Any:
+    """(codes, scales, zeros) as the core takes them: of 4 or 8 bits, with the same values."""
+    packed, bits = matrix.packed, matrix.bits
+    if bits not in (4, 8):
+        columns = matrix.scales.shape[1] * matrix.group_size
+        wider = 4 if bits < 4 else 8
+        # a code counts from 2**(bits - 1): move it to where the wider one counts from
+        codes = unpack_codes(packed, bits, columns) + (2 ** (wider - 1) - 2 ** (bits - 1))
+        packed = pack_codes(codes.to(torch.uint8), wider)
+    parts = (packed, matrix.scales.view(torch.uint16), matrix.zeros.view(torch.uint16))
+    return tuple(
+        (part if rows is None else part[rows]).cpu().contiguous().numpy() for part in parts
+    )
+
+
+def _free(module: nn.Module) -> None:
+    """Replace the module's weight by one that has its shape but no memory."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
