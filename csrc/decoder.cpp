@@ -2,18 +2,24 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+
+#include "work_share.h"
 
 namespace river {
 namespace {
 
 constexpr int kChunkRows = 256;   // rows that a layer runs at a time: bounds the memory of a pass
 constexpr int kPrivateRows = 4;   // so few rows each thread norms for itself, instead of waiting
+constexpr size_t kSmallRows = 16;  // so few rows wait for memory, and a busy core matters most
 constexpr int kQueryRows = 4;     // rows whose queries share one read of the keys and values
 constexpr size_t kFetchBytes = 8u << 10;    // of the next product, fetched while threads meet
 constexpr size_t kGateUpBytes = 256u << 10;  // gate and up outputs that stay in a thread's cache
+constexpr size_t kPieceBytes = 32u << 10;    // of weights that a thread takes at a time, few rows
+constexpr int kPiecesEach = 8;               // that a thread takes of a product, many rows
 
 template <class T>
 class Array {  // grows, never shrinks, aligned for vector registers; holds no values across growth
@@ -28,14 +34,15 @@ class Array {  // grows, never shrinks, aligned for vector registers; holds no v
   Buffer buffer_;
 };
 
-struct Range {
-  int begin, end;
-};
+// The token of the largest logit, the first one of equals.
+struct Best {
+  float value = -std::numeric_limits<float>::infinity();
+  int token = 0;
 
-Range share(int count, int thread, int threads) {
-  return {static_cast<int>(static_cast<int64_t>(count) * thread / threads),
-          static_cast<int>(static_cast<int64_t>(count) * (thread + 1) / threads)};
-}
+  void take(const Best& other) {
+    if (other.value > value || (other.value == value && other.token < token)) *this = other;
+  }
+};
 
 }  // namespace
 
@@ -50,13 +57,14 @@ struct Decoder::Buffers {
     Array<uint8_t> query;  // [H / G]
     Array<float> heads;    // the heads of one key-value head: queries, key, value
     Array<float> running, partial;
+    int turn = 0;  // products of this pass so far
     std::vector<int> order;
     std::vector<char> in_backbone;
     std::vector<float> similarity;
-    std::vector<float> best_values;
-    std::vector<int> best_tokens;
+    std::vector<Best> best;  // [logit rows] of the tokens whose logits this thread computed
   };
   std::vector<Private> threads;
+  std::unique_ptr<WorkShare> panels;  // of the products
 
   Array<float> hidden;     // [rows, C]
   Array<float> before;     // [rows, C] as the layer found it
@@ -75,7 +83,7 @@ struct Decoder::Buffers {
 // One pass on all threads of the team; each calls operator().
 class Decoder::Run {
  public:
-  Run(Decoder& decoder, Pass& pass)
+  Run(Decoder& decoder, Pass& pass, int threads)
       : model_(decoder.model_),
         shape_(decoder.model_.shape),
         kernels_(decoder.kernels_),
@@ -83,6 +91,7 @@ class Decoder::Run {
         cache_(decoder.cache),
         pass_(pass),
         buffers_(*decoder.buffers_),
+        threads_(threads),
         rows_(static_cast<int>(pass.tokens.size())),
         private_(rows_ <= kPrivateRows),
         queries_per_kv_(shape_.num_heads / shape_.num_kv_heads) {}
@@ -114,9 +123,12 @@ class Decoder::Run {
   void attend_page(const Layer& layer, int index, int sequence, int page, int kv_head,
                    const uint8_t* queries, size_t row_stride, const int* positions, int rows,
                    float* partial);
-  void project(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own, float* out,
-               size_t out_stride, Range panels);
+  void project(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own, int thread,
+               float* out, size_t out_stride);
+  void multiply(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own, Range panels,
+                float* out, size_t out_stride);
   void fetch_next(const PackedMatrix (&matrix)[2], const Chunk& chunk, int thread);
+  int piece(const PackedMatrix& matrix, int rows) const;
   void gate_up(const Layer& layer, const Chunk& chunk, Private& own, int thread);
   void set_input(const PackedMatrix (&matrix)[2], const Chunk& chunk, int slot, const float* x,
                  int count, Private& own);
@@ -143,14 +155,14 @@ class Decoder::Run {
   }
   // Rows of which this thread computes norms and inputs, and the meeting after it.
   Range rows_of(int count, int thread) const {
-    return private_ ? Range{0, count} : share(count, thread, team_.size());
+    return private_ ? Range{0, count} : share(count, thread, threads_);
   }
   void meet_unless_private(int thread) {
     if (!private_) team_.barrier(thread);
   }
   // With fewer rows than this, rows and key-value heads are too few to keep all threads busy.
   int few_rows_limit() const {
-    return (4 * team_.size() + shape_.num_kv_heads - 1) / shape_.num_kv_heads;
+    return (4 * threads_ + shape_.num_kv_heads - 1) / shape_.num_kv_heads;
   }
   int first_seen(const Layer& layer, int position) const {
     return layer.window > 0 ? std::max(0, position - layer.window + 1) : 0;
@@ -167,6 +179,7 @@ class Decoder::Run {
   KvCache& cache_;
   Pass& pass_;
   Buffers& buffers_;
+  const int threads_;
   const int rows_;
   const bool private_;
   const int queries_per_kv_;
@@ -202,7 +215,7 @@ void Decoder::Run::embed(Private& own, int thread) {
 void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private& own,
                              int thread) {
   const auto& projections = layer.projections;
-  const int hidden_size = shape_.hidden_size, threads = team_.size();
+  const int hidden_size = shape_.hidden_size;
   const Range rows = rows_of(chunk.count, thread);
   const bool similarity = needs_similarity(index + 1);
 
@@ -222,8 +235,7 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
 
   // query, key, value
   const int qkv_rows = projections[kQkv][kBackbone].rows;
-  project(projections[kQkv], chunk, own, buffers_.qkv.data(), size(qkv_rows),
-          share(projections[kQkv][kBackbone].panels(), thread, threads));
+  project(projections[kQkv], chunk, own, thread, buffers_.qkv.data(), size(qkv_rows));
   fetch_next(projections[kOutput], chunk, thread);
   team_.barrier(thread);
 
@@ -241,8 +253,7 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
               buffers_.attended.data() + chunk.order[slot] * size(attended_size), attended_size,
               own);
   meet_unless_private(thread);
-  project(projections[kOutput], chunk, own, buffers_.projected.data(), size(hidden_size),
-          share(projections[kOutput][kBackbone].panels(), thread, threads));
+  project(projections[kOutput], chunk, own, thread, buffers_.projected.data(), size(hidden_size));
   fetch_next(projections[kGateUp], chunk, thread);
   team_.barrier(thread);
 
@@ -268,8 +279,7 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
               buffers_.inner.data() + slot * size(shape_.intermediate_size),
               shape_.intermediate_size, own);
   meet_unless_private(thread);
-  project(projections[kDown], chunk, own, buffers_.projected.data(), size(hidden_size),
-          share(projections[kDown][kBackbone].panels(), thread, threads));
+  project(projections[kDown], chunk, own, thread, buffers_.projected.data(), size(hidden_size));
   if (index + 1 < shape_.num_layers)
     fetch_next(model_.layers[size(index + 1)].projections[kQkv], chunk, thread);
   team_.barrier(thread);
@@ -389,7 +399,7 @@ void Decoder::Run::attend_page(const Layer& layer, int index, int sequence, int 
 // the order of the pages, as attend_by_rows joins them.
 void Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own,
                                   int thread) {
-  const int dims = shape_.head_dim, kv_heads = shape_.num_kv_heads, threads = team_.size();
+  const int dims = shape_.head_dim, kv_heads = shape_.num_kv_heads, threads = threads_;
   const size_t query_bytes = kernels_.query_bytes(dims);
   const size_t row_bytes = size(queries_per_kv_) * query_bytes;
   const size_t partial_size = size(queries_per_kv_) * size(dims + 2);
@@ -467,7 +477,7 @@ void Decoder::Run::attend_by_rows(const Layer& layer, int index, const Chunk& ch
   const size_t head_bytes = size(queries_per_kv_) * query_bytes;
   const size_t partial_size = size(dims + 2);
   if (thread == 0) buffers_.next_item = 0;
-  const Range range = share(chunk.count * kv_heads, thread, team_.size());
+  const Range range = share(chunk.count * kv_heads, thread, threads_);
   for (int i = range.begin; i < range.end; ++i) {
     const int slot = i / kv_heads, kv_head = i % kv_heads;
     // queries lie as [key-value head][row], so that rows of one head are adjacent
@@ -526,8 +536,23 @@ void Decoder::Run::set_input(const PackedMatrix (&matrix)[2], const Chunk& chunk
     kernels_.prepare_fixed(x, count, weights.group_size, out);
 }
 
+// Panels that a thread takes at a time.
+int Decoder::Run::piece(const PackedMatrix& matrix, int rows) const {
+  const int each = (matrix.panels() + threads_ - 1) / threads_;
+  if (rows > kPrivateRows) return std::max(2, each / kPiecesEach & ~1);  // kernels take them in twos
+  return std::max({1, each / 128, static_cast<int>(kPieceBytes / matrix.panel_bytes)});
+}
+
 void Decoder::Run::project(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own,
-                           float* out, size_t out_stride, Range panels) {
+                           int thread, float* out, size_t out_stride) {
+  const PackedMatrix& larger = matrix[chunk.in_backbone > 0 ? kBackbone : kRiver];
+  buffers_.panels->hand_out(
+      larger.panels(), piece(larger, chunk.count), thread, own.turn++,
+      [&](Range panels) { multiply(matrix, chunk, own, panels, out, out_stride); });
+}
+
+void Decoder::Run::multiply(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own,
+                            Range panels, float* out, size_t out_stride) {
   for (const Side side : {kBackbone, kRiver}) {
     const int begin = chunk.begin(side), count = chunk.end(side) - begin;
     if (count > 0)
@@ -540,30 +565,28 @@ void Decoder::Run::project(const PackedMatrix (&matrix)[2], const Chunk& chunk, 
 void Decoder::Run::fetch_next(const PackedMatrix (&matrix)[2], const Chunk& chunk, int thread) {
   if (!private_) return;
   const PackedMatrix& next = matrix[chunk.in_backbone > 0 ? kBackbone : kRiver];
-  kernels_.fetch(next.panel(share(next.panels(), thread, team_.size()).begin), kFetchBytes);
+  kernels_.fetch(next.panel(share(next.panels(), thread, threads_).begin), kFetchBytes);
 }
 
 void Decoder::Run::gate_up(const Layer& layer, const Chunk& chunk, Private& own, int thread) {
   const PackedMatrix(&matrix)[2] = layer.projections[kGateUp];
   const std::vector<float>& bias = layer.biases[kGateUp];
-  const Range pairs = share(matrix[kBackbone].panels() / 2, thread, team_.size());
+  const PackedMatrix& larger = matrix[chunk.in_backbone > 0 ? kBackbone : kRiver];
   const int fitting =
       static_cast<int>(kGateUpBytes / (size(chunk.count) * 2 * kLanes * sizeof(float)));
-  const int step = std::max(1, std::min(fitting, pairs.end - pairs.begin));
+  const int pairs = std::max(1, std::min(fitting, piece(larger, chunk.count) / 2));
   float* temporary = own.gate_up.data();
-  for (int pair = pairs.begin; pair < pairs.end; pair += step) {
-    const int count = std::min(step, pairs.end - pair);
-    const size_t stride = size(count) * 2 * kLanes;
+  buffers_.panels->hand_out(larger.panels() / 2, pairs, thread, own.turn++, [&](Range range) {
+    const int count = range.end - range.begin;
+    const size_t start = size(range.begin) * 2 * kLanes, stride = size(count) * 2 * kLanes;
     // the products address their outputs from panel 0 on
-    project(matrix, chunk, own, temporary - size(pair) * 2 * kLanes, stride,
-            {2 * pair, 2 * (pair + count)});
+    multiply(matrix, chunk, own, {2 * range.begin, 2 * range.end}, temporary - start, stride);
     for (int slot = 0; slot < chunk.count; ++slot)
-      kernels_.gated(temporary + size(slot) * stride,
-                     bias.empty() ? nullptr : bias.data() + size(pair) * 2 * kLanes, count,
-                     shape_.gelu,
+      kernels_.gated(temporary + size(slot) * stride, bias.empty() ? nullptr : bias.data() + start,
+                     count, shape_.gelu,
                      buffers_.inner.data() + size(slot) * size(shape_.intermediate_size) +
-                         size(pair) * kLanes);
-  }
+                         start / 2);
+  });
 }
 
 void Decoder::Run::add_branch(const Chunk& chunk, int slot, const std::vector<float>& bias,
@@ -646,12 +669,8 @@ void Decoder::Run::decide(int layers_run, Private& own, int thread) {
 
 void Decoder::Run::head(Private& own, int thread) {
   const int total = static_cast<int>(pass_.logit_rows.size());
-  const Range panels = share(model_.head.panels(), thread, team_.size());
-  const int first_token = panels.begin * kLanes;
-  const int last_token = std::min(panels.end * kLanes, shape_.vocab_size);
   const size_t input_size = input_bytes(model_.head);
-  own.best_values.assign(size(total), -std::numeric_limits<float>::infinity());
-  own.best_tokens.assign(size(total), 0);
+  own.best.assign(size(total), Best{});
   for (int first = 0; first < total; first += kChunkRows) {
     const int count = std::min(kChunkRows, total - first);
     const Range rows = rows_of(count, thread);
@@ -667,18 +686,24 @@ void Decoder::Run::head(Private& own, int thread) {
     }
     meet_unless_private(thread);
     float* logits = pass_.logits.data() + size(first) * pass_.logit_stride;
-    kernels_.matmul(model_.head, panels.begin, panels.end, input, input_size, count, logits,
-                    pass_.logit_stride);
-    for (int i = 0; i < count; ++i) {
-      float* row = logits + size(i) * pass_.logit_stride;
-      if (last_token <= first_token) continue;
-      own.best_tokens[size(first + i)] =
-          first_token + kernels_.argmax(row + first_token, last_token - first_token,
-                                        &own.best_values[size(first + i)]);
-      if (shape_.logit_cap > 0)
-        for (int token = first_token; token < last_token; ++token)
-          row[token] = shape_.logit_cap * std::tanh(row[token] / shape_.logit_cap);
-    }
+    const auto multiply_and_rank = [&](Range panels) {
+      kernels_.matmul(model_.head, panels.begin, panels.end, input, input_size, count, logits,
+                      pass_.logit_stride);
+      const int token = panels.begin * kLanes;
+      const int tokens = std::min(panels.end * kLanes, shape_.vocab_size) - token;
+      for (int i = 0; i < count; ++i) {
+        float* part = logits + size(i) * pass_.logit_stride + token;
+        Best& best = own.best[size(first + i)];
+        float value;
+        const int place = kernels_.argmax(part, tokens, &value);
+        best.take({value, token + place});
+        if (shape_.logit_cap > 0)
+          for (int j = 0; j < tokens; ++j)
+            part[j] = shape_.logit_cap * std::tanh(part[j] / shape_.logit_cap);
+      }
+    };
+    buffers_.panels->hand_out(model_.head.panels(), piece(model_.head, count), thread, own.turn++,
+                              multiply_and_rank);
     meet_unless_private(thread);
   }
 }
@@ -725,13 +750,15 @@ void Decoder::Run::prepare() {
     for (const Side side : {kBackbone, kRiver})
       input[side] = std::max(input[side], input_bytes(model_.layers[0].projections[p][side]));
   const size_t queries = size(queries_per_kv_) * kQueryRows;
-  buffers_.threads.resize(size(team_.size()));
+  buffers_.panels->reset(threads_);
+  if (buffers_.threads.size() < size(threads_)) buffers_.threads.resize(size(threads_));
   for (Private& own : buffers_.threads) {
     if (private_) {
       own.hidden.fit(kPrivateRows * hidden_size);
       own.before.fit(kPrivateRows * hidden_size);
       for (const Side side : {kBackbone, kRiver}) own.inputs[side].fit(kPrivateRows * input[side]);
     }
+    own.turn = 0;
     own.normed.fit(hidden_size);
     own.gate_up.fit(kGateUpBytes / sizeof(float));
     own.query.fit(size(queries_per_kv_) * kernels_.query_bytes(shape_.head_dim));
@@ -767,13 +794,9 @@ void Decoder::Run::commit() {
     cache_.set_length(sequence, cache_.length(sequence) + 1);
   pass_.best_tokens.assign(pass_.logit_rows.size(), 0);
   for (size_t i = 0; i < pass_.logit_rows.size(); ++i) {
-    float best = -std::numeric_limits<float>::infinity();
-    for (const Private& own : buffers_.threads) {
-      if (own.best_values[i] > best) {
-        best = own.best_values[i];
-        pass_.best_tokens[i] = own.best_tokens[i];
-      }
-    }
+    Best best;
+    for (int t = 0; t < threads_; ++t) best.take(buffers_.threads[size(t)].best[i]);
+    pass_.best_tokens[i] = best.token;
   }
 }
 
@@ -782,19 +805,26 @@ Decoder::Decoder(const Model& model, const KernelSet& kernels, Team& team)
       model_(model),
       kernels_(kernels),
       team_(team),
-      buffers_(std::make_unique<Buffers>()) {}
+      crew_(team.size()),
+      buffers_(std::make_unique<Buffers>()) {
+  buffers_->panels = std::make_unique<WorkShare>(team.size());
+}
 
 Decoder::~Decoder() = default;
 
 void Decoder::forward(Pass& pass) {
-  Run run(*this, pass);
+  const bool is_small = pass.tokens.size() <= kSmallRows;
+  const int threads = is_small ? crew_.threads() : team_.size();
+  Run run(*this, pass, threads);
   try {
     run.prepare();
   } catch (...) {
     for (int s = 0; s < cache.sequences(); ++s) cache.truncate(s, cache.length(s));  // unused pages
     throw;
   }
-  team_.run(run);
+  const auto start = std::chrono::steady_clock::now();
+  team_.run(threads, run);
+  if (is_small) crew_.passed(std::chrono::steady_clock::now() - start, team_.stalled());
   run.commit();
 }
 

@@ -47,6 +47,7 @@ class Decoder {
   const Model& model_;
   const KernelSet& kernels_;
   Team& team_;
+  Crew crew_;
   std::unique_ptr<Buffers> buffers_;
 };
 

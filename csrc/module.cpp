@@ -67,6 +67,11 @@ nb::object numpy_array(std::vector<T>&& values, std::vector<size_t> shape,
                                             strides.empty() ? nullptr : strides.data()));
 }
 
+// As int64, which PyTorch takes without a conversion.
+nb::object whole_numbers(const std::vector<int>& values) {
+  return numpy_array(std::vector<int64_t>(values.begin(), values.end()), {values.size()});
+}
+
 std::vector<float> to_vector(const FloatVector& values) {
   return {values.data(), values.data() + values.size()};
 }
@@ -235,11 +240,10 @@ class Engine {
     logit_stride_ = pass.logit_stride;
     logit_count_ = pass.logit_rows.size();
     const size_t rows = pass.tokens.size(), layers = static_cast<size_t>(model_.shape.num_layers);
-    const size_t best = pass.best_tokens.size();
     nb::object similarities = nb::none();
     if (record_similarities) similarities = numpy_array(std::move(pass.similarities), {layers, rows});
-    return nb::make_tuple(numpy_array(std::move(pass.best_tokens), {best}),
-                          numpy_array(std::move(pass.exit_layers), {rows}), similarities);
+    return nb::make_tuple(whole_numbers(pass.best_tokens), whole_numbers(pass.exit_layers),
+                          similarities);
   }
 
   // A copy of the last pass's logits [rows, V].

@@ -21,6 +21,11 @@ namespace {
 constexpr int kSpins = 100;
 constexpr int kYieldsBeforeSleep = 20000;
 
+// A wait longer than this is no matter of uneven work.
+constexpr auto kStall = std::chrono::microseconds(500);
+
+using Clock = std::chrono::steady_clock;
+
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -29,75 +34,107 @@ inline void pause() {
 #endif
 }
 
-template <class Condition>
-inline void wait_until(Condition condition) {
-  for (int spins = 0; !condition();) {
-    if (++spins < kSpins)
-      pause();
-    else
-      std::this_thread::yield();
-  }
-}
-
 }  // namespace
 
-Team::Team(int size) : size_(std::max(1, size)), arrived_(new Counter[static_cast<size_t>(size_)]) {
+Team::Team(int size)
+    : size_(std::max(1, size)),
+      jobs_(new Counter[static_cast<size_t>(size_)]),
+      arrived_(new Counter[static_cast<size_t>(size_)]),
+      waits_(new Wait[static_cast<size_t>(size_)]) {
   try {
     for (int t = 1; t < size_; ++t) threads_.emplace_back([this, t] { work(t); });
   } catch (...) {
-    stopping_ = true;
-    job_.value.fetch_add(1);
-    job_.value.notify_all();
-    for (auto& thread : threads_) thread.join();
+    stop();
     throw;
   }
 }
 
-Team::~Team() {
+Team::~Team() { stop(); }
+
+void Team::stop() {
   stopping_ = true;
-  job_.value.fetch_add(1);
-  job_.value.notify_all();
+  for (int t = 1; t < size_; ++t) {
+    jobs_[t].value.fetch_add(1);
+    jobs_[t].value.notify_all();
+  }
   for (auto& thread : threads_) thread.join();
 }
 
 void Team::barrier(int thread) {
-  const uint32_t now = arrived_[thread].value.load(std::memory_order_relaxed) + 1;
-  arrived_[thread].value.store(now, std::memory_order_release);
-  for (int t = 0; t < size_; ++t) {
-    if (t == thread) continue;
-    wait_until([&] {
+  const uint32_t now = arrive(thread);
+  for (int t = 0; t < running_; ++t) {
+    const auto is_here = [&] {
       return static_cast<int32_t>(arrived_[t].value.load(std::memory_order_acquire) - now) >= 0;
-    });
+    };
+    for (int spins = 0; spins < kSpins && !is_here(); ++spins) pause();
+    if (is_here()) continue;
+    const auto start = Clock::now();
+    while (!is_here()) std::this_thread::yield();
+    const auto waited = Clock::now() - start;
+    if (waited > kStall) waits_[thread].stalled += waited;
   }
 }
 
-void Team::start(void (*call)(void*, int), void* function) {
+uint32_t Team::arrive(int thread) {
+  const uint32_t now = arrived_[thread].value.load(std::memory_order_relaxed) + 1;
+  arrived_[thread].value.store(now, std::memory_order_release);
+  return now;
+}
+
+std::chrono::nanoseconds Team::stalled() const {
+  std::chrono::nanoseconds longest{0};
+  for (int t = 0; t < running_; ++t) longest = std::max(longest, waits_[t].stalled);
+  return longest;
+}
+
+void Team::start(int threads, void (*call)(void*, int), void* function) {
   call_ = call;
   function_ = function;
-  if (size_ > 1) {
-    job_.value.fetch_add(1, std::memory_order_release);
-    job_.value.notify_all();
+  running_ = std::clamp(threads, 1, size_);
+  first_barrier_ = arrived_[0].value.load(std::memory_order_relaxed);
+  for (int t = 0; t < running_; ++t) waits_[t].stalled = {};
+  for (int t = 1; t < running_; ++t) {
+    jobs_[t].value.fetch_add(1, std::memory_order_release);
+    jobs_[t].value.notify_all();
   }
   call(function, 0);
   barrier(0);
 }
 
 void Team::work(int thread) {
-  uint32_t seen = 0;
-  for (;;) {
+  std::atomic<uint32_t>& job = jobs_[thread].value;
+  for (uint32_t seen = 0;; ++seen) {
     int spins = 0;
-    while (job_.value.load(std::memory_order_acquire) == seen) {
+    while (job.load(std::memory_order_acquire) == seen) {
       if (++spins < kSpins)
         pause();
       else if (spins < kYieldsBeforeSleep)
         std::this_thread::yield();
       else
-        job_.value.wait(seen, std::memory_order_acquire);
+        job.wait(seen, std::memory_order_acquire);
     }
-    ++seen;
     if (stopping_) return;
+    // it may have missed some runs
+    arrived_[thread].value.store(first_barrier_, std::memory_order_relaxed);
     call_(function_, thread);
-    barrier(thread);
+    arrive(thread);  // only the caller waits here, and may begin the next run at once
+  }
+}
+
+void Crew::passed(std::chrono::nanoseconds time, std::chrono::nanoseconds stalled) {
+  const bool was_stalled = 4 * stalled > time;
+  if (was_stalled && ++stalls_ > 1 && threads_ > 1) {
+    --threads_;
+    left_ = rest_;
+    rest_ = std::min(2 * rest_, kLongestRest);
+    smooth_ = 0;
+  } else if (threads_ < size_) {
+    if (--left_ <= 0) threads_ = size_;  // try again
+  } else if (was_stalled) {
+    smooth_ = 0;
+  } else if (++smooth_ >= kTrialPasses) {
+    stalls_ = 0;
+    rest_ = kFirstRest;
   }
 }
 

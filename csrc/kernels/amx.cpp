@@ -42,11 +42,8 @@ void prepare_tile_pairs(const float* x, int count, void* out) {
   auto* rounded = static_cast<bf16*>(out);
   int i = 0;
   for (; i + 16 <= count; i += 16) {
-    const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(x + i));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + i),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+    const __m512i halves = _mm512_srli_epi32(upper_halves(load(x + i)), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + i), _mm512_cvtepi32_epi16(halves));
   }
   for (; i < count; ++i) rounded[i] = to_bf16(x[i]);
   for (; i < round_up(count, kInputBlock); ++i) rounded[i] = 0;

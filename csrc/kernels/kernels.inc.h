@@ -11,8 +11,38 @@
 namespace river {
 namespace {
 
-// How far ahead of their use the weights are fetched into the second level cache.
-constexpr int kPrefetchBytes = 8192;
+// How far ahead of their use weights are fetched: bfloat16 a little ahead of the processor's own
+// prefetching, into the second level cache; codes, on which it spends longer, into the first.
+constexpr int kPairsAhead = 2048;
+constexpr int kCodesAhead = 8192;
+
+#if defined(_MSC_VER)
+#define RIVER_INLINE [[msvc::forceinline]]
+#else
+#define RIVER_INLINE __attribute__((always_inline))
+#endif
+
+// Calls body.operator()<0>() ... <Count - 1>(). Unlike in a loop, which a compiler unrolls too late
+// to see it, an array that is indexed with these constants is kept in registers.
+template <int Count, class Body>
+RIVER_INLINE inline void repeat(Body body) {
+  if constexpr (Count > 0) {
+    repeat<Count - 1>(body);
+    body.template operator()<Count - 1>();
+  }
+}
+
+// Calls body.operator()<min(count, Limit)>(): a number of rows as a constant.
+template <int Limit, class Body>
+inline void with_count(int count, Body body) {
+  if constexpr (Limit > 1) {
+    if (count < Limit) {
+      with_count<Limit - 1>(count, body);
+      return;
+    }
+  }
+  body.template operator()<Limit>();
+}
 
 // ---- activations ----------------------------------------------------------------------------
 
@@ -24,10 +54,9 @@ size_t pairs_bytes(int columns) {
 
 void prepare_pairs(const float* x, int count, void* out) {
   auto* pairs = static_cast<Pair*>(out);
-  for (int i = 0; i < count / 2; ++i) prepare_pair(x + 2 * i, pairs + i);
-  const float nothing[2] = {0.0f, 0.0f};
-  for (int i = count / 2; i < round_up(count, kInputBlock) / 2; ++i)
-    prepare_pair(nothing, pairs + i);
+  int i = 0;
+  for (; i < count; i += kLanes) store_pairs(load(x + i), pairs + i / 2);
+  for (; i < round_up(count, kInputBlock); i += kLanes) store_pairs(zero(), pairs + i / 2);
 }
 
 // A group of activations in fixed point: x = scale * (256 * high + low).
@@ -60,18 +89,13 @@ void prepare_fixed(const float* x, int count, int group_size, void* out) {
     }
     const float maximum = largest(most);
     const float inverse = maximum > 0.0f ? kFixedMaximum / maximum : 0.0f;
-    int32_t whole_sum = 0;
-    float rounded[128];
-    for (int i = 0; i < group_size; i += 16)
-      store(rounded + i, round_to_int(mul(load(x + i), set1(inverse))));
-    for (int i = 0; i < group_size; ++i) {
-      const auto whole = static_cast<int32_t>(rounded[i]);
-      const int32_t high = (whole + 128) >> 8;
-      whole_sum += whole;
-      int8_t* words = bytes + (i / 8) * 16 + (i % 2) * 4 + (i % 8) / 2;
-      words[0] = static_cast<int8_t>(high);
-      words[8] = static_cast<int8_t>(whole - 256 * high);
+    Floats sums = zero();  // whole numbers far below 2**24: exact
+    for (int i = 0; i < group_size; i += 16) {
+      const Floats whole = round_to_int(mul(load(x + i), set1(inverse)));
+      sums = add(sums, whole);
+      split_fixed(whole, bytes + 2 * i);
     }
+    const auto whole_sum = static_cast<int32_t>(sum(sums));
     const float scale = maximum / kFixedMaximum;
     groups[g] = {scale, scale * static_cast<float>(whole_sum), whole_sum, 0};
   }
@@ -79,26 +103,36 @@ void prepare_fixed(const float* x, int count, int group_size, void* out) {
 
 // ---- products -------------------------------------------------------------------------------
 
-// Sixteen outputs of `Rows` rows with bfloat16 weights: kChains sums of every kChains-th pair.
-template <int Rows>
-void panel_pairs(const uint8_t* panel, int pairs, const uint8_t* x, size_t x_stride, float* out,
-                 size_t out_stride) {
-  Floats acc[Rows][kChains];
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < kChains; ++c) acc[r][c] = zero();
-  for (int k = 0; k < pairs; k += kChains) {
-    for (int c = 0; c < kChains; ++c, panel += 64) {
-      prefetch(panel + kPrefetchBytes);
-      const Words w = load_words(panel);
-      for (int r = 0; r < Rows; ++r)
-        acc[r][c] = dot_pair(acc[r][c], w, reinterpret_cast<const Pair*>(x + r * x_stride) + k + c);
-    }
+// Sixteen outputs of each of `Panels` panels, for `Rows` rows, with bfloat16 weights: kChains sums
+// of every kChains-th pair, whatever the numbers of rows and panels.
+template <int Rows, int Panels>
+void panel_pairs(const uint8_t* panel, size_t panel_bytes, int pairs, const uint8_t* x,
+                 size_t x_stride, float* out, size_t out_stride) {
+  static_assert(kChains == 1 || kChains == 2);
+  Floats acc[Rows][Panels][kChains];
+  repeat<Rows * Panels>([&]<int I>() RIVER_INLINE {
+    repeat<kChains>([&]<int C>() RIVER_INLINE { acc[I / Panels][I % Panels][C] = zero(); });
+  });
+  for (int k = 0; k < pairs; k += kChains, panel += 64 * kChains) {
+    repeat<kChains>([&]<int C>() RIVER_INLINE {
+      Words w[Panels];
+      repeat<Panels>([&]<int P>() RIVER_INLINE {
+        const uint8_t* word = panel + P * panel_bytes + 64 * C;
+        if constexpr (Panels == 1) prefetch(word + kPairsAhead);  // else they are in the cache
+        w[P] = load_words(word);
+      });
+      repeat<Rows>([&]<int R>() RIVER_INLINE {
+        const auto* pair = reinterpret_cast<const Pair*>(x + R * x_stride) + k + C;
+        repeat<Panels>([&]<int P>()
+                           RIVER_INLINE { acc[R][P][C] = dot_pair(acc[R][P][C], w[P], pair); });
+      });
+    });
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int width = kChains / 2; width > 0; width /= 2)
-      for (int c = 0; c < width; ++c) acc[r][c] = add(acc[r][c], acc[r][c + width]);
-    store(out + r * out_stride, acc[r][0]);
-  }
+  repeat<Rows * Panels>([&]<int I>() RIVER_INLINE {
+    constexpr int R = I / Panels, P = I % Panels;
+    if constexpr (kChains == 2) acc[R][P][0] = add(acc[R][P][0], acc[R][P][1]);
+    store(out + R * out_stride + P * kLanes, acc[R][P][0]);
+  });
 }
 
 // Sixteen outputs of `Rows` rows with codes of `Bits`, group by group:
@@ -110,7 +144,7 @@ void panel_codes(const uint8_t* panel, int num_groups, int group_size, const uin
   for (int r = 0; r < Rows; ++r) total[r] = zero();
   const size_t words_start = static_cast<size_t>(num_groups) * sizeof(FixedGroup);
   for (int g = 0; g < num_groups; ++g) {
-    prefetch(panel + kPrefetchBytes);
+    prefetch_near(panel + kCodesAhead);
     const Words scale_and_zero = load_words(panel);
     panel += 64;
     Ints high[Rows], low[Rows];
@@ -122,14 +156,14 @@ void panel_codes(const uint8_t* panel, int num_groups, int group_size, const uin
     const uint8_t* words = x + words_start + static_cast<size_t>(g) * group_size * 2;
     for (int i = 0; i < group_size / 8; ++i, words += 16) {
       Words even, odd;  // codes of the inputs 0 2 4 6 and 1 3 5 7
-      prefetch(panel + kPrefetchBytes);
+      prefetch_near(panel + kCodesAhead);
       if constexpr (Bits == 4) {
         const Words both = load_words(panel);
         even = low_nibbles(both);
         odd = high_nibbles(both);
         panel += 64;
       } else {
-        prefetch(panel + kPrefetchBytes + 64);
+        prefetch_near(panel + kCodesAhead + 64);
         even = load_words(panel);
         odd = load_words(panel + 64);
         panel += 128;
@@ -155,30 +189,21 @@ void panel_codes(const uint8_t* panel, int num_groups, int group_size, const uin
   for (int r = 0; r < Rows; ++r) store(out + r * out_stride, total[r]);
 }
 
-// Runs `body` with Rows = min(rows, Limit) as a compile-time constant.
-template <int Limit, class Body>
-inline void with_rows(int rows, Body body) {
-  if constexpr (Limit > 1) {
-    if (rows < Limit) {
-      with_rows<Limit - 1>(rows, body);
-      return;
-    }
-  }
-  body.template operator()<Limit>();
-}
-
 // Rows that stay in the second level cache while the panels pass by.
 inline int rows_in_cache(size_t x_stride) {
   const auto rows = static_cast<int>((512u << 10) / (x_stride + 1));
   return rows < 12 ? 12 : rows;
 }
 
+template <int Panels>
 void panel_pairs_rows(const PackedMatrix& matrix, int panel, const uint8_t* x, size_t x_stride,
                       int rows, float* out, size_t out_stride) {
-  for (int r = 0; r < rows; r += kMaxPairRows)
-    with_rows<kMaxPairRows>(rows - r, [&]<int Rows>() {
-      panel_pairs<Rows>(matrix.panel(panel), matrix.columns / 2, x + r * x_stride, x_stride,
-                        out + r * out_stride + panel * kLanes, out_stride);
+  constexpr int kMaxRows = kPairSums / (kChains * Panels);
+  for (int r = 0; r < rows; r += kMaxRows)
+    with_count<kMaxRows>(rows - r, [&]<int Rows>() {
+      panel_pairs<Rows, Panels>(matrix.panel(panel), matrix.panel_bytes, matrix.columns / 2,
+                                x + r * x_stride, x_stride,
+                                out + r * out_stride + panel * kLanes, out_stride);
     });
 }
 
@@ -186,7 +211,7 @@ template <int Bits>
 void panel_codes_rows(const PackedMatrix& matrix, int panel, const uint8_t* x, size_t x_stride,
                       int rows, float* out, size_t out_stride) {
   for (int r = 0; r < rows; r += kMaxCodeRows)
-    with_rows<kMaxCodeRows>(rows - r, [&]<int Rows>() {
+    with_count<kMaxCodeRows>(rows - r, [&]<int Rows>() {
       panel_codes<Bits, Rows>(matrix.panel(panel), matrix.columns / matrix.group_size,
                               matrix.group_size, x + r * x_stride, x_stride,
                               out + r * out_stride + panel * kLanes, out_stride);
@@ -200,9 +225,13 @@ void matmul(const PackedMatrix& matrix, int first, int last, const void* x, size
     const int count = rows - start < block ? rows - start : block;
     const uint8_t* x_block = static_cast<const uint8_t*>(x) + start * x_stride;
     float* out_block = out + start * out_stride;
-    for (int p = first; p < last; ++p) {
+    int p = first;
+    if (matrix.bits == 16 && count > kPairSums / kChains)  // the panels are read several times
+      for (; p + kPanelsTogether <= last; p += kPanelsTogether)
+        panel_pairs_rows<kPanelsTogether>(matrix, p, x_block, x_stride, count, out_block, out_stride);
+    for (; p < last; ++p) {
       if (matrix.bits == 16)
-        panel_pairs_rows(matrix, p, x_block, x_stride, count, out_block, out_stride);
+        panel_pairs_rows<1>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else if (matrix.bits == 4)
         panel_codes_rows<4>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else
@@ -251,19 +280,20 @@ void attend(const PageAttention& page, int start) {
   for (int b = first_block; b < last_block; ++b) {
     const uint32_t* keys = page.keys + static_cast<size_t>(b) * dims / 2 * kLanes;
     Floats acc[Queries];
-    for (int q = 0; q < Queries; ++q) acc[q] = zero();
+    repeat<Queries>([&]<int Q>() RIVER_INLINE { acc[Q] = zero(); });
     for (int pair = 0; pair < dims / 2; ++pair) {
       const Words w = load_words(keys + pair * kLanes);
-      for (int q = 0; q < Queries; ++q) acc[q] = dot_pair(acc[q], w, query[q] + pair);
+      repeat<Queries>([&]<int Q>()
+                          RIVER_INLINE { acc[Q] = dot_pair(acc[Q], w, query[Q] + pair); });
     }
-    for (int q = 0; q < Queries; ++q) {
-      int begin = page.begin[start + q] - b * kLanes, end = page.end[start + q] - b * kLanes;
+    repeat<Queries>([&]<int Q>() RIVER_INLINE {
+      int begin = page.begin[start + Q] - b * kLanes, end = page.end[start + Q] - b * kLanes;
       begin = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
       end = end < begin ? begin : end > kLanes ? kLanes : end;
-      if (begin > 0 || end < kLanes) acc[q] = keep_lanes(acc[q], begin, end, kNothingSeen);
-      most[q] = max(most[q], acc[q]);
-      store(&scores[q][b * kLanes], acc[q]);
-    }
+      if (begin > 0 || end < kLanes) acc[Q] = keep_lanes(acc[Q], begin, end, kNothingSeen);
+      most[Q] = max(most[Q], acc[Q]);
+      store(&scores[Q][b * kLanes], acc[Q]);
+    });
   }
 
   // weights = e**(score - maximum)
@@ -273,19 +303,15 @@ void attend(const PageAttention& page, int start) {
     const float maximum = largest(most[q]);
     Floats weight_sum = zero();
     for (int b = first_block; b < last_block; ++b) {
-      float weight[kLanes];
       const Floats score = load(&scores[q][b * kLanes]);
-      // where a query sees nothing, its weights are zero, not e**0
-      const Floats w = maximum > kNothingSeen ? exponential(sub(score, set1(maximum))) : zero();
-      store(weight, w);
+      // where a query sees nothing, its weights are zero, not e**0 and not e**-87
+      Floats weight = maximum > kNothingSeen ? exponential(sub(score, set1(maximum))) : zero();
       int begin = page.begin[start + q] - b * kLanes, end = page.end[start + q] - b * kLanes;
-      if (begin > 0 || end < kLanes) {  // e**-87 is not quite nothing
-        for (int i = 0; i < kLanes; ++i)
-          if (i < begin || i >= end) weight[i] = 0.0f;
-      }
-      weight_sum = add(weight_sum, load(weight));
-      for (int i = 0; i < kLanes; i += 2)
-        prepare_pair(weight + i, &weights[q][(b * kLanes + i) / 2]);
+      begin = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
+      end = end < begin ? begin : end > kLanes ? kLanes : end;
+      if (begin > 0 || end < kLanes) weight = keep_lanes(weight, begin, end, 0.0f);
+      weight_sum = add(weight_sum, weight);
+      store_pairs(weight, &weights[q][b * kLanes / 2]);
     }
     partial[dims] = maximum;
     partial[dims + 1] = sum(weight_sum);
@@ -293,33 +319,30 @@ void attend(const PageAttention& page, int start) {
 
   // partial[d] = sum over positions of weight * value, kValueVectors times 16 dims at a time
   for (int d = 0; d < dims; d += kLanes * kValueVectors) {
-    const int vectors = dims - d < kLanes * kValueVectors ? (dims - d) / kLanes : kValueVectors;
-    Floats acc[Queries][kValueVectors];
-    for (int q = 0; q < Queries; ++q)
-      for (int v = 0; v < kValueVectors; ++v) acc[q][v] = zero();
-    const auto sum_values = [&](int count) {
+    with_count<kValueVectors>((dims - d) / kLanes, [&]<int Vectors>() {
+      Floats acc[Queries][Vectors];
+      repeat<Queries * Vectors>(
+          [&]<int I>() RIVER_INLINE { acc[I / Vectors][I % Vectors] = zero(); });
       for (int pair = first_block * kLanes / 2; pair < last_block * kLanes / 2; ++pair) {
         const uint32_t* values = page.values + static_cast<size_t>(pair) * dims + d;
-        for (int v = 0; v < count; ++v) {
-          const Words w = load_words(values + v * kLanes);
-          for (int q = 0; q < Queries; ++q)
-            acc[q][v] = dot_pair(acc[q][v], w, &weights[q][pair]);
-        }
+        repeat<Vectors>([&]<int V>() RIVER_INLINE {
+          const Words w = load_words(values + V * kLanes);
+          repeat<Queries>([&]<int Q>() RIVER_INLINE {
+            acc[Q][V] = dot_pair(acc[Q][V], w, &weights[Q][pair]);
+          });
+        });
       }
-    };
-    if (vectors == kValueVectors)
-      sum_values(kValueVectors);
-    else
-      sum_values(vectors);
-    for (int q = 0; q < Queries; ++q)
-      for (int v = 0; v < vectors; ++v)
-        store(page.partial + (start + q) * page.partial_stride + d + v * kLanes, acc[q][v]);
+      repeat<Queries * Vectors>([&]<int I>() RIVER_INLINE {
+        constexpr int Q = I / Vectors, V = I % Vectors;
+        store(page.partial + (start + Q) * page.partial_stride + d + V * kLanes, acc[Q][V]);
+      });
+    });
   }
 }
 
 void attend_page(const PageAttention& page) {
   for (int q = 0; q < page.queries; q += kMaxQueries)
-    with_rows<kMaxQueries>(page.queries - q, [&]<int Queries>() { attend<Queries>(page, q); });
+    with_count<kMaxQueries>(page.queries - q, [&]<int Queries>() { attend<Queries>(page, q); });
 }
 
 void merge_partial(const float* partial, int head_dim, float* running) {

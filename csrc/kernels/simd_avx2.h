@@ -16,7 +16,8 @@ using Ints = Words;
 struct Pair { float even, odd; };  // two activations, rounded to bfloat16
 
 constexpr int kChains = 1;
-constexpr int kMaxPairRows = 4;
+constexpr int kPairSums = 4;
+constexpr int kPanelsTogether = 1;
 constexpr int kMaxCodeRows = 2;
 constexpr int kMaxQueries = 4;
 constexpr int kValueVectors = 1;
@@ -86,9 +87,14 @@ inline Floats high_bf16(Words w) {
 inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
   return fma(high_bf16(w), set1(x->odd), fma(low_bf16(w), set1(x->even), acc));
 }
-inline void prepare_pair(const float* x, Pair* out) {
-  out->even = to_float(to_bf16(x[0]));
-  out->odd = to_float(to_bf16(x[1]));
+inline __m256 round_to_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void store_pairs(Floats x, Pair* out) {
+  store(&out->even, {round_to_bf16(x.a), round_to_bf16(x.b)});
 }
 inline Words low_nibbles(Words w) {
   const __m256i mask = _mm256_set1_epi8(15);
@@ -117,7 +123,20 @@ inline Ints times_256_plus(Ints high, Ints low) {
           _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
 }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline __m256i high_and_low(__m256 whole) {
+  const __m256i value = _mm256_cvtps_epi32(whole);
+  const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(value, _mm256_set1_epi32(128)), 8);
+  return _mm256_or_si256(_mm256_slli_epi32(high, 8), _mm256_and_si256(value, _mm256_set1_epi32(255)));
+}
+inline void split_fixed(Floats whole, int8_t* out) {  // as split_fixed_lanes
+  const __m256i packed = _mm256_packs_epi32(high_and_low(whole.a), high_and_low(whole.b));
+  const __m256i both = _mm256_permute4x64_epi64(packed, 0xd8);  // packs works on halves
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(both, order));
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace river

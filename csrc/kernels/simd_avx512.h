@@ -15,6 +15,8 @@ using Floats = __m512;
 using Words = __m512i;
 using Ints = __m512i;
 
+constexpr int kPairSums = 24;
+constexpr int kPanelsTogether = 2;
 constexpr int kMaxCodeRows = 6;
 constexpr int kMaxQueries = 4;
 constexpr int kValueVectors = 4;
@@ -47,26 +49,29 @@ inline Floats high_bf16(Words w) {
   return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+inline __m512i upper_halves(Floats x) {  // rounded to bfloat16, in the upper half of each lane
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
 #ifdef RIVER_BF16
-constexpr int kChains = 4;
-constexpr int kMaxPairRows = 6;
+constexpr int kChains = 2;
 using Pair = uint32_t;  // two bfloat16
 inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
   return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(*x)));
 }
-inline void prepare_pair(const float* x, Pair* out) {
-  *out = to_bf16(x[0]) | static_cast<uint32_t>(to_bf16(x[1])) << 16;
+inline void store_pairs(Floats x, Pair* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
 }
 #else
 constexpr int kChains = 1;
-constexpr int kMaxPairRows = 12;
 struct Pair { float even, odd; };  // two activations, rounded to bfloat16
 inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
   return fma(high_bf16(w), set1(x->odd), fma(low_bf16(w), set1(x->even), acc));
 }
-inline void prepare_pair(const float* x, Pair* out) {
-  out->even = to_float(to_bf16(x[0]));
-  out->odd = to_float(to_bf16(x[1]));
+inline void store_pairs(Floats x, Pair* out) {
+  _mm512_storeu_si512(out, upper_halves(x));
 }
 #endif
 
@@ -96,7 +101,18 @@ inline Ints times_256_plus(Ints high, Ints low) {
   return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline void split_fixed(Floats whole, int8_t* out) {  // as split_fixed_lanes
+  const __m512i value = _mm512_cvtps_epi32(whole);
+  const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+  const __m512i low = _mm512_and_si512(value, _mm512_set1_epi32(255));
+  const __m256i both =
+      _mm512_cvtepi32_epi16(_mm512_or_si512(_mm512_slli_epi32(high, 8), low));
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(both, order));
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace river

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../bfloat16.h"
+#include "fixed_point.h"
 
 namespace river {
 namespace {
@@ -16,7 +17,8 @@ struct Ints { int32x4_t v[4]; };
 struct Pair { float even, odd; };  // two activations, rounded to bfloat16
 
 constexpr int kChains = 1;
-constexpr int kMaxPairRows = 4;
+constexpr int kPairSums = 4;
+constexpr int kPanelsTogether = 1;
 constexpr int kMaxCodeRows = 2;
 constexpr int kMaxQueries = 4;
 constexpr int kValueVectors = 1;
@@ -83,9 +85,14 @@ inline Floats high_bf16(Words w) {
 inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
   return fma(high_bf16(w), set1(x->odd), fma(low_bf16(w), set1(x->even), acc));
 }
-inline void prepare_pair(const float* x, Pair* out) {
-  out->even = to_float(to_bf16(x[0]));
-  out->odd = to_float(to_bf16(x[1]));
+inline void store_pairs(Floats x, Pair* out) {
+  RIVER_PARTS {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x.v[i]);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    x.v[i] = vreinterpretq_f32_u32(vandq_u32(up, vdupq_n_u32(0xffff0000u)));
+  }
+  store(&out->even, x);
 }
 inline Words low_nibbles(Words w) {
   RIVER_PARTS w.v[i] = vandq_u32(w.v[i], vdupq_n_u32(0x0f0f0f0fu));
@@ -119,7 +126,13 @@ inline Floats to_floats(Ints x) {
   RIVER_PARTS r.v[i] = vcvtq_f32_s32(x.v[i]);
   return r;
 }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void split_fixed(Floats whole, int8_t* out) {
+  float lanes[16];
+  store(lanes, whole);
+  split_fixed_lanes(lanes, out);
+}
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_near(const void* p) { __builtin_prefetch(p); }
 #undef RIVER_PARTS
 
 }  // namespace

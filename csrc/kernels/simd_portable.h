@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../bfloat16.h"
+#include "fixed_point.h"
 
 namespace river {
 namespace {
@@ -16,8 +17,9 @@ struct Ints { int32_t lane[16]; };
 struct Pair { float even, odd; };  // two activations, rounded to bfloat16
 
 constexpr int kChains = 1;         // accumulators of a row in a product of bfloat16
-constexpr int kMaxPairRows = 4;    // rows that share one read of the weights
-constexpr int kMaxCodeRows = 4;
+constexpr int kPairSums = 4;       // accumulators that registers hold in such a product
+constexpr int kPanelsTogether = 1; // panels that share one read of the activations, many rows
+constexpr int kMaxCodeRows = 4;    // rows that share one read of the weights
 constexpr int kMaxQueries = 4;
 constexpr int kValueVectors = 2;   // vectors of a head's dims that attention sums at a time
 
@@ -85,9 +87,9 @@ inline Floats high_bf16(Words w) {
 inline Floats dot_pair(Floats acc, Words w, const Pair* x) {
   return fma(high_bf16(w), set1(x->odd), fma(low_bf16(w), set1(x->even), acc));
 }
-inline void prepare_pair(const float* x, Pair* out) {
-  out->even = to_float(to_bf16(x[0]));
-  out->odd = to_float(to_bf16(x[1]));
+inline void store_pairs(Floats x, Pair* out) {  // sixteen activations
+  for (int i = 0; i < 8; ++i)
+    out[i] = {to_float(to_bf16(x.lane[2 * i])), to_float(to_bf16(x.lane[2 * i + 1]))};
 }
 inline Words low_nibbles(Words w) { RIVER_LANES w.lane[i] &= 0x0f0f0f0fu; return w; }
 inline Words high_nibbles(Words w) {
@@ -112,7 +114,9 @@ inline Floats to_floats(Ints a) {
   RIVER_LANES r.lane[i] = static_cast<float>(a.lane[i]);
   return r;
 }
+inline void split_fixed(Floats whole, int8_t* out) { split_fixed_lanes(whole.lane, out); }
 inline void prefetch(const void*) {}
+inline void prefetch_near(const void*) {}
 #undef RIVER_LANES
 
 }  // namespace

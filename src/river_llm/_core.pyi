@@ -6,7 +6,7 @@ Matrices of bfloat16 are NumPy arrays of uint16 with the same bits. Codes are (p
 
 from typing import Any
 
-from numpy import float32, int32, uint8, uint16
+from numpy import float32, int64, uint8, uint16
 from numpy.typing import NDArray
 
 Codes = tuple[NDArray[uint8], NDArray[uint16], NDArray[uint16]]
@@ -46,7 +46,7 @@ class Engine:
         mean_groups: list[int],
         minimum_groups: list[int],
         record_similarities: bool,
-    ) -> tuple[NDArray[int32], NDArray[int32], NDArray[float32] | None]: ...
+    ) -> tuple[NDArray[int64], NDArray[int64], NDArray[float32] | None]: ...
     def logits(self) -> NDArray[float32]: ...
     def resize(self, sequences: int) -> None: ...
     def truncate(self, sequence: int, length: int) -> None: ...

@@ -356,14 +356,17 @@ class CpuEngine:
         except (RuntimeError, ValueError) as error:
             raise RiverError(f"native engine: {error}") from error
         shape = shape or (len(logit_rows),)
-        rows = torch.tensor(logit_rows, dtype=torch.long)
+        if len(logit_rows) < len(tokens):
+            exits = exits[logit_rows]
+            if similarities is not None:
+                similarities = similarities[:, logit_rows]
+        if similarities is not None:
+            similarities = torch.from_numpy(similarities).view(self.num_layers, *shape)
         return StepResult(
-            exit_layers=torch.from_numpy(exits)[rows].long().view(shape),
+            exit_layers=torch.from_numpy(exits).view(shape),
             logits=partial(self._logits, self._passes, shape),
-            best_tokens=torch.from_numpy(best).long().view(shape),
-            similarities=None
-            if similarities is None
-            else torch.from_numpy(similarities)[:, rows].view(self.num_layers, *shape),
+            best_tokens=torch.from_numpy(best).view(shape),
+            similarities=similarities,
         )
 
     def _logits(self, of_pass: int, shape: tuple[int, ...]) -> Tensor:

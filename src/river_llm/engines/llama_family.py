@@ -220,7 +220,7 @@ def _bias(layer: nn.Module, pieces: tuple[tuple[str, slice | None], ...], interl
 
 def _window(model: PreTrainedModel, index: int) -> int | None:
     attention = model.model.layers[index].self_attn
-    if model.config.model_type in ("mistral", "phi3"):
+    if model.config.model_type in ("mistral", "ministral3", "phi3"):
         return getattr(model.config, "sliding_window", None)
     window: int | None = getattr(attention, "sliding_window", None)
     return window
