@@ -1,14 +1,21 @@
 #include "kv_cache.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace river {
+namespace {
+
+constexpr size_t kSlabBytes = 8u << 20;
+
+}  // namespace
 
 KvCache::KvCache(int layers, int kv_heads, int head_dim)
     : kv_heads_(kv_heads),
       head_dim_(head_dim),
       part_words_(static_cast<size_t>(kPagePositions) * head_dim / 2),
-      page_bytes_(part_words_ * 2 * sizeof(uint32_t) * kv_heads * layers) {}
+      page_bytes_(part_words_ * 2 * sizeof(uint32_t) * kv_heads * layers),
+      slab_pages_(std::max<size_t>(1, kSlabBytes / page_bytes_)) {}
 
 void KvCache::resize(int count) {
   for (int s = count; s < sequences(); ++s) truncate(s, 0);
@@ -20,9 +27,10 @@ void KvCache::reserve(int sequence, int length) {
   while (static_cast<int>(pages.size()) * kPagePositions < length) {
     pages.reserve(pages.size() + 1);
     if (free_.empty()) {
-      free_.reserve(pages_.size() + 1);
-      pages_.emplace_back(page_bytes_);
-      free_.push_back(pages_.back().as<uint32_t>());
+      free_.reserve((slabs_.size() + 1) * slab_pages_);
+      slabs_.emplace_back(slab_pages_ * page_bytes_);
+      for (size_t p = slab_pages_; p-- > 0;)
+        free_.push_back(slabs_.back().as<uint32_t>() + p * page_bytes_ / sizeof(uint32_t));
     }
     pages.push_back(free_.back());
     free_.pop_back();

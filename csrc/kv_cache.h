@@ -17,7 +17,7 @@ class KvCache {
 
   int sequences() const { return static_cast<int>(sequences_.size()); }
   int length(int sequence) const { return sequences_[sequence].length; }
-  size_t bytes() const { return pages_.size() * page_bytes_; }
+  size_t bytes() const { return slabs_.size() * slab_pages_ * page_bytes_; }
 
   // There are `count` sequences from now on; those beyond are forgotten, new ones are empty.
   void resize(int count);
@@ -52,7 +52,8 @@ class KvCache {
   int kv_heads_, head_dim_;
   size_t part_words_;  // words of the keys, or of the values, of one page, layer and head
   size_t page_bytes_;
-  std::vector<Buffer> pages_;
+  size_t slab_pages_;  // pages that memory is taken for at a time, so that they are in huge pages
+  std::vector<Buffer> slabs_;
   std::vector<uint32_t*> free_;
   std::vector<Sequence> sequences_;
 };

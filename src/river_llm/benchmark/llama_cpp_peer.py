@@ -41,7 +41,8 @@ def build_description() -> str:
 def make_gguf_files(model: PreTrainedModel, folder: Path, stem: str) -> dict[str, Path]:
     """The model in each of `FORMATS` as `folder/stem-FORMAT.gguf`; files that are there stay.
 
-    The embedding and the LM head are of the format too ("pure").
+    Quantised as `llama-quantize` does it by default: where a tied embedding is the LM head, Q4_0
+    files hold it in Q6_K, or in Q8_0 where its width is no multiple of 256.
 
     Raises:
         UnsupportedModelError: the model is no plain Llama.
@@ -60,7 +61,6 @@ def make_gguf_files(model: PreTrainedModel, folder: Path, stem: str) -> dict[str
             else:
                 options = llama_cpp.llama_model_quantize_default_params()
                 options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
-                options.pure = True
                 source = str(paths["bf16"]).encode()
                 if llama_cpp.llama_model_quantize(source, str(part).encode(), options):
                     raise RiverError(f"llama.cpp can't quantise {paths['bf16']} to {name}")
