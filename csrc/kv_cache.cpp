@@ -39,11 +39,29 @@ void KvCache::reserve(int sequence, int length) {
 
 void KvCache::truncate(int sequence, int length) {
   Sequence& s = sequences_[sequence];
+  const int before = s.length;
   if (length < s.length) s.length = length;
   const auto needed = static_cast<size_t>((s.length + kPagePositions - 1) / kPagePositions);
   while (s.pages.size() > needed) {
+    std::memset(s.pages.back(), 0, page_bytes_);
     free_.push_back(s.pages.back());
     s.pages.pop_back();
+  }
+  forget(sequence, s.length, std::min(before, static_cast<int>(needed) * kPagePositions));
+}
+
+// Zeroes the values of positions in the last page: attention reads them by sixteen, with a weight of
+// zero where there is none, and zero times infinity would be no number. Keys need none of it.
+void KvCache::forget(int sequence, int begin, int end) {
+  if (begin >= end) return;
+  const int page = begin / kPagePositions;
+  const int parts = static_cast<int>(page_bytes_ / (2 * part_words_ * sizeof(uint32_t)));
+  for (int part = 0; part < parts; ++part) {
+    auto* all = reinterpret_cast<bf16*>(values(sequence, page, 0, part));
+    for (int place = begin % kPagePositions; place < end - page * kPagePositions; ++place) {
+      bf16* v = all + static_cast<size_t>(place / 2) * 2 * head_dim_ + place % 2;
+      for (int d = 0; d < head_dim_; ++d) v[2 * d] = 0;
+    }
   }
 }
 

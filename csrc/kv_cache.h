@@ -24,7 +24,7 @@ class KvCache {
   // Makes room for positions up to `length`. Throws std::bad_alloc, with nothing lost.
   void reserve(int sequence, int length);
   void set_length(int sequence, int length) { sequences_[sequence].length = length; }
-  // Forgets the positions from `length` on.
+  // Forgets the positions from `length` on; what stood there leaves no trace, be it no numbers.
   void truncate(int sequence, int length);
   // `to` becomes what `from` is, by copy of its pages.
   void copy(int from, int to);
@@ -49,12 +49,14 @@ class KvCache {
     int length = 0;
   };
 
+  void forget(int sequence, int begin, int end);
+
   int kv_heads_, head_dim_;
   size_t part_words_;  // words of the keys, or of the values, of one page, layer and head
   size_t page_bytes_;
   size_t slab_pages_;  // pages that memory is taken for at a time, so that they are in huge pages
   std::vector<Buffer> slabs_;
-  std::vector<uint32_t*> free_;
+  std::vector<uint32_t*> free_;  // zeroed
   std::vector<Sequence> sequences_;
 };
 

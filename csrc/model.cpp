@@ -9,6 +9,8 @@ namespace {
 // What may be prefetched past the last weight has to be mapped for speed, not for safety.
 constexpr size_t kSlack = 16u << 10;
 
+constexpr int kLargestSize = 1 << 24;  // so that no product of a size and a few overflows an int
+
 void check(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -37,15 +39,21 @@ void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatri
 }  // namespace
 
 Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int rotary_tables)
-    : shape(s), formats{backbone, river}, layers(static_cast<size_t>(s.num_layers)),
-      rotary(static_cast<size_t>(rotary_tables)) {
-  check(s.num_layers > 0 && s.hidden_size > 0 && s.vocab_size > 0, "a size of the model is zero");
-  check(s.num_kv_heads > 0 && s.num_heads % s.num_kv_heads == 0,
+    : shape(s), formats{backbone, river}, layers(static_cast<size_t>(std::clamp(s.num_layers, 0, kLargestSize))),
+      rotary(static_cast<size_t>(std::clamp(rotary_tables, 0, 16))) {
+  for (const int size : {s.num_layers, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim,
+                         s.intermediate_size, s.vocab_size}) {
+    check(size > 0, "a size of the model is zero or negative");
+    check(size <= kLargestSize, "a size of the model is too large");
+  }
+  check(s.num_heads <= kLargestSize / s.head_dim, "the heads together are too large");
+  check(s.num_heads % s.num_kv_heads == 0,
         "the heads are no multiple of the key-value heads");
   check(s.num_heads / s.num_kv_heads <= kMaxGroupedQueries, "more than 64 heads share keys");
   check(s.hidden_size % kLanes == 0 && s.intermediate_size % kLanes == 0 && s.head_dim % kLanes == 0,
         "hidden size, intermediate size and head dim have to be multiples of 16");
-  check(s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd or too large");
+  check(rotary_tables >= 0 && rotary_tables <= 16, "there are 0 to 16 rotary tables");
+  check(s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd, negative or too large");
   const int columns[4] = {s.hidden_size, s.num_heads * s.head_dim, s.hidden_size,
                           s.intermediate_size};
   const int rows[4] = {(s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden_size,
@@ -84,6 +92,8 @@ void Model::set_projection(int layer, Projection projection, Side side,
   int rows = 0;
   for (const SourceMatrix& source : sources) rows += source.rows;
   check(rows == matrix.rows, "a projection has the wrong number of outputs");
+  check(projection != kGateUp || (sources.size() == 2 && sources[0].rows == sources[1].rows),
+        "gate and up are two matrices of one size");
   const int columns = projection == kOutput ? shape.num_heads * shape.head_dim
                       : projection == kDown ? shape.intermediate_size
                                             : shape.hidden_size;
@@ -96,6 +106,7 @@ void Model::set_head(const SourceMatrix& source, Team& team) {
 }
 
 int Model::positions() const {
+  if (shape.rotary_dim == 0) return INT32_MAX;
   size_t positions = SIZE_MAX;
   for (const RotaryTable& table : rotary)
     positions = std::min(positions, table.cosines.size() * 2 / static_cast<size_t>(shape.rotary_dim));

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <memory>
+#include <set>
 #include <stdexcept>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -76,17 +78,35 @@ std::vector<float> to_vector(const FloatVector& values) {
   return {values.data(), values.data() + values.size()};
 }
 
+int whole_number(const nb::dict& values, const char* name) {
+  const nb::object given = values[name];  // a KeyError where there is none
+  int value;
+  if (!nb::try_cast<int>(given, value, false))
+    throw std::invalid_argument(std::string(name) + " has to be a whole number");
+  return value;
+}
+
+int checked_threads(int threads) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads have to be 1 to 1024");
+  return threads;
+}
+
 // What Python holds: the weights, the threads and one KV cache. One pass at a time.
 class Engine {
  public:
   Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
          std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels)
       : kernels_(choose_kernels(kernels)),
-        team_(checked_threads(threads)),
+        team_(std::make_unique<Team>(checked_threads(threads))),
         model_(read_shape(shape), {backbone.first, backbone.second}, {river.first, river.second},
                {head.first, head.second}, rotary_tables),
-        decoder_(model_, kernels_, team_),
+        decoder_(model_, kernels_, *team_),
         process_(process_id()) {}
+
+  // A forked child has no threads to end.
+  ~Engine() {
+    if (process_ != process_id()) static_cast<void>(team_.release());
+  }
 
   // Keeps a second thread out, and a forked child, whose copy of the engine has no threads.
   class Turn {
@@ -106,34 +126,44 @@ class Engine {
 
   void set_layer(int layer, const nb::dict& parts) {
     Turn turn(*this);
-    Layer& l = layer_at(layer);
+    Layer changed = layer_at(layer);
+    std::set<std::string> unknown;
+    for (const auto& item : parts) unknown.insert(nb::cast<std::string>(item.first));
     const size_t hidden = static_cast<size_t>(model_.shape.hidden_size);
     const size_t dims = static_cast<size_t>(model_.shape.head_dim);
     const size_t heads = static_cast<size_t>(model_.shape.num_heads) * dims;
     const size_t kv_heads = static_cast<size_t>(model_.shape.num_kv_heads) * dims;
     const auto read = [&](const char* name, std::vector<float>& out, size_t size, size_t other) {
-      if (!parts.contains(name)) return;
-      out = to_vector(nb::cast<FloatVector>(parts[name]));
-      if (out.size() != size && out.size() != other)
-        throw std::invalid_argument(std::string(name) + " has the wrong size");
+      if (unknown.erase(name) == 0) return;
+      const nb::object given = parts[name];
+      FloatVector values;
+      if (!nb::try_cast<FloatVector>(given, values, false) ||
+          (values.size() != size && values.size() != other))
+        throw std::invalid_argument(std::string(name) +
+                                    " is no float32 vector of the right size without gaps");
+      out = to_vector(values);
     };
-    read("attention_norm", l.attention_norm, hidden, hidden);
-    read("post_attention_norm", l.post_attention_norm, hidden, hidden);
-    read("mlp_norm", l.mlp_norm, hidden, hidden);
-    read("post_mlp_norm", l.post_mlp_norm, hidden, hidden);
-    read("query_norm", l.query_norm, dims, heads);
-    read("key_norm", l.key_norm, dims, kv_heads);
-    read("qkv_bias", l.biases[kQkv], heads + 2 * kv_heads, heads + 2 * kv_heads);
-    read("output_bias", l.biases[kOutput], hidden, hidden);
+    const auto read_whole = [&](const char* name, int& out) {
+      if (unknown.erase(name) > 0) out = whole_number(parts, name);
+    };
+    read("attention_norm", changed.attention_norm, hidden, hidden);
+    read("post_attention_norm", changed.post_attention_norm, hidden, hidden);
+    read("mlp_norm", changed.mlp_norm, hidden, hidden);
+    read("post_mlp_norm", changed.post_mlp_norm, hidden, hidden);
+    read("query_norm", changed.query_norm, dims, heads);
+    read("key_norm", changed.key_norm, dims, kv_heads);
+    read("qkv_bias", changed.biases[kQkv], heads + 2 * kv_heads, heads + 2 * kv_heads);
+    read("output_bias", changed.biases[kOutput], hidden, hidden);
     const size_t inner = 2 * static_cast<size_t>(model_.shape.intermediate_size);
-    read("gate_up_bias", l.biases[kGateUp], inner, inner);
-    read("down_bias", l.biases[kDown], hidden, hidden);
-    if (parts.contains("window")) l.window = nb::cast<int>(parts["window"]);
-    if (parts.contains("rope")) {
-      l.rope = nb::cast<int>(parts["rope"]);
-      if (l.rope >= static_cast<int>(model_.rotary.size()))
-        throw std::invalid_argument("there is no such rotary table");
-    }
+    read("gate_up_bias", changed.biases[kGateUp], inner, inner);
+    read("down_bias", changed.biases[kDown], hidden, hidden);
+    read_whole("window", changed.window);
+    read_whole("rope", changed.rope);
+    if (changed.window < 0) throw std::invalid_argument("a negative window");
+    if (changed.rope < -1 || changed.rope >= static_cast<int>(model_.rotary.size()))
+      throw std::invalid_argument("there is no such rotary table");
+    if (!unknown.empty()) throw std::invalid_argument("an unknown part of a layer: " + *unknown.begin());
+    layer_at(layer) = std::move(changed);
   }
 
   void set_weights(int layer, int projection, const std::vector<Matrix16>& matrices) {
@@ -146,7 +176,7 @@ class Engine {
       sources.push_back({static_cast<int>(matrix.shape(0)), matrix.data(), nullptr, nullptr, nullptr});
     }
     nb::gil_scoped_release release;
-    model_.set_projection(layer, static_cast<Projection>(projection), kBackbone, sources, team_);
+    model_.set_projection(layer, static_cast<Projection>(projection), kBackbone, sources, *team_);
   }
 
   void set_codes(int layer, int projection, int side, const std::vector<Codes>& matrices) {
@@ -158,7 +188,7 @@ class Engine {
       sources.push_back(read_codes(codes, columns(projection), packed));
     nb::gil_scoped_release release;
     model_.set_projection(layer, static_cast<Projection>(projection), static_cast<Side>(side),
-                          sources, team_);
+                          sources, *team_);
   }
 
   void set_head_weights(const Matrix16& matrix) {
@@ -166,14 +196,14 @@ class Engine {
     if (model_.head.bits != 16) throw std::invalid_argument("the LM head takes codes");
     if (matrix.shape(1) != hidden_size()) throw std::invalid_argument("the LM head has the wrong width");
     nb::gil_scoped_release release;
-    model_.set_head({static_cast<int>(matrix.shape(0)), matrix.data(), nullptr, nullptr, nullptr}, team_);
+    model_.set_head({static_cast<int>(matrix.shape(0)), matrix.data(), nullptr, nullptr, nullptr}, *team_);
   }
 
   void set_head_codes(const Codes& codes) {
     Turn turn(*this);
     const SourceMatrix source = read_codes(codes, hidden_size(), model_.head);
     nb::gil_scoped_release release;
-    model_.set_head(source, team_);
+    model_.set_head(source, *team_);
   }
 
   void set_final_norm(const FloatVector& weight) {
@@ -221,7 +251,7 @@ class Engine {
     Turn turn(*this);
     for (const Layer& layer : model_.layers)
       if (layer.rope >= 0 && model_.rotary.empty()) throw std::invalid_argument("no rotary table is set");
-    if (model_.embedding == nullptr && !model_.shape.tied_head)
+    if (model_.embedding == nullptr && !(model_.shape.tied_head && model_.head.bits == 16))
       throw std::invalid_argument("no embedding is set");
     Pass pass;
     pass.tokens = std::move(tokens);
@@ -231,6 +261,7 @@ class Engine {
     pass.mean_groups = std::move(mean_groups);
     pass.minimum_groups = std::move(minimum_groups);
     pass.record_similarities = record_similarities;
+    logit_count_ = 0;
     logits_.swap(pass.logits);  // use the memory of the last pass again
     {
       nb::gil_scoped_release release;
@@ -291,23 +322,19 @@ class Engine {
     return numpy_array(std::move(out), {2, layers, heads, length, dims});
   }
 
-  size_t layer_bytes(int layer, int side) const {
+  size_t layer_bytes(int layer, int side) {
+    layer_at(layer);
     return model_.layer_bytes(layer, side == kRiver ? kRiver : kBackbone);
   }
   size_t head_bytes() const { return model_.head_bytes(); }
   size_t weight_bytes() const { return model_.weight_bytes(); }
   size_t cache_bytes() const { return decoder_.cache.bytes(); }
-  int threads() const { return team_.size(); }
+  int threads() const { return team_->size(); }
   const char* kernels() const { return kernels_.name; }
 
  private:
-  static int checked_threads(int threads) {
-    if (threads < 1 || threads > 1024) throw std::invalid_argument("threads have to be 1 to 1024");
-    return threads;
-  }
-
   static Shape read_shape(const nb::dict& d) {
-    const auto whole = [&](const char* name) { return nb::cast<int>(d[name]); };
+    const auto whole = [&](const char* name) { return whole_number(d, name); };
     const auto real = [&](const char* name) { return nb::cast<float>(d[name]); };
     const auto flag = [&](const char* name) { return nb::cast<bool>(d[name]); };
     return {whole("num_layers"), whole("hidden_size"), whole("num_heads"), whole("num_kv_heads"),
@@ -349,7 +376,7 @@ class Engine {
   }
 
   const KernelSet& kernels_;
-  Team team_;
+  std::unique_ptr<Team> team_;
   Model model_;
   Decoder decoder_;
   int process_;
@@ -365,7 +392,7 @@ double read_bandwidth(size_t bytes, int threads) {
   const KernelSet& kernels = choose_kernels("");
   nb::gil_scoped_release release;
   Buffer buffer(bytes + (16u << 10));
-  Team team(threads);
+  Team team(checked_threads(threads));
   std::atomic<uint32_t> sink{0};
   const size_t part = bytes / static_cast<size_t>(threads) / 256 * 256;
   team.run([&](int t) { std::fill_n(buffer.data() + part * static_cast<size_t>(t), part, uint8_t{1}); });
@@ -398,12 +425,14 @@ NB_MODULE(_core, m) {
                     int, const std::string&>(),
            "shape"_a, "backbone"_a, "river"_a, "head"_a, "rotary_tables"_a, "threads"_a, "kernels"_a)
       .def("set_layer", &Engine::set_layer, "layer"_a, "parts"_a)
-      .def("set_weights", &Engine::set_weights, "layer"_a, "projection"_a, "matrices"_a)
-      .def("set_codes", &Engine::set_codes, "layer"_a, "projection"_a, "side"_a, "matrices"_a)
-      .def("set_head_weights", &Engine::set_head_weights, "matrix"_a)
-      .def("set_head_codes", &Engine::set_head_codes, "codes"_a)
+      .def("set_weights", &Engine::set_weights, "layer"_a, "projection"_a,
+           "matrices"_a.noconvert())
+      .def("set_codes", &Engine::set_codes, "layer"_a, "projection"_a, "side"_a,
+           "matrices"_a.noconvert())
+      .def("set_head_weights", &Engine::set_head_weights, "matrix"_a.noconvert())
+      .def("set_head_codes", &Engine::set_head_codes, "codes"_a.noconvert())
       .def("set_final_norm", &Engine::set_final_norm, "weight"_a)
-      .def("set_embedding", &Engine::set_embedding, "rows"_a)
+      .def("set_embedding", &Engine::set_embedding, "rows"_a.noconvert())
       .def("set_rotary", &Engine::set_rotary, "table"_a, "first"_a, "cosines"_a, "sines"_a)
       .def("set_query_scales", &Engine::set_query_scales, "scales"_a)
       .def("forward", &Engine::forward, "tokens"_a, "sequences"_a, "thresholds"_a, "logit_rows"_a,

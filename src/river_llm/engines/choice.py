@@ -12,6 +12,7 @@ from river_llm.engines.cpu_engine import CpuEngine, is_built
 from river_llm.engines.engine import Engine
 from river_llm.engines.llama_family import check_supported
 from river_llm.engines.torch_engine import TorchEngine
+from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.river import River
@@ -77,6 +78,7 @@ def make_engine(
         RiverFileError: the river was made from other weights.
     """
     check_engine_options(choice, backbone_bits, lm_head_bits)
+    check_weights(model)
     narrow: dict[str, Any] = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
     reason = why_not_native(model) if choice == "auto" else None
     if choice == "cpu" or (choice == "auto" and reason is None):

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from river_llm.backbone import decoder_layers, linear_weight
-from river_llm.bit_packing import pack_codes, unpack_codes
-from river_llm.config import RiverConfig
+from river_llm.backbone import decoder_layers
 from river_llm.engines.engine import StepResult
 from river_llm.engines.llama_family import (
-    PROJECTIONS,
     check_supported,
-    layer_parts,
     longrope_limit,
     model_shape,
     query_scales,
     rotary_angles,
     rotary_layer_types,
 )
+from river_llm.engines.weight_packer import (
+    WeightPacker,
+    check_weights,
+    give_up,
+    group_size_of,
+)
 from river_llm.errors import ConfigError, ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.quantization import QuantizedMatrix, quantize
 from river_llm.river import River
 
 try:
@@ -100,6 +101,7 @@ class CpuEngine:
         for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
             if bits not in (8, 16):
                 raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
+        check_weights(model)
         check_supported(model)
         layers = decoder_layers(model)
         river.check_fits(layers)
@@ -116,7 +118,10 @@ class CpuEngine:
         self._passes = 0
 
         shape = model_shape(model)
-        code_group = _group_size(shape)
+        self._vocab_size: int = shape["vocab_size"]
+        self._position_bytes = 4 * shape["num_kv_heads"] * shape["head_dim"]  # key and value
+        self._windows: list[int] = []
+        code_group = group_size_of(shape)
         river_bits = 4 if river.config.bits <= 4 else 8
         try:
             self._core = _core.Engine(
@@ -131,59 +136,18 @@ class CpuEngine:
         except ValueError as error:
             raise ConfigError(f"native engine: {error}") from error
         self.kernels, self.threads = self._core.kernels, self._core.threads
-        eight_bits = RiverConfig(bits=8, group_size=code_group, quantizer="rtn")
-        self._pack_head(model, shape["tied_head"], eight_bits)
+        packer = WeightPacker(self._core, model, backbone_bits, lm_head_bits, code_group)
+        packer.pack_head(shape["tied_head"])
         for index in range(self.num_layers):
-            self._pack_layer(model, index, river.exit_layers[index], eight_bits)
+            described = packer.pack_layer(index, river.exit_layers[index])
+            self._windows.append(described.parts["window"])
             if free_model:
                 for linear in layers[index].linears.values():
-                    _free(linear)
+                    give_up(linear)
         if free_model:
-            _free(model.get_output_embeddings())
-            _free(model.get_input_embeddings())
+            give_up(model.get_output_embeddings())
+            give_up(model.get_input_embeddings())
         self._set_positions(min(_ROTARY_BLOCK, self.context_length or _ROTARY_BLOCK))
-
-    # ---- weights ----
-
-    def _pack_layer(
-        self,
-        model: PreTrainedModel,
-        index: int,
-        exit_layer: dict[str, QuantizedMatrix],
-        eight_bits: RiverConfig,
-    ) -> None:
-        layer = model.model.layers[index]
-        described = layer_parts(model, index)
-        self._core.set_layer(index, described.parts)
-        for projection in range(len(PROJECTIONS)):
-            pieces = described.projections[projection]
-            weights = [
-                weight if rows is None else weight[rows]
-                for weight, rows in (
-                    (linear_weight(layer.get_submodule(name)).detach(), rows)
-                    for name, rows in pieces
-                )
-            ]
-            if self.backbone_bits == 16:
-                self._core.set_weights(index, projection, [_bfloat16_bits(w) for w in weights])
-            else:
-                codes = [_codes(quantize(w, eight_bits)) for w in weights]
-                self._core.set_codes(index, projection, _BACKBONE, codes)
-            exits = [_codes(exit_layer[name], rows) for name, rows in pieces]
-            self._core.set_codes(index, projection, _RIVER, exits)
-
-    def _pack_head(self, model: PreTrainedModel, tied: bool, eight_bits: RiverConfig) -> None:
-        weight = model.get_output_embeddings().weight.detach()
-        if self.lm_head_bits == 16:
-            self._core.set_head_weights(_bfloat16_bits(weight))
-        else:
-            self._core.set_head_codes(_codes(quantize(weight, eight_bits)))
-        if not tied or self.lm_head_bits != 16:
-            self._core.set_embedding(_bfloat16_bits(model.get_input_embeddings().weight.detach()))
-        norm = model.model.norm.weight.detach().float()
-        if model.config.model_type.startswith("gemma"):
-            norm = 1 + norm
-        self._core.set_final_norm(norm.contiguous().numpy())
 
     def _set_positions(self, end: int) -> None:
         """Have rotary angles up to position `end`, those that a pass ending there takes."""
@@ -221,7 +185,7 @@ class CpuEngine:
         return self._length
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
-        batch, num_tokens = token_ids.shape
+        batch, num_tokens = self._check_tokens(token_ids, dims=2)
         self._begin(batch, num_tokens, padding_mask)
         rule = self.policy.prefill
         if rule in ("backbone", "river"):
@@ -232,7 +196,7 @@ class CpuEngine:
         together = self.policy.batch == "minimum"
         columns = num_tokens if by_sequence else max(1, _PREFILL_ROWS // batch)
         tokens = token_ids.tolist()
-        try:
+        with self._whole_or_undone(num_tokens):
             for first in range(0, num_tokens, columns):
                 end = min(first + columns, num_tokens)
                 rows = [
@@ -243,68 +207,60 @@ class CpuEngine:
                 ]
                 if not rows:  # nothing but padding
                     continue
+                first_row = min(column for _, column in rows)
                 result = self._forward(
                     [tokens[sequence][column] for sequence, column in rows],
                     [sequence for sequence, _ in rows],
                     thresholds,
                     [i for i, (_, column) in enumerate(rows) if column == num_tokens - 1],
                     mean_groups=[sequence for sequence, _ in rows] if by_sequence else (),
-                    minimum_groups=[0 if by_sequence else column - first for _, column in rows]
+                    minimum_groups=[0 if by_sequence else column - first_row for _, column in rows]
                     if together
                     else (),
                 )
-        except BaseException:
-            self._cut(self._length)
-            raise
-        self._length += num_tokens
         return result
 
     def decode(self, token_ids: Tensor) -> StepResult:
-        batch = token_ids.shape[0]
+        (batch,) = self._check_tokens(token_ids, dims=1)
         self._begin(batch, 1, None)
         rows = list(range(batch))
         together = [0] * batch if self.policy.batch == "minimum" else ()
-        result = self._forward(
-            token_ids.tolist(), rows, self._thresholds, rows, minimum_groups=together
-        )
-        self._length += 1
-        return result
+        with self._whole_or_undone(1):
+            return self._forward(
+                token_ids.tolist(), rows, self._thresholds, rows, minimum_groups=together
+            )
 
     def verify(self, token_ids: Tensor) -> StepResult:
-        batch, num_tokens = token_ids.shape
+        batch, num_tokens = self._check_tokens(token_ids, dims=2)
         self._begin(batch, num_tokens, None)
         rows = batch * num_tokens
-        result = self._forward(
-            token_ids.flatten().tolist(),
-            [row // num_tokens for row in range(rows)],
-            [math.inf] * self.num_layers,
-            list(range(rows)),
-            shape=(batch, num_tokens),
-        )
-        self._length += num_tokens
-        return result
+        with self._whole_or_undone(num_tokens):
+            return self._forward(
+                token_ids.flatten().tolist(),
+                [row // num_tokens for row in range(rows)],
+                [math.inf] * self.num_layers,
+                list(range(rows)),
+                shape=(batch, num_tokens),
+            )
 
     def truncate(self, length: int) -> None:
-        self._length = min(length, self._length)
-        if self._length == 0:
-            self._core.resize(0)
-            self._padding = []
-        else:
-            self._cut(self._length)
+        if length < 0:
+            raise RiverError(f"the cache can't be cut to {length} tokens; give 0 or more")
+        length = min(length, self._length)
+        with _one_clear_line():
+            if length == 0:
+                self._core.resize(0)
+            else:
+                self._cut(length)
+        self._length = length
+        self._padding = [min(padding, length) for padding in self._padding] if length else []
 
     def step_bytes(self, exit_layer: int, position: int) -> int:
         """Bytes that decoding one token at `position` reads: weights, LM head, keys and values."""
         sides = [_BACKBONE] * exit_layer + [_RIVER] * (self.num_layers - exit_layer)
         weights = sum(self._core.layer_bytes(layer, side) for layer, side in enumerate(sides))
-        shape = model_shape(self._model)
-        position_bytes = (
-            4 * shape["num_kv_heads"] * shape["head_dim"]
-        )  # key and value, 2 bytes each
-        keys = 0
-        for layer in range(self.num_layers):
-            window = layer_parts(self._model, layer).parts["window"]
-            keys += position_bytes * (min(position, window) if window else position)
-        return weights + self._core.head_bytes + keys
+        seen = sum(min(position, window or position) for window in self._windows)
+        return int(weights + self._core.head_bytes + self._position_bytes * seen)
 
     # ---- one native call ----
 
@@ -316,21 +272,49 @@ class CpuEngine:
                 f"{end} tokens don't fit the model's context of {self.context_length}; shorten the "
                 "prompt or lower the number of new tokens"
             )
+        padding = _padding(padding_mask, batch, num_tokens)
         if self._length == 0:
-            self._core.resize(0)
-            self._core.resize(batch)
-            self._padding = [0] * batch
-            if padding_mask is not None:
-                self._padding = (~padding_mask).sum(1).tolist()
-                left = torch.arange(num_tokens) >= torch.tensor(self._padding).unsqueeze(1)
-                if not bool((left == padding_mask).all()) or max(self._padding) == num_tokens:
-                    raise RiverError("padding has to stand on the left of each sequence's tokens")
+            with _one_clear_line():
+                self._core.resize(0)
+                self._core.resize(batch)
+            self._padding = padding
+        elif any(padding):
+            raise RiverError("padding stands before the first tokens only; the cache holds some")
         elif batch != len(self._padding):
             raise RiverError(
                 f"the cache holds {len(self._padding)} sequences, not {batch}; "
                 "truncate(0) begins anew"
             )
-        self._set_positions(end)
+        with _one_clear_line():
+            self._set_positions(end)
+
+    def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
+        """Their shape, seen to be whole numbers within the vocabulary."""
+        shape = tuple(token_ids.shape)
+        if len(shape) != dims or 0 in shape:
+            wanted = "[batch, tokens]" if dims == 2 else "[batch]"
+            raise RiverError(f"token ids are {list(shape)}; give {wanted}, one of each or more")
+        if token_ids.dtype.is_floating_point or token_ids.dtype in (torch.bool, torch.complex64):
+            dtype = str(token_ids.dtype).removeprefix("torch.")
+            raise RiverError(f"token ids are whole numbers, not {dtype}")
+        for token in (int(token_ids.min()), int(token_ids.max())):
+            if not 0 <= token < self._vocab_size:
+                raise RiverError(f"there is no token {token}; the model has {self._vocab_size}")
+        return shape
+
+    @contextmanager
+    def _whole_or_undone(self, num_tokens: int) -> Iterator[None]:
+        """Count the tokens of what runs within, or forget those that came before an error or
+        Ctrl-C. A call that is refused has changed nothing and forgets nothing: the tokens may be
+        another thread's."""
+        passes = self._passes
+        try:
+            yield
+            self._length += num_tokens
+        except BaseException as error:
+            if self._passes > passes or not isinstance(error, RiverError):
+                self._cut(self._length)
+            raise
 
     def _forward(
         self,
@@ -342,8 +326,7 @@ class CpuEngine:
         minimum_groups: Sequence[int] = (),
         shape: tuple[int, ...] | None = None,
     ) -> StepResult:
-        self._passes += 1
-        try:
+        with _one_clear_line():
             best, exits, similarities = self._core.forward(
                 tokens,
                 sequences,
@@ -353,63 +336,53 @@ class CpuEngine:
                 list(minimum_groups),
                 self.record_similarities,
             )
-        except (RuntimeError, ValueError) as error:
-            raise RiverError(f"native engine: {error}") from error
+        self._passes += 1
         shape = shape or (len(logit_rows),)
         if len(logit_rows) < len(tokens):
             exits = exits[logit_rows]
             if similarities is not None:
                 similarities = similarities[:, logit_rows]
-        if similarities is not None:
-            similarities = torch.from_numpy(similarities).view(self.num_layers, *shape)
         return StepResult(
             exit_layers=torch.from_numpy(exits).view(shape),
             logits=partial(self._logits, self._passes, shape),
             best_tokens=torch.from_numpy(best).view(shape),
-            similarities=similarities,
+            similarities=None
+            if similarities is None
+            else torch.from_numpy(similarities).view(self.num_layers, *shape),
         )
 
     def _logits(self, of_pass: int, shape: tuple[int, ...]) -> Tensor:
         if of_pass != self._passes:
             raise RiverError("these logits are gone: look at them before the engine's next pass")
-        return torch.from_numpy(self._core.logits()).view(*shape, -1)
+        with _one_clear_line():
+            return torch.from_numpy(self._core.logits()).view(*shape, -1)
 
     def _cut(self, length: int) -> None:
         for sequence, padding in enumerate(self._padding):
             self._core.truncate(sequence, max(0, length - padding))
 
 
-def _group_size(shape: dict[str, Any]) -> int:
-    """64, or 32 where a width is no multiple of 64."""
-    widths = (
-        shape["hidden_size"],
-        shape["intermediate_size"],
-        shape["num_heads"] * shape["head_dim"],
-    )
-    return 64 if all(width % 64 == 0 for width in widths) else 32
+@contextmanager
+def _one_clear_line() -> Iterator[None]:
+    """What the core refuses, as a RiverError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, RiverError):
+            raise
+        raise RiverError(f"native engine: {error}") from error
 
 
-def _bfloat16_bits(weight: Tensor) -> Any:
-    return weight.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
-
-
-def _codes(matrix: QuantizedMatrix, rows: slice | None = None) -> Any:
-    """(codes, scales, zeros) as the core takes them: of 4 or 8 bits, with the same values."""
-    packed, bits = matrix.packed, matrix.bits
-    if bits not in (4, 8):
-        columns = matrix.scales.shape[1] * matrix.group_size
-        wider = 4 if bits < 4 else 8
-        # a code counts from 2**(bits - 1): move it to where the wider one counts from
-        codes = unpack_codes(packed, bits, columns) + (2 ** (wider - 1) - 2 ** (bits - 1))
-        packed = pack_codes(codes.to(torch.uint8), wider)
-    parts = (packed, matrix.scales.view(torch.uint16), matrix.zeros.view(torch.uint16))
-    return tuple(
-        (part if rows is None else part[rows]).cpu().contiguous().numpy() for part in parts
-    )
-
-
-def _free(module: nn.Module) -> None:
-    """Replace the module's weight by one that has its shape but no memory."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+def _padding(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
+    """How many tokens on the left of each sequence are padding, by a mask of the real ones."""
+    if mask is None:
+        return [0] * batch
+    if tuple(mask.shape) != (batch, num_tokens):
+        shape = list(mask.shape)
+        raise RiverError(f"the padding mask is {shape}; the tokens are {[batch, num_tokens]}")
+    real = mask.bool()
+    padding: list[int] = (~real).sum(1).tolist()
+    left = torch.arange(num_tokens) >= torch.tensor(padding).unsqueeze(1)
+    if not bool((left == real).all()) or max(padding) == num_tokens:
+        raise RiverError("padding has to stand on the left of each sequence's tokens")
+    return padding

@@ -1,0 +1,120 @@
+"""Weights of a model and its river into the native core, in the forms that it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from river_llm.backbone import linear_weight
+from river_llm.bit_packing import pack_codes, unpack_codes
+from river_llm.config import RiverConfig
+from river_llm.engines.llama_family import PROJECTIONS, LayerParts, layer_parts
+from river_llm.errors import RiverError
+from river_llm.quantization import QuantizedMatrix, quantize
+
+_BACKBONE, _RIVER = 0, 1
+
+
+class WeightPacker:
+    """Packs a model part by part; what is packed may then be given up."""
+
+    def __init__(
+        self,
+        core: Any,
+        model: PreTrainedModel,
+        backbone_bits: int,
+        lm_head_bits: int,
+        group_size: int,
+    ) -> None:
+        """`core` is a `_core.Engine`; `group_size` is that of 8-bit backbone and LM head."""
+        self._core = core
+        self._model = model
+        self._backbone_bits, self._lm_head_bits = backbone_bits, lm_head_bits
+        self._eight_bits = RiverConfig(bits=8, group_size=group_size, quantizer="rtn")
+
+    def pack_layer(self, index: int, exit_layer: dict[str, QuantizedMatrix]) -> LayerParts:
+        """Both sides of a decoder layer; returns what it is made of."""
+        layer = self._model.model.layers[index]
+        described = layer_parts(self._model, index)
+        self._core.set_layer(index, described.parts)
+        for projection in range(len(PROJECTIONS)):
+            pieces = described.projections[projection]
+            weights = [
+                weight if rows is None else weight[rows]
+                for weight, rows in (
+                    (linear_weight(layer.get_submodule(name)).detach(), rows)
+                    for name, rows in pieces
+                )
+            ]
+            if self._backbone_bits == 16:
+                self._core.set_weights(index, projection, [_bfloat16_bits(w) for w in weights])
+            else:
+                codes = [_codes(quantize(w, self._eight_bits)) for w in weights]
+                self._core.set_codes(index, projection, _BACKBONE, codes)
+            exits = [_codes(exit_layer[name], rows) for name, rows in pieces]
+            self._core.set_codes(index, projection, _RIVER, exits)
+        return described
+
+    def pack_head(self, tied: bool) -> None:
+        """Final norm, LM head, and the embedding where its rows can't be read from the head."""
+        model = self._model
+        weight = model.get_output_embeddings().weight.detach()
+        if self._lm_head_bits == 16:
+            self._core.set_head_weights(_bfloat16_bits(weight))
+        else:
+            self._core.set_head_codes(_codes(quantize(weight, self._eight_bits)))
+        if not tied or self._lm_head_bits != 16:
+            self._core.set_embedding(_bfloat16_bits(model.get_input_embeddings().weight.detach()))
+        norm = model.model.norm.weight.detach().float()
+        if model.config.model_type.startswith("gemma"):
+            norm = 1 + norm
+        self._core.set_final_norm(norm.contiguous().numpy())
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """See that the model still has its weights.
+
+    Raises:
+        RiverError: an engine has taken them over (`CpuEngine`, ``free_model``).
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RiverError("the model's weights were given up to an engine; load it again")
+
+
+def group_size_of(shape: dict[str, Any]) -> int:
+    """64, or 32 where a width is no multiple of 64."""
+    widths = (
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["num_heads"] * shape["head_dim"],
+    )
+    return 64 if all(width % 64 == 0 for width in widths) else 32
+
+
+def _bfloat16_bits(weight: Tensor) -> Any:
+    return weight.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+
+
+def _codes(matrix: QuantizedMatrix, rows: slice | None = None) -> Any:
+    """(codes, scales, zeros) as the core takes them: of 4 or 8 bits, with the same values."""
+    packed, bits = matrix.packed, matrix.bits
+    if bits not in (4, 8):
+        columns = matrix.scales.shape[1] * matrix.group_size
+        wider = 4 if bits < 4 else 8
+        # a code counts from 2**(bits - 1): move it to where the wider one counts from
+        codes = unpack_codes(packed, bits, columns) + (2 ** (wider - 1) - 2 ** (bits - 1))
+        packed = pack_codes(codes.to(torch.uint8), wider)
+    parts = (packed, matrix.scales.view(torch.uint16), matrix.zeros.view(torch.uint16))
+    return tuple(
+        (part if rows is None else part[rows]).cpu().contiguous().numpy() for part in parts
+    )
+
+
+def give_up(module: nn.Module) -> None:
+    """Replace the module's weight by one that has its shape but no memory."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)

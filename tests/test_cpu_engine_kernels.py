@@ -1,0 +1,237 @@
+"""Every instruction set that this machine has, held against float32 and against portable C++: odd
+shapes, codes of every width, narrow backbones and LM heads."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from native_engines import (
+    BACKBONE_TOLERANCE,
+    KERNELS,
+    RIVER_TOLERANCE,
+    Subject,
+    cached_states,
+    check_logits,
+    random_tokens,
+    relative_errors,
+    subject_of,
+)
+from tiny_models import fake_quantised
+from torch import Tensor
+
+from river_llm import ConfigError, ExitPolicy, River, RiverConfig
+from river_llm.config import BITS, GROUP_SIZES
+from river_llm.quantization import quantize
+
+KERNEL_TOLERANCE = 0.003  # relative L2 of logits to portable C++, on average
+NUM_TOKENS = 40  # more than any set computes at a time
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "9 heads of 64": {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 160,
+    },
+    "one key-value head": {
+        "hidden_size": 96,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "intermediate_size": 224,
+    },
+    "a key-value head for each query": {"num_key_value_heads": 4, "intermediate_size": 1056},
+    "5 queries for each key": {
+        "hidden_size": 160,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+    },
+    "64 queries for each key": {
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    },
+    "heads of 80": {"hidden_size": 160, "num_attention_heads": 2, "head_dim": 80},
+    "heads of 96": {"hidden_size": 192, "num_attention_heads": 2, "head_dim": 96},
+    "heads of 128": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+    "heads of 256": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
+    "one panel of everything": {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "vocab_size": 16,
+    },
+    "vocabulary of 17": {"vocab_size": 17},
+    "vocabulary of 1003": {"vocab_size": 1003},
+}
+
+every_kernel_set = pytest.mark.parametrize("kernels", KERNELS)
+
+
+@cache
+def shaped(shape: str) -> tuple[Subject, Tensor]:
+    """A Llama of two layers of that shape, and tokens of its vocabulary."""
+    settings = {"num_hidden_layers": 2, **SHAPES[shape]}
+    settings["initializer_range"] = settings.get("hidden_size", 64) ** -0.5
+    subject = Subject("Llama", settings)
+    return subject, random_tokens(1, NUM_TOKENS, 1, subject.model.config.vocab_size)
+
+
+@cache
+def coded(bits: int, group_size: int) -> Subject:
+    """A Llama whose river has such codes."""
+    settings = {
+        "num_hidden_layers": 2,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "initializer_range": 0.08,
+    }
+    return Subject("Llama", settings, RiverConfig(bits=bits, group_size=group_size))
+
+
+class TestChoice:
+    def test_the_best_set_is_the_default_and_the_portable_one_the_last(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("RIVER_LLM_CPU", raising=False)
+        assert subject_of("llama").engine().kernels == KERNELS[0]
+        assert KERNELS[-1] == "portable"
+
+    @every_kernel_set
+    def test_the_environment_names_another(
+        self, monkeypatch: pytest.MonkeyPatch, kernels: str
+    ) -> None:
+        monkeypatch.setenv("RIVER_LLM_CPU", kernels)
+        assert subject_of("llama").engine().kernels == kernels
+
+    def test_an_argument_comes_before_the_environment(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RIVER_LLM_CPU", KERNELS[0])
+        assert subject_of("llama").engine(kernels="portable").kernels == "portable"
+
+    @pytest.mark.parametrize("name", ["sse9", "AVX2", "portable ", "auto"])
+    def test_an_unknown_name_is_refused_in_one_line_that_says_which_there_are(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv("RIVER_LLM_CPU", name)
+        with pytest.raises(ConfigError, match=f"no kernels named '{name}'") as caught:
+            subject_of("llama").engine()
+        assert str(caught.value).endswith("it has " + ", ".join(KERNELS))
+        assert "\n" not in str(caught.value)
+
+
+@every_kernel_set
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_backbone_of_any_shape_is_that_of_float32(shape: str, kernels: str) -> None:
+    subject, tokens = shaped(shape)
+    logits = subject.engine(kernels=kernels).verify(tokens).logits
+    check_logits(logits, subject.exact(tokens).logits, BACKBONE_TOLERANCE)
+    portable = subject.engine(kernels="portable").verify(tokens).logits
+    assert float(relative_errors(logits, portable).mean()) < KERNEL_TOLERANCE
+
+
+@every_kernel_set
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_river_of_any_shape_is_that_of_float32(shape: str, kernels: str) -> None:
+    _check_river(*shaped(shape), kernels)
+
+
+@every_kernel_set
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_of_any_width_mean_what_they_mean_in_float32(
+    bits: int, group_size: int, kernels: str
+) -> None:
+    _check_river(coded(bits, group_size), random_tokens(1, NUM_TOKENS, seed=2), kernels)
+
+
+@every_kernel_set
+def test_tokens_of_both_sides_share_a_pass(kernels: str) -> None:
+    """Of a prompt some tokens leave after the first layer, so that a product has rows of both."""
+    subject, tokens = subject_of("llama"), random_tokens(1, NUM_TOKENS, seed=3)
+    reference = subject.reference()
+    reference.record_similarities = True
+    reference.prefill(tokens)
+    assert reference.attached.router.similarities is not None
+    ordered = reference.attached.router.similarities[0, 0].sort().values
+    gaps = ordered.diff()[NUM_TOKENS // 4 : -NUM_TOKENS // 4]
+    assert float(gaps.max()) > 0.01  # no exit is a matter of rounding
+    threshold = float(ordered[NUM_TOKENS // 4 + gaps.argmax()] + gaps.max() / 2)
+    policy = ExitPolicy.per_layer((math.inf, threshold, math.inf, math.inf), prefill="token")
+    reference, engine = subject.reference(policy), subject.engine(policy, kernels=kernels)
+    expected, step = reference.prefill(tokens), engine.prefill(tokens)
+    assert reference.attached.last_exit_layers.unique().tolist() == [1, 4]
+    assert float(relative_errors(step.logits, expected.logits)) < 3 * BACKBONE_TOLERANCE
+    states, written = cached_states(engine).flatten(2), cached_states(reference).flatten(2)
+    assert float(relative_errors(states, written).max()) < 0.012
+
+
+@every_kernel_set
+@pytest.mark.parametrize("group_size", [32, 64])
+@torch.no_grad()
+def test_a_backbone_of_8_bits_is_the_rounded_one(group_size: int, kernels: str) -> None:
+    """In groups of 64, or of 32 where a width is no multiple of 64."""
+    subject = coded(4, 64) if group_size == 64 else shaped("one key-value head")[0]
+    tokens = random_tokens(1, NUM_TOKENS, seed=4)
+    eight_bits = RiverConfig(bits=8, group_size=group_size, quantizer="rtn")
+    rounded = fake_quantised(subject.exact, River.build(subject.model, eight_bits))
+    logits = subject.engine(kernels=kernels, backbone_bits=8).verify(tokens).logits
+    check_logits(logits, rounded(tokens).logits, RIVER_TOLERANCE)
+
+
+@every_kernel_set
+@pytest.mark.parametrize("case", ["llama", "llama, tied head", "gemma3_text"])
+@torch.no_grad()
+def test_an_lm_head_of_8_bits_is_the_rounded_one(case: str, kernels: str) -> None:
+    subject, tokens = subject_of(case), random_tokens(1, NUM_TOKENS, seed=4)
+    group_size = 32 if subject.model.config.hidden_size % 64 else 64
+    eight_bits = RiverConfig(bits=8, group_size=group_size, quantizer="rtn")
+    rounded = copy.deepcopy(subject.exact)
+    head = subject.model.get_output_embeddings().weight
+    rounded.lm_head.weight = torch.nn.Parameter(quantize(head, eight_bits).dequantize())
+    engine = subject.engine(kernels=kernels, lm_head_bits=8)
+    logits = engine.verify(tokens).logits
+    check_logits(logits, rounded(tokens).logits, BACKBONE_TOLERANCE)
+    assert not torch.equal(logits, subject.engine(kernels=kernels).verify(tokens).logits)
+
+
+@every_kernel_set
+@pytest.mark.parametrize("threads", [1, 3])
+def test_of_equal_logits_the_first_is_the_greedy_token(kernels: str, threads: int) -> None:
+    subject = Subject("Llama", {"num_hidden_layers": 1, "vocab_size": 1003})
+    head = subject.model.lm_head.weight.data
+    head.copy_(head[:37].repeat(28, 1)[:1003])
+    step = subject.engine(kernels=kernels, threads=threads).verify(random_tokens(1, 20, seed=5))
+    logits = step.logits[0]
+    assert torch.equal(logits[:, :37], logits[:, 37:74])
+    assert step.best_tokens[0].tolist() == logits[:, :37].argmax(-1).tolist()
+
+
+@every_kernel_set
+def test_activations_of_next_to_nothing_are_that(kernels: str) -> None:
+    """A whole group of neurons is shut by its biases: silu(-100) is no number that has an inverse
+    in float32."""
+    subject = Subject("Llama", {"mlp_bias": True, "num_hidden_layers": 2})
+    for layer in subject.model.model.layers:
+        layer.mlp.gate_proj.bias.data[:32] = -100
+    _check_river(subject, random_tokens(1, NUM_TOKENS, seed=6), kernels)
+
+
+def _check_river(subject: Subject, tokens: Tensor, kernels: str) -> None:
+    """See that every token of a prompt, decoded one by one, has the quantised model's logits."""
+    logits = {}
+    for name in (kernels, "portable"):
+        engine = subject.engine(ExitPolicy.always(), kernels=name)
+        steps = [engine.decode(tokens[:, place]).logits for place in range(NUM_TOKENS)]
+        logits[name] = torch.stack(steps, 1)
+    with torch.no_grad():
+        check_logits(logits[kernels], subject.quantised(tokens).logits, RIVER_TOLERANCE)
+    errors = relative_errors(logits[kernels], logits["portable"])
+    assert float(errors.mean()) < KERNEL_TOLERANCE
