@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kChunkRows = 256;   // rows that a layer runs at a time: bounds the memory of a pass
 constexpr int kPrivateRows = 4;   // so few rows each thread norms for itself, instead of waiting
+constexpr int kPrivateItems = 16;  // so few pages of key-value heads each thread joins for itself
 constexpr size_t kSmallRows = 16;  // so few rows wait for memory, and a busy core matters most
 constexpr int kQueryRows = 4;     // rows whose queries share one read of the keys and values
 constexpr size_t kFetchBytes = 8u << 10;    // of the next product, fetched while threads meet
@@ -57,6 +58,7 @@ struct Decoder::Buffers {
     Array<uint8_t> query;  // [H / G]
     Array<float> heads;    // the heads of one key-value head: queries, key, value
     Array<float> running, partial;
+    Array<float> attended;  // [kPrivateRows, H D]
     int turn = 0;  // products of this pass so far
     std::vector<int> order;
     std::vector<char> in_backbone;
@@ -118,7 +120,7 @@ class Decoder::Run {
   void run_layer(const Layer& layer, int index, Chunk chunk, Private& own, int thread);
   void prepare_heads(const Layer& layer, int index, const Chunk& chunk, int slot, int kv_head,
                      Private& own, uint8_t* queries, bool write);
-  void attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own, int thread);
+  bool attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own, int thread);
   void attend_by_rows(const Layer& layer, int index, const Chunk& chunk, Private& own, int thread);
   void attend_page(const Layer& layer, int index, int sequence, int page, int kv_head,
                    const uint8_t* queries, size_t row_stride, const int* positions, int rows,
@@ -240,18 +242,22 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
   team_.barrier(thread);
 
   // attention
+  const float* attended = buffers_.attended.data();
+  bool is_own = false;
   if (chunk.count < few_rows_limit())
-    attend_by_page(layer, index, chunk, own, thread);
+    is_own = attend_by_page(layer, index, chunk, own, thread);
   else
     attend_by_rows(layer, index, chunk, own, thread);
-  team_.barrier(thread);
+  if (is_own)
+    attended = own.attended.data();
+  else
+    team_.barrier(thread);
 
   // output projection
   const int attended_size = shape_.num_heads * shape_.head_dim;
   for (int slot = rows.begin; slot < rows.end; ++slot)
     set_input(projections[kOutput], chunk, slot,
-              buffers_.attended.data() + chunk.order[slot] * size(attended_size), attended_size,
-              own);
+              attended + chunk.order[slot] * size(attended_size), attended_size, own);
   meet_unless_private(thread);
   project(projections[kOutput], chunk, own, thread, buffers_.projected.data(), size(hidden_size));
   fetch_next(projections[kGateUp], chunk, thread);
@@ -396,8 +402,9 @@ void Decoder::Run::attend_page(const Layer& layer, int index, int sequence, int 
 }
 
 // Few rows: the threads share the pages of a row, and its partial sums are joined afterwards, in
-// the order of the pages, as attend_by_rows joins them.
-void Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own,
+// the order of the pages, as attend_by_rows joins them. Returns whether each thread has joined all
+// of them for itself, in place of waiting for the others' parts.
+bool Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own,
                                   int thread) {
   const int dims = shape_.head_dim, kv_heads = shape_.num_kv_heads, threads = threads_;
   const size_t query_bytes = kernels_.query_bytes(dims);
@@ -444,7 +451,10 @@ void Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& ch
   team_.barrier(thread);
 
   // join the pages of each head
-  const Range heads = share(chunk.count * shape_.num_heads, thread, threads);
+  const bool is_own = private_ && items <= kPrivateItems;
+  const int all_heads = chunk.count * shape_.num_heads;
+  const Range heads = is_own ? Range{0, all_heads} : share(all_heads, thread, threads);
+  float* attended = is_own ? own.attended.data() : buffers_.attended.data();
   item = 0;
   for (int slot = 0; slot < chunk.count; ++slot) {
     const int chunk_row = chunk.order[slot];
@@ -461,12 +471,13 @@ void Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& ch
                                    size(item + kv_head * count + page) * partial_size +
                                    size(h % queries_per_kv_) * size(dims + 2),
                                dims, running);
-      kernels_.finish_partial(running, dims,
-                              buffers_.attended.data() +
-                                  (size(chunk_row) * size(shape_.num_heads) + size(h)) * size(dims));
+      kernels_.finish_partial(
+          running, dims,
+          attended + (size(chunk_row) * size(shape_.num_heads) + size(h)) * size(dims));
     }
     item += kv_heads * count;
   }
+  return is_own;
 }
 
 // Many rows: each thread takes some rows and one key-value head at a time.
@@ -756,6 +767,7 @@ void Decoder::Run::prepare() {
     if (private_) {
       own.hidden.fit(kPrivateRows * hidden_size);
       own.before.fit(kPrivateRows * hidden_size);
+      own.attended.fit(kPrivateRows * heads * dims);
       for (const Side side : {kBackbone, kRiver}) own.inputs[side].fit(kPrivateRows * input[side]);
     }
     own.turn = 0;

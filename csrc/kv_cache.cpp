@@ -32,6 +32,7 @@ void KvCache::reserve(int sequence, int length) {
       for (size_t p = slab_pages_; p-- > 0;)
         free_.push_back(slabs_.back().as<uint32_t>() + p * page_bytes_ / sizeof(uint32_t));
     }
+    std::memset(free_.back(), 0, page_bytes_);  // what another sequence left in it
     pages.push_back(free_.back());
     free_.pop_back();
   }
@@ -43,7 +44,6 @@ void KvCache::truncate(int sequence, int length) {
   if (length < s.length) s.length = length;
   const auto needed = static_cast<size_t>((s.length + kPagePositions - 1) / kPagePositions);
   while (s.pages.size() > needed) {
-    std::memset(s.pages.back(), 0, page_bytes_);
     free_.push_back(s.pages.back());
     s.pages.pop_back();
   }

@@ -56,7 +56,7 @@ class KvCache {
   size_t page_bytes_;
   size_t slab_pages_;  // pages that memory is taken for at a time, so that they are in huge pages
   std::vector<Buffer> slabs_;
-  std::vector<uint32_t*> free_;  // zeroed
+  std::vector<uint32_t*> free_;
   std::vector<Sequence> sequences_;
 };
 

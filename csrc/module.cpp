@@ -407,6 +407,23 @@ double read_bandwidth(size_t bytes, int threads) {
   return rates[rates.size() / 2];
 }
 
+// Seconds that so many threads take to meet once, the mean of many times.
+double barrier_seconds(int threads) {
+  constexpr int kTimes = 20000;
+  Team team(checked_threads(threads));
+  nb::gil_scoped_release release;
+  const auto meet = [&](int times) {
+    team.run([&](int t) {
+      for (int i = 0; i < times; ++i) team.barrier(t);
+    });
+  };
+  meet(kTimes / 10);  // the threads start
+  const auto start = std::chrono::steady_clock::now();
+  meet(kTimes);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return seconds.count() / kTimes;
+}
+
 }  // namespace
 }  // namespace river
 
@@ -420,6 +437,8 @@ NB_MODULE(_core, m) {
         "Threads that this process may use: its affinity mask and its control group's limit.");
   m.def("read_bandwidth", &river::read_bandwidth, "buffer_bytes"_a, "threads"_a,
         "Bytes a second that so many threads read from memory of that size, the median of five passes.");
+  m.def("barrier_seconds", &river::barrier_seconds, "threads"_a,
+        "Seconds that so many threads take to meet once, the mean of many times.");
   nb::class_<Engine>(m, "Engine", "Weights, threads and KV cache of one model.")
       .def(nb::init<const nb::dict&, std::pair<int, int>, std::pair<int, int>, std::pair<int, int>, int,
                     int, const std::string&>(),

@@ -88,7 +88,7 @@ void prepare_fixed(const float* x, int count, int group_size, void* out) {
       most = max(most, max(v, sub(zero(), v)));
     }
     const float maximum = largest(most);
-    const float inverse = maximum > 0.0f ? kFixedMaximum / maximum : 0.0f;
+    const float inverse = maximum > 1e-30f ? kFixedMaximum / maximum : 0.0f;  // no infinity
     Floats sums = zero();  // whole numbers far below 2**24: exact
     for (int i = 0; i < group_size; i += 16) {
       const Floats whole = round_to_int(mul(load(x + i), set1(inverse)));

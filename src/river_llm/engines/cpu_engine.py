@@ -186,6 +186,7 @@ class CpuEngine:
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
         batch, num_tokens = self._check_tokens(token_ids, dims=2)
+        tokens = self._token_list(token_ids)
         self._begin(batch, num_tokens, padding_mask)
         rule = self.policy.prefill
         if rule in ("backbone", "river"):
@@ -195,7 +196,6 @@ class CpuEngine:
         by_sequence = rule == "sequence"
         together = self.policy.batch == "minimum"
         columns = num_tokens if by_sequence else max(1, _PREFILL_ROWS // batch)
-        tokens = token_ids.tolist()
         with self._whole_or_undone(num_tokens):
             for first in range(0, num_tokens, columns):
                 end = min(first + columns, num_tokens)
@@ -209,7 +209,7 @@ class CpuEngine:
                     continue
                 first_row = min(column for _, column in rows)
                 result = self._forward(
-                    [tokens[sequence][column] for sequence, column in rows],
+                    [tokens[sequence * num_tokens + column] for sequence, column in rows],
                     [sequence for sequence, _ in rows],
                     thresholds,
                     [i for i, (_, column) in enumerate(rows) if column == num_tokens - 1],
@@ -222,21 +222,21 @@ class CpuEngine:
 
     def decode(self, token_ids: Tensor) -> StepResult:
         (batch,) = self._check_tokens(token_ids, dims=1)
+        tokens = self._token_list(token_ids)
         self._begin(batch, 1, None)
         rows = list(range(batch))
         together = [0] * batch if self.policy.batch == "minimum" else ()
         with self._whole_or_undone(1):
-            return self._forward(
-                token_ids.tolist(), rows, self._thresholds, rows, minimum_groups=together
-            )
+            return self._forward(tokens, rows, self._thresholds, rows, minimum_groups=together)
 
     def verify(self, token_ids: Tensor) -> StepResult:
         batch, num_tokens = self._check_tokens(token_ids, dims=2)
+        tokens = self._token_list(token_ids)
         self._begin(batch, num_tokens, None)
         rows = batch * num_tokens
         with self._whole_or_undone(num_tokens):
             return self._forward(
-                token_ids.flatten().tolist(),
+                tokens,
                 [row // num_tokens for row in range(rows)],
                 [math.inf] * self.num_layers,
                 list(range(rows)),
@@ -289,7 +289,7 @@ class CpuEngine:
             self._set_positions(end)
 
     def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
-        """Their shape, seen to be whole numbers within the vocabulary."""
+        """Their shape, seen to be that of whole numbers."""
         shape = tuple(token_ids.shape)
         if len(shape) != dims or 0 in shape:
             wanted = "[batch, tokens]" if dims == 2 else "[batch]"
@@ -297,10 +297,15 @@ class CpuEngine:
         if token_ids.dtype.is_floating_point or token_ids.dtype in (torch.bool, torch.complex64):
             dtype = str(token_ids.dtype).removeprefix("torch.")
             raise RiverError(f"token ids are whole numbers, not {dtype}")
-        for token in (int(token_ids.min()), int(token_ids.max())):
+        return shape
+
+    def _token_list(self, token_ids: Tensor) -> list[int]:
+        """Row after row, seen to be within the vocabulary."""
+        tokens: list[int] = token_ids.flatten().tolist()
+        for token in (min(tokens), max(tokens)):
             if not 0 <= token < self._vocab_size:
                 raise RiverError(f"there is no token {token}; the model has {self._vocab_size}")
-        return shape
+        return tokens
 
     @contextmanager
     def _whole_or_undone(self, num_tokens: int) -> Iterator[None]:
