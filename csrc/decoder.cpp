@@ -734,6 +734,7 @@ void Decoder::Run::prepare() {
         "one minimum group for each row");
   for (const auto* groups : {&pass_.mean_groups, &pass_.minimum_groups})
     for (const int group : *groups) check(group >= 0 && group < rows_, "a group is out of range");
+  check(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
   for (const int row : pass_.logit_rows) check(row >= 0 && row < rows_, "no such row for logits");
 
   std::vector<int> lengths(size(cache_.sequences()));

@@ -186,6 +186,7 @@ WRONG_PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "too many thresholds": ({"thresholds": [0.0] * 3}, "one threshold for each layer"),
     "no row for logits": ({"logit_rows": [1]}, "no such row"),
     "row -1": ({"logit_rows": [-1]}, "no such row"),
+    "more logits than rows": ({"logit_rows": [0] * 3000}, "more rows of logits than rows"),
     "mean group 1 of 1": ({"mean_groups": [1]}, "group is out of range"),
     "minimum group -1": ({"minimum_groups": [-1]}, "group is out of range"),
     "groups of more rows": ({"mean_groups": [0, 0]}, "one mean group for each row"),

@@ -205,3 +205,19 @@ def _tokens(batch: int, length: int, seed: int) -> Tensor:
 
 def _interrupt(*args: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_verification_gives_what_single_backbone_steps_do() -> None:
+    model = tiny_model("Llama")
+    engine = TorchEngine(attach_river(model, CONFIG, policy=ExitPolicy.fixed(1)))
+    prompt, draft = torch.arange(10).view(2, 5), torch.arange(20, 28).view(2, 4)
+    engine.prefill(prompt)
+    verified = engine.verify(draft)
+    assert verified.exit_layers.tolist() == [[NUM_LAYERS] * 4] * 2
+    assert verified.best_tokens.shape == (2, 4)
+    assert engine.policy == ExitPolicy.fixed(1)
+    engine.truncate(5)
+    engine.policy = ExitPolicy.never()
+    for column in range(4):
+        step = engine.decode(draft[:, column])
+        torch.testing.assert_close(verified.logits[:, column], step.logits, rtol=1e-4, atol=1e-5)
