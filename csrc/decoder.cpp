@@ -63,6 +63,9 @@ struct Decoder::Buffers {
     std::vector<int> order;
     std::vector<char> in_backbone;
     std::vector<float> similarity;
+    std::vector<float> joined;         // [rows] similarities, joined in groups
+    std::vector<double> group_values;  // [groups]
+    std::vector<int> group_members;    // [groups]
     std::vector<Best> best;  // [logit rows] of the tokens whose logits this thread computed
   };
   std::vector<Private> threads;
@@ -650,12 +653,15 @@ void Decoder::Run::decide(int layers_run, Private& own, int thread) {
       if (own.in_backbone[size(row)]) leave(own, thread, row, layers_run);
     return;
   }
-  std::vector<float> joined = private_ ? own.similarity : buffers_.similarity;
+  const std::vector<float>& similarity = private_ ? own.similarity : buffers_.similarity;
+  std::vector<float>& joined = own.joined;
+  joined.assign(similarity.begin(), similarity.end());
   const auto join = [&](const std::vector<int>& groups, bool mean) {
     if (groups.empty()) return;
-    const auto count = size(1 + *std::max_element(groups.begin(), groups.end()));
-    std::vector<double> value(count, mean ? 0.0 : 2.0);
-    std::vector<int> members(count, 0);
+    std::vector<double>& value = own.group_values;
+    std::vector<int>& members = own.group_members;
+    value.assign(size(rows_), mean ? 0.0 : 2.0);
+    members.assign(size(rows_), 0);
     for (int row = 0; row < rows_; ++row) {
       if (!own.in_backbone[size(row)]) continue;
       double& v = value[size(groups[size(row)])];
@@ -772,6 +778,14 @@ void Decoder::Run::prepare() {
       for (const Side side : {kBackbone, kRiver}) own.inputs[side].fit(kPrivateRows * input[side]);
     }
     own.turn = 0;
+    // a thread that can't have memory would end the process: it takes none
+    own.order.reserve(chunk);
+    own.in_backbone.reserve(rows);
+    own.similarity.reserve(rows);
+    own.joined.reserve(rows);
+    own.group_values.reserve(rows);
+    own.group_members.reserve(rows);
+    own.best.reserve(pass_.logit_rows.size());
     own.normed.fit(hidden_size);
     own.gate_up.fit(kGateUpBytes / sizeof(float));
     own.query.fit(size(queries_per_kv_) * kernels_.query_bytes(shape_.head_dim));
@@ -794,6 +808,7 @@ void Decoder::Run::prepare() {
   buffers_.partials.fit(few_rows * heads * pages * (dims + 2));
   buffers_.similarity.assign(rows, 0.0f);
 
+  pass_.best_tokens.assign(pass_.logit_rows.size(), 0);
   pass_.exit_layers.assign(rows, shape_.num_layers);
   pass_.similarities.clear();
   if (pass_.record_similarities)
@@ -805,7 +820,6 @@ void Decoder::Run::prepare() {
 void Decoder::Run::commit() {
   for (const int sequence : pass_.sequences)
     cache_.set_length(sequence, cache_.length(sequence) + 1);
-  pass_.best_tokens.assign(pass_.logit_rows.size(), 0);
   for (size_t i = 0; i < pass_.logit_rows.size(); ++i) {
     Best best;
     for (int t = 0; t < threads_; ++t) best.take(buffers_.threads[size(t)].best[i]);

@@ -66,6 +66,7 @@ void KvCache::forget(int sequence, int begin, int end) {
 }
 
 void KvCache::copy(int from, int to) {
+  if (from == to) return;
   truncate(to, 0);
   reserve(to, sequences_[from].length);
   for (size_t p = 0; p < sequences_[to].pages.size(); ++p)

@@ -10,7 +10,7 @@ namespace {
 // high of the inputs 0 2 4 6, high of 1 3 5 7, low of 0 2 4 6, low of 1 3 5 7.
 inline void split_fixed_lanes(const float* whole, int8_t* out) {
   for (int i = 0; i < 16; ++i) {
-    const auto value = static_cast<int32_t>(whole[i]);
+    const int32_t value = whole[i] == whole[i] ? static_cast<int32_t>(whole[i]) : 0;  // no NaN
     const int32_t high = (value + 128) >> 8;
     int8_t* word = out + i / 8 * 16 + i % 2 * 4 + i % 8 / 2;
     word[0] = static_cast<int8_t>(high);

@@ -95,9 +95,13 @@ void prepare_fixed(const float* x, int count, int group_size, void* out) {
       sums = add(sums, whole);
       split_fixed(whole, bytes + 2 * i);
     }
-    const auto whole_sum = static_cast<int32_t>(sum(sums));
+    const float total = sum(sums);
+    if (total != total) {  // an activation is infinite or no number, and so is what comes of it
+      groups[g] = {total, total, 0, 0};
+      continue;
+    }
     const float scale = maximum / kFixedMaximum;
-    groups[g] = {scale, scale * static_cast<float>(whole_sum), whole_sum, 0};
+    groups[g] = {scale, scale * total, static_cast<int32_t>(total), 0};
   }
 }
 

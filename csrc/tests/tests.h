@@ -1,0 +1,57 @@
+// The core's tests, by file.
+#pragma once
+
+namespace river::test {
+
+// packing_test.cpp
+void weights_come_back_from_their_panels();
+void codes_lie_in_their_panels_as_documented();
+
+// matmul_test.cpp
+void products_with_weights_are_right();
+void products_with_codes_are_right();
+void a_row_of_a_batch_has_the_bits_of_that_row_alone();
+void some_panels_have_the_bits_of_all();
+void a_value_that_is_no_number_stays_none();
+
+// attention_test.cpp
+void attention_by_pages_is_attention();
+void a_query_that_sees_nothing_of_a_page_takes_nothing();
+
+// layer_test.cpp
+void norms_are_right();
+void sums_and_gates_are_right();
+void cosines_are_right();
+void rotations_are_right();
+void the_largest_is_the_first_of_equals();
+
+// kv_cache_test.cpp
+void what_was_written_is_read();
+void pages_stay_where_they_are();
+void freed_pages_are_used_again();
+void copies_are_apart();
+
+// decoder_test.cpp
+void any_number_of_threads_gives_the_same_bits();
+void a_sequence_of_a_batch_is_that_sequence_alone();
+void several_tokens_at_once_are_single_steps();
+void long_passes_are_short_ones_after_each_other();
+void always_leaving_takes_the_river_alone();
+void rows_of_a_group_leave_together();
+void truncation_undoes_passes();
+
+// decoder_errors_test.cpp
+void wrong_passes_change_nothing();
+void threads_of_a_pass_take_no_memory();
+void passes_without_memory_change_nothing();
+void numbers_that_are_none_are_forgotten_with_their_tokens();
+
+// team_test.cpp
+void what_is_written_before_a_barrier_is_seen_after();
+void runs_take_as_many_threads_as_they_are_told();
+void teams_end_at_any_time();
+void two_teams_work_at_once();
+void shared_work_is_done_once();
+void a_crew_shrinks_beside_a_busy_core_and_grows_again();
+
+}  // namespace river::test
