@@ -5,7 +5,8 @@
 #include <new>
 #include <utility>
 
-#if defined(__unix__) || defined(__APPLE__)
+// AddressSanitizer guards what malloc gives, not what mmap does.
+#if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
 #include <sys/mman.h>
 #define RIVER_MMAP 1
 #endif

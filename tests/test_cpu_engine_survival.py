@@ -1,17 +1,15 @@
-"""The native engine goes on after what comes from outside: a second thread, a fork, Ctrl-C, memory
-that can't be had.
+"""The native engine goes on after what comes from outside: a second thread, a fork, memory that
+can't be had.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -97,84 +95,6 @@ class TestTwoThreads:
             thread.join()
         for index, prompt in enumerate(prompts):
             assert torch.equal(steps[index], subject.engine(POLICY).prefill(prompt).logits)
-
-
-class Interrupting:
-    """The native core, where Ctrl-C comes while a pass runs: Python hears it when that returns."""
-
-    def __init__(self, core: Any, passes: int) -> None:
-        self._core = core
-        self._passes = passes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._core, name)
-
-    def forward(self, *args: Any) -> Any:
-        result = self._core.forward(*args)
-        self._passes -= 1
-        if self._passes == 0:
-            signal.raise_signal(signal.SIGINT)
-        return result
-
-
-class TestCtrlC:
-    @pytest.mark.parametrize("filled", [0, 6])
-    @pytest.mark.parametrize(
-        ("verb", "tokens", "passes"),
-        [
-            ("prefill", ids([[5] * 40, [6] * 40]), 1),
-            ("prefill", ids([[5] * 40, [6] * 40]), 3),
-            ("decode", ids([5, 6]), 1),
-            ("verify", ids([[5, 6], [7, 8]]), 1),
-        ],
-    )
-    def test_in_a_pass_leaves_the_cache_as_it_was(
-        self,
-        subject: Subject,
-        verb: str,
-        tokens: Tensor,
-        passes: int,
-        filled: int,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr("river_llm.engines.cpu_engine._PREFILL_ROWS", 16)
-        engine, untouched = subject.engine(POLICY), subject.engine(POLICY)
-        prompt = random_tokens(2, 6, seed=5)
-        mask = torch.ones(2, 6, dtype=torch.bool)
-        mask[0, :3] = False
-        for each in (engine, untouched):
-            if filled:
-                each.prefill(prompt, mask)
-        core = engine._core
-        engine._core = Interrupting(core, passes)
-        with pytest.raises(KeyboardInterrupt):
-            getattr(engine, verb)(tokens)
-        engine._core = core
-        assert engine.length == filled
-        for more in (tokens, tokens):
-            step, expected = getattr(engine, verb)(more), getattr(untouched, verb)(more)
-            assert torch.equal(step.logits, expected.logits)
-        assert engine._core.length(0) == untouched._core.length(0)
-
-    def test_in_a_long_prefill_is_heard_between_its_passes(self, long_subject: Subject) -> None:
-        engine, untouched = long_subject.engine(POLICY), long_subject.engine(POLICY)
-        prompt = random_tokens(1, 12_000, seed=6)
-        main = threading.get_ident()
-
-        def interrupt() -> None:
-            while not _tokens_in_cache(engine):
-                time.sleep(0.001)
-            signal.pthread_kill(main, signal.SIGINT)
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            engine.prefill(prompt)
-        thread.join()
-        assert engine.length == 0
-        assert engine._passes < 12  # of 1024 tokens each
-        step = engine.prefill(prompt[:, :9])
-        assert torch.equal(step.logits, untouched.prefill(prompt[:, :9]).logits)
 
 
 FORK = """
@@ -298,11 +218,3 @@ def _wait_until_busy(engine: CpuEngine) -> None:
         except RuntimeError:
             return
         time.sleep(0.0005)
-
-
-def _tokens_in_cache(engine: CpuEngine) -> int:
-    """What the native core has, while a prefill runs."""
-    try:
-        return engine._core.length(0)
-    except ValueError:  # not even the sequence yet
-        return 0

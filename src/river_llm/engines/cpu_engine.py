@@ -112,7 +112,7 @@ class CpuEngine:
         self.policy = policy
         self._model = model
         self._longrope_limit = longrope_limit(model)
-        self._uses_long_angles = False
+        self._uses_long_angles: bool | None = False  # None: some positions have other ones
         self._padding: list[int] = []
         self._length = 0
         self._passes = 0
@@ -154,7 +154,7 @@ class CpuEngine:
         is_long = self._longrope_limit is not None and end > self._longrope_limit
         have = self._core.positions
         if is_long != self._uses_long_angles:
-            have, self._uses_long_angles = 0, is_long
+            have = 0
         if have >= end and have > 0:
             return
         # round up, but not over the place where the angles change
@@ -162,12 +162,14 @@ class CpuEngine:
         if self._longrope_limit is not None and not is_long:
             limit = min(limit, self._longrope_limit)
         end = max(end, min(-(-end // _ROTARY_BLOCK) * _ROTARY_BLOCK, limit))
+        self._uses_long_angles = None
         for table, layer_type in enumerate(rotary_layer_types(self._model)):
             cosines, sines = rotary_angles(self._model, layer_type, have, end)
             self._core.set_rotary(table, have, cosines.numpy(), sines.numpy())
         scales = query_scales(self._model, end)
         if scales is not None:
             self._core.set_query_scales(scales.numpy())
+        self._uses_long_angles = is_long
 
     # ---- verbs ----
 
@@ -286,6 +288,8 @@ class CpuEngine:
                 "truncate(0) begins anew"
             )
         with _one_clear_line():
+            if self._length > 0:
+                self._cut(self._length)  # Ctrl-C may have come before a pass was counted
             self._set_positions(end)
 
     def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
