@@ -1,0 +1,309 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace river {
+namespace {
+
+int process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+  return static_cast<int>(getpid());
+#else
+  return 0;
+#endif
+}
+
+const KernelSet& choose_kernels(const std::string& name) {
+  const KernelSet* sets[kMaxKernelSets];
+  const int count = available_kernel_sets(sets);
+  if (name.empty()) return *sets[0];
+  std::string known;
+  for (int i = 0; i < count; ++i) {
+    if (name == sets[i]->name) return *sets[i];
+    known += std::string(i > 0 ? ", " : "") + sets[i]->name;
+  }
+  throw std::invalid_argument("this processor has no kernels named '" + name + "'; it has " + known);
+}
+
+Shape read_shape(const nb::dict& d) {
+  const auto whole = [&](const char* name) { return whole_number(d, name); };
+  const auto real = [&](const char* name) { return nb::cast<float>(d[name]); };
+  const auto flag = [&](const char* name) { return nb::cast<bool>(d[name]); };
+  return {whole("num_layers"), whole("hidden_size"), whole("num_heads"), whole("num_kv_heads"),
+          whole("head_dim"), whole("intermediate_size"), whole("vocab_size"), whole("rotary_dim"),
+          real("norm_epsilon"), real("attention_scale"), real("embedding_scale"),
+          real("logit_cap"), flag("gelu"), flag("tied_head")};
+}
+
+SourceMatrix read_codes(const Codes& codes, size_t columns, const PackedMatrix& packed) {
+  const auto& [packed_codes, scales, zeros] = codes;
+  if (packed.bits == 16) throw std::invalid_argument("these weights are bfloat16, not codes");
+  const size_t rows = packed_codes.shape(0), groups = columns / static_cast<size_t>(packed.group_size);
+  if (packed_codes.shape(1) != columns * static_cast<size_t>(packed.bits) / 8 ||
+      scales.shape(0) != rows || zeros.shape(0) != rows || scales.shape(1) != groups ||
+      zeros.shape(1) != groups)
+    throw std::invalid_argument("codes, scales and zeros don't fit together");
+  return {static_cast<int>(rows), nullptr, packed_codes.data(), scales.data(), zeros.data()};
+}
+
+}  // namespace
+
+// Keeps a second thread out, and a forked child, whose copy of the engine has no threads.
+class Engine::Turn {
+ public:
+  explicit Turn(Engine& engine) : engine_(engine) {
+    if (engine.process_ != process_id())
+      throw std::runtime_error(
+          "this engine belongs to the process that made it; make another one after a fork");
+    if (engine.busy_.exchange(true))
+      throw std::runtime_error("another thread is using this engine; give each thread its own");
+  }
+  ~Turn() { engine_.busy_ = false; }
+
+ private:
+  Engine& engine_;
+};
+
+Engine::Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
+               std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels)
+    : kernels_(choose_kernels(kernels)),
+      team_(std::make_unique<Team>(checked_threads(threads))),
+      model_(read_shape(shape), {backbone.first, backbone.second}, {river.first, river.second},
+             {head.first, head.second}, rotary_tables),
+      decoder_(model_, kernels_, *team_),
+      process_(process_id()) {}
+
+// A forked child has no threads to end.
+Engine::~Engine() {
+  if (process_ != process_id()) static_cast<void>(team_.release());
+}
+
+void Engine::set_layer(int layer, const nb::dict& parts) {
+  Turn turn(*this);
+  Layer changed = layer_at(layer);
+  std::set<std::string> unknown;
+  for (const auto& item : parts) unknown.insert(nb::cast<std::string>(item.first));
+  const size_t hidden = static_cast<size_t>(model_.shape.hidden_size);
+  const size_t dims = static_cast<size_t>(model_.shape.head_dim);
+  const size_t heads = static_cast<size_t>(model_.shape.num_heads) * dims;
+  const size_t kv_heads = static_cast<size_t>(model_.shape.num_kv_heads) * dims;
+  const auto read = [&](const char* name, std::vector<float>& out, size_t size, size_t other) {
+    if (unknown.erase(name) == 0) return;
+    const nb::object given = parts[name];
+    FloatVector values;
+    if (!nb::try_cast<FloatVector>(given, values, false) ||
+        (values.size() != size && values.size() != other))
+      throw std::invalid_argument(std::string(name) +
+                                  " is no float32 vector of the right size without gaps");
+    out = to_vector(values);
+  };
+  const auto read_whole = [&](const char* name, int& out) {
+    if (unknown.erase(name) > 0) out = whole_number(parts, name);
+  };
+  read("attention_norm", changed.attention_norm, hidden, hidden);
+  read("post_attention_norm", changed.post_attention_norm, hidden, hidden);
+  read("mlp_norm", changed.mlp_norm, hidden, hidden);
+  read("post_mlp_norm", changed.post_mlp_norm, hidden, hidden);
+  read("query_norm", changed.query_norm, dims, heads);
+  read("key_norm", changed.key_norm, dims, kv_heads);
+  read("qkv_bias", changed.biases[kQkv], heads + 2 * kv_heads, heads + 2 * kv_heads);
+  read("output_bias", changed.biases[kOutput], hidden, hidden);
+  const size_t inner = 2 * static_cast<size_t>(model_.shape.intermediate_size);
+  read("gate_up_bias", changed.biases[kGateUp], inner, inner);
+  read("down_bias", changed.biases[kDown], hidden, hidden);
+  read_whole("window", changed.window);
+  read_whole("rope", changed.rope);
+  if (changed.window < 0) throw std::invalid_argument("a negative window");
+  if (changed.rope < -1 || changed.rope >= static_cast<int>(model_.rotary.size()))
+    throw std::invalid_argument("there is no such rotary table");
+  if (!unknown.empty()) throw std::invalid_argument("an unknown part of a layer: " + *unknown.begin());
+  layer_at(layer) = std::move(changed);
+}
+
+void Engine::set_weights(int layer, int projection, const std::vector<Matrix16>& matrices) {
+  Turn turn(*this);
+  std::vector<SourceMatrix> sources;
+  const PackedMatrix& packed = projection_at(layer, projection, kBackbone);
+  if (packed.bits != 16) throw std::invalid_argument("the backbone takes codes");
+  for (const Matrix16& matrix : matrices) {
+    if (matrix.shape(1) != columns(projection)) throw std::invalid_argument("a matrix has the wrong width");
+    sources.push_back({static_cast<int>(matrix.shape(0)), matrix.data(), nullptr, nullptr, nullptr});
+  }
+  nb::gil_scoped_release release;
+  model_.set_projection(layer, static_cast<Projection>(projection), kBackbone, sources, *team_);
+}
+
+void Engine::set_codes(int layer, int projection, int side, const std::vector<Codes>& matrices) {
+  Turn turn(*this);
+  if (side != kBackbone && side != kRiver) throw std::invalid_argument("no such side");
+  const PackedMatrix& packed = projection_at(layer, projection, static_cast<Side>(side));
+  std::vector<SourceMatrix> sources;
+  for (const Codes& codes : matrices)
+    sources.push_back(read_codes(codes, columns(projection), packed));
+  nb::gil_scoped_release release;
+  model_.set_projection(layer, static_cast<Projection>(projection), static_cast<Side>(side),
+                        sources, *team_);
+}
+
+void Engine::set_head_weights(const Matrix16& matrix) {
+  Turn turn(*this);
+  if (model_.head.bits != 16) throw std::invalid_argument("the LM head takes codes");
+  if (matrix.shape(1) != hidden_size()) throw std::invalid_argument("the LM head has the wrong width");
+  nb::gil_scoped_release release;
+  model_.set_head({static_cast<int>(matrix.shape(0)), matrix.data(), nullptr, nullptr, nullptr}, *team_);
+}
+
+void Engine::set_head_codes(const Codes& codes) {
+  Turn turn(*this);
+  const SourceMatrix source = read_codes(codes, hidden_size(), model_.head);
+  nb::gil_scoped_release release;
+  model_.set_head(source, *team_);
+}
+
+void Engine::set_final_norm(const FloatVector& weight) {
+  Turn turn(*this);
+  if (weight.size() != hidden_size()) throw std::invalid_argument("the final norm has the wrong size");
+  model_.final_norm = to_vector(weight);
+}
+
+void Engine::set_embedding(const Matrix16& rows) {
+  Turn turn(*this);
+  if (rows.shape(0) != static_cast<size_t>(model_.shape.vocab_size) || rows.shape(1) != hidden_size())
+    throw std::invalid_argument("the embedding has the wrong shape");
+  embedding_ = rows;
+  model_.embedding = rows.data();
+}
+
+void Engine::set_rotary(int table, int first, const FloatMatrix& cosines, const FloatMatrix& sines) {
+  Turn turn(*this);
+  const size_t half = static_cast<size_t>(model_.shape.rotary_dim) / 2;
+  if (table < 0 || table >= static_cast<int>(model_.rotary.size()) || cosines.shape(1) != half ||
+      sines.shape(1) != half || cosines.shape(0) != sines.shape(0))
+    throw std::invalid_argument("rotary angles of the wrong shape");
+  RotaryTable& angles = model_.rotary[static_cast<size_t>(table)];
+  const size_t start = static_cast<size_t>(first) * half;
+  if (first < 0 || start > angles.cosines.size()) throw std::invalid_argument("rotary angles leave a gap");
+  angles.cosines.resize(start);
+  angles.sines.resize(start);
+  angles.cosines.insert(angles.cosines.end(), cosines.data(), cosines.data() + cosines.size());
+  angles.sines.insert(angles.sines.end(), sines.data(), sines.data() + sines.size());
+}
+
+void Engine::set_query_scales(const FloatVector& scales) {
+  Turn turn(*this);
+  model_.query_scales = to_vector(scales);
+}
+
+nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
+                          std::vector<float> thresholds, std::vector<int> logit_rows,
+                          std::vector<int> mean_groups, std::vector<int> minimum_groups,
+                          bool record_similarities) {
+  Turn turn(*this);
+  for (const Layer& layer : model_.layers)
+    if (layer.rope >= 0 && model_.rotary.empty()) throw std::invalid_argument("no rotary table is set");
+  if (model_.embedding == nullptr && !(model_.shape.tied_head && model_.head.bits == 16))
+    throw std::invalid_argument("no embedding is set");
+  Pass pass;
+  pass.tokens = std::move(tokens);
+  pass.sequences = std::move(sequences);
+  pass.thresholds = std::move(thresholds);
+  pass.logit_rows = std::move(logit_rows);
+  pass.mean_groups = std::move(mean_groups);
+  pass.minimum_groups = std::move(minimum_groups);
+  pass.record_similarities = record_similarities;
+  logit_count_ = 0;
+  logits_.swap(pass.logits);  // use the memory of the last pass again
+  {
+    nb::gil_scoped_release release;
+    decoder_.forward(pass);
+  }
+  logits_.swap(pass.logits);
+  logit_stride_ = pass.logit_stride;
+  logit_count_ = pass.logit_rows.size();
+  const size_t rows = pass.tokens.size(), layers = static_cast<size_t>(model_.shape.num_layers);
+  nb::object similarities = nb::none();
+  if (record_similarities) similarities = numpy_array(std::move(pass.similarities), {layers, rows});
+  return nb::make_tuple(whole_numbers(pass.best_tokens), whole_numbers(pass.exit_layers),
+                        similarities);
+}
+
+nb::object Engine::logits() {
+  Turn turn(*this);
+  const size_t vocabulary = static_cast<size_t>(model_.shape.vocab_size);
+  std::vector<float> copy(logit_count_ * vocabulary);
+  for (size_t i = 0; i < logit_count_; ++i)
+    std::copy_n(logits_.data() + i * logit_stride_, vocabulary, copy.data() + i * vocabulary);
+  return numpy_array(std::move(copy), {logit_count_, vocabulary});
+}
+
+void Engine::resize(int sequences) {
+  Turn turn(*this);
+  if (sequences < 0) throw std::invalid_argument("a negative number of sequences");
+  decoder_.cache.resize(sequences);
+}
+
+void Engine::truncate(int sequence, int length) {
+  Turn turn(*this);
+  check_sequence(sequence);
+  if (length < 0) throw std::invalid_argument("a negative length");
+  decoder_.cache.truncate(sequence, length);
+}
+
+int Engine::length(int sequence) const {
+  check_sequence(sequence);
+  return decoder_.cache.length(sequence);
+}
+
+nb::object Engine::read_cache(int sequence) {
+  Turn turn(*this);
+  check_sequence(sequence);
+  const Shape& s = model_.shape;
+  const auto length = static_cast<size_t>(decoder_.cache.length(sequence));
+  const auto layers = static_cast<size_t>(s.num_layers), heads = static_cast<size_t>(s.num_kv_heads),
+             dims = static_cast<size_t>(s.head_dim);
+  const size_t half = layers * heads * length * dims;
+  std::vector<uint16_t> out(2 * half);
+  for (size_t l = 0; l < layers; ++l)
+    for (size_t h = 0; h < heads; ++h)
+      for (size_t p = 0; p < length; ++p) {
+        uint16_t* key = out.data() + ((l * heads + h) * length + p) * dims;
+        decoder_.cache.read(sequence, static_cast<int>(p), static_cast<int>(l), static_cast<int>(h),
+                            key, key + half);
+      }
+  return numpy_array(std::move(out), {2, layers, heads, length, dims});
+}
+
+size_t Engine::layer_bytes(int layer, int side) {
+  layer_at(layer);
+  return model_.layer_bytes(layer, side == kRiver ? kRiver : kBackbone);
+}
+
+Layer& Engine::layer_at(int layer) {
+  if (layer < 0 || layer >= model_.shape.num_layers) throw std::invalid_argument("there is no such layer");
+  return model_.layers[static_cast<size_t>(layer)];
+}
+
+const PackedMatrix& Engine::projection_at(int layer, int projection, Side side) {
+  if (projection < 0 || projection > kDown) throw std::invalid_argument("there is no such projection");
+  return layer_at(layer).projections[projection][side];
+}
+
+size_t Engine::columns(int projection) const {
+  const Shape& s = model_.shape;
+  return static_cast<size_t>(projection == kOutput ? s.num_heads * s.head_dim
+                             : projection == kDown ? s.intermediate_size
+                                                   : s.hidden_size);
+}
+
+void Engine::check_sequence(int sequence) const {
+  if (sequence < 0 || sequence >= decoder_.cache.sequences())
+    throw std::invalid_argument("there is no such sequence");
+}
+
+}  // namespace river

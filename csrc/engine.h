@@ -1,0 +1,78 @@
+// What Python holds: the weights, the threads and one KV cache. One pass at a time.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "decoder.h"
+#include "python_values.h"
+
+namespace river {
+
+// Methods throw std::invalid_argument for what doesn't fit the model, and std::runtime_error while
+// another thread is in one or after a fork.
+class Engine {
+ public:
+  // The pairs are bits and group size.
+  Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
+         std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels);
+  ~Engine();
+
+  void set_layer(int layer, const nb::dict& parts);
+  void set_weights(int layer, int projection, const std::vector<Matrix16>& matrices);
+  void set_codes(int layer, int projection, int side, const std::vector<Codes>& matrices);
+  void set_head_weights(const Matrix16& matrix);
+  void set_head_codes(const Codes& codes);
+  void set_final_norm(const FloatVector& weight);
+  // Embedding rows that don't come from the LM head's weights; the array is kept alive.
+  void set_embedding(const Matrix16& rows);
+  // Angles of the positions from `first` on; what stood there before is replaced.
+  void set_rotary(int table, int first, const FloatMatrix& cosines, const FloatMatrix& sines);
+  void set_query_scales(const FloatVector& scales);
+
+  // Best tokens [logit rows], exit layers [rows] and, if recorded, similarities [L, rows].
+  nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences,
+                    std::vector<float> thresholds, std::vector<int> logit_rows,
+                    std::vector<int> mean_groups, std::vector<int> minimum_groups,
+                    bool record_similarities);
+  // A copy of the last pass's logits [rows, V].
+  nb::object logits();
+
+  void resize(int sequences);
+  void truncate(int sequence, int length);
+  int length(int sequence) const;
+  // Keys and values [2, layers, kv_heads, length, head_dim] of a sequence, as bfloat16 in uint16.
+  nb::object read_cache(int sequence);
+
+  size_t layer_bytes(int layer, int side);
+  size_t head_bytes() const { return model_.head_bytes(); }
+  size_t weight_bytes() const { return model_.weight_bytes(); }
+  size_t cache_bytes() const { return decoder_.cache.bytes(); }
+  int positions() const { return model_.positions(); }
+  int threads() const { return team_->size(); }
+  const char* kernels() const { return kernels_.name; }
+
+ private:
+  class Turn;
+
+  Layer& layer_at(int layer);
+  const PackedMatrix& projection_at(int layer, int projection, Side side);
+  size_t columns(int projection) const;
+  size_t hidden_size() const { return static_cast<size_t>(model_.shape.hidden_size); }
+  void check_sequence(int sequence) const;
+
+  const KernelSet& kernels_;
+  std::unique_ptr<Team> team_;
+  Model model_;
+  Decoder decoder_;
+  int process_;
+  std::atomic<bool> busy_{false};
+  Matrix16 embedding_;
+  std::vector<float> logits_;
+  size_t logit_stride_ = 0, logit_count_ = 0;
+};
+
+}  // namespace river

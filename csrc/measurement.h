@@ -1,0 +1,14 @@
+// How fast this machine reads memory and its threads meet: what a pass can't beat.
+#pragma once
+
+#include <cstddef>
+
+namespace river {
+
+// Bytes a second that the threads read together, the median of some passes over memory of that size.
+double read_bandwidth(size_t bytes, int threads);
+
+// Seconds that so many threads take to meet once, the mean of many times.
+double barrier_seconds(int threads);
+
+}  // namespace river
