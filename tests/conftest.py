@@ -6,7 +6,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library reads it: tests fetch nothing
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,11 +40,10 @@ def smollm2(
 
 
 @pytest.fixture(scope="session")
-def smollm2_bf16(
-    _smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> PreTrainedModel:
+def smollm2_bf16() -> PreTrainedModel:
     """The real SmolLM2-135M-Instruct in bfloat16, without a river."""
-    return copy.deepcopy(_smollm2[0]).to(torch.bfloat16)
+    # loaded, not converted: `.to` would round the rotary frequencies too
+    return load_backbone("smollm2", torch.bfloat16)[0]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from command_line import run, run_process
 from transformers import AutoTokenizer
 
 from river_llm import River, RiverLM
-from river_llm.cli.options import check_device
+from river_llm.cli.loading import check_device
 from river_llm.engines import CpuEngine, TorchEngine
 
 pytest_plugins = ["cli_models"]

@@ -163,6 +163,15 @@ def test_padding_of_a_sequence_alone_counts_nowhere(
     assert engine.length == 12
 
 
+@pytest.mark.parametrize("subject", ["phi3, longrope"], indirect=True)
+def test_other_angles_begin_where_a_real_token_stands_beyond_the_limit(subject: Subject) -> None:
+    """Padding on every row: the cache is longer than the position of any token."""
+    mask = torch.ones(2, PROMPT_LENGTH, dtype=torch.bool)
+    mask[0, :9], mask[1, :5] = False, False
+    text = Text(random_tokens(2, 24, seed=8), mask)
+    _check_run(subject.engine(), subject.reference(), text)
+
+
 def _check_run(engine: CpuEngine, reference: TorchEngine, text: Text) -> set[int]:
     """See that both engines give the same on a text; the exit layers that occurred."""
     engine.record_similarities = reference.record_similarities = True

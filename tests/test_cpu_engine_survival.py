@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from river_llm import ExitPolicy, RiverConfig, RiverError
 from river_llm.engines import CpuEngine, StepResult
 
 POLICY = ExitPolicy.fixed(2)
+BUSY = "another thread is using this engine; give each thread its own"
 THREADS = Path("/proc/self/task")
 LONG_CONTEXT = {"max_position_embeddings": 32768}
 ids = torch.tensor
@@ -39,18 +41,37 @@ def long_subject() -> Subject:
     return Subject("Llama", LONG_CONTEXT, RiverConfig(group_size=32, quantizer="rtn"))
 
 
+class Watched:
+    """The native core; something happens just after a pass, before the engine counts it."""
+
+    def __init__(self, core: Any, after_pass: Callable[[], object]) -> None:
+        self._core = core
+        self._after_pass = after_pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def forward(self, *args: Any) -> Any:
+        result = self._core.forward(*args)
+        self._after_pass()
+        return result
+
+
+every_verb = pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: engine.prefill(ids([[5, 6]])),
+        lambda engine: engine.decode(ids([5])),
+        lambda engine: engine.verify(ids([[5, 6]])),
+        lambda engine: engine.truncate(0),
+        lambda engine: engine.truncate(3),
+    ],
+    ids=["prefill", "decode", "verify", "truncate to 0", "truncate"],
+)
+
+
 class TestTwoThreads:
-    @pytest.mark.parametrize(
-        "call",
-        [
-            lambda engine: engine.prefill(ids([[5, 6]])),
-            lambda engine: engine.decode(ids([5])),
-            lambda engine: engine.verify(ids([[5, 6]])),
-            lambda engine: engine.truncate(0),
-            lambda engine: engine.truncate(3),
-        ],
-        ids=["prefill", "decode", "verify", "truncate to 0", "truncate"],
-    )
+    @every_verb
     @pytest.mark.parametrize("filled", [0, 5])
     def test_the_second_gets_an_error_and_the_first_its_result(
         self, long_subject: Subject, call: Callable[[CpuEngine], object], filled: int
@@ -69,7 +90,7 @@ class TestTwoThreads:
         thread = threading.Thread(target=compute)
         thread.start()
         _wait_until_busy(engine)
-        with pytest.raises(RiverError, match="another thread is using this engine"):
+        with pytest.raises(RiverError, match=f"^{BUSY}$"):
             call(engine)
         assert thread.is_alive(), "the pass was too short to come in between"
         thread.join()
@@ -79,6 +100,72 @@ class TestTwoThreads:
         assert engine.length == filled + 4000
         last = ids([7])
         assert torch.equal(engine.decode(last).logits, alone.decode(last).logits)
+
+    @every_verb
+    @pytest.mark.parametrize("filled", [0, 5])
+    def test_the_second_gets_an_error_until_the_pass_was_counted(
+        self, subject: Subject, call: Callable[[CpuEngine], object], filled: int
+    ) -> None:
+        engine, alone = subject.engine(POLICY), subject.engine(POLICY)
+        tokens, last = random_tokens(1, filled + 4, seed=5), ids([7])
+        if filled:
+            engine.prefill(tokens[:, :filled])
+            alone.prefill(tokens[:, :filled])
+        computed, go_on = threading.Event(), threading.Event()
+        core = engine._core
+        engine._core = Watched(core, lambda: (computed.set(), go_on.wait(10)))
+        thread = threading.Thread(target=engine.prefill, args=(tokens[:, filled:],))
+        thread.start()
+        assert computed.wait(10)
+        engine._core = core
+        try:
+            with pytest.raises(RiverError, match=f"^{BUSY}$"):
+                call(engine)
+        finally:
+            go_on.set()
+            thread.join()
+        alone.prefill(tokens[:, filled:])
+        assert engine.length == engine._core.length(0) == filled + 4
+        assert torch.equal(engine.decode(last).logits, alone.decode(last).logits)
+
+    def test_one_after_the_other_is_no_conflict(self, subject: Subject) -> None:
+        """Nor is an error in the first one's call."""
+        engine, alone = subject.engine(POLICY), subject.engine(POLICY)
+
+        def compute() -> None:
+            engine.prefill(ids([[5, 6]]))
+            with pytest.raises(RiverError, match="there is no token"):
+                engine.decode(ids([-1]))
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+        alone.prefill(ids([[5, 6]]))
+        assert torch.equal(engine.decode(ids([7])).logits, alone.decode(ids([7])).logits)
+
+    def test_a_verb_within_a_verb_of_the_same_thread_is_no_conflict(self, subject: Subject) -> None:
+        """And a second thread is kept out until the outer one has ended."""
+        engine, alone = subject.engine(POLICY), subject.engine(POLICY)
+        core, tokens = engine._core, random_tokens(1, 6, seed=6)
+        refusals: list[str] = []
+
+        def intrude() -> None:
+            with pytest.raises(RiverError) as caught:
+                engine.decode(ids([5]))
+            refusals.append(str(caught.value))
+
+        def within() -> None:
+            engine._core = core
+            engine.truncate(0)
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+
+        engine._core = Watched(core, within)
+        engine.prefill(tokens)
+        assert refusals == [BUSY]
+        engine.truncate(0)
+        assert torch.equal(engine.prefill(tokens).logits, alone.prefill(tokens).logits)
 
     def test_each_with_its_own_engine(self, subject: Subject) -> None:
         engines = [subject.engine(POLICY, threads=2) for _ in range(3)]

@@ -175,6 +175,38 @@ def test_options_that_no_engine_takes_are_refused_before_loading(
 
 
 class TestRiverLM:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"engine": "cpu"}, "has no activation 'relu'; take --engine torch$"),
+            ({"engine": "cpu", "device": "meta"}, "needs the model on a CPU, not on meta$"),
+            ({"lm_head_bits": 8}, "need the native engine: .* has no activation 'relu'$"),
+        ],
+        ids=["architecture", "device", "8 bits"],
+    )
+    def test_what_the_native_engine_cannot_run_is_refused_before_a_river_is_built(
+        self, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loaded = _model(hidden_act="relu").to(settings.get("device", "cpu")), None
+        monkeypatch.setattr("river_llm.river_lm.load_backbone", lambda *_: loaded)
+        built: list[tuple[int, int]] = []
+        with pytest.raises(RiverError, match=message):
+            RiverLM.from_pretrained(
+                "relu", CONFIG, POLICY, progress=lambda *done: built.append(done), **settings
+            )
+        assert built == []
+
+    @pytest.mark.usefixtures("not_built")
+    def test_an_engine_that_was_not_built_is_refused_before_loading(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*args: object) -> None:
+            raise AssertionError("a model is loaded")
+
+        monkeypatch.setattr("river_llm.river_lm.load_backbone", load)
+        with pytest.raises(RiverError, match="native engine was not built"):
+            RiverLM.from_pretrained("absent", engine="cpu")
+
     def test_without_a_compiler_the_torch_engine_answers(
         self, model: str, request: pytest.FixtureRequest
     ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.config import RiverConfig
-from river_llm.engines import Engine, EngineChoice, check_engine_options, make_engine
+from river_llm.engines import (
+    Engine,
+    EngineChoice,
+    check_engine_options,
+    choose_engine,
+    make_engine,
+)
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
@@ -87,8 +94,10 @@ class RiverLM:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
         check_engine_options(engine, backbone_bits, lm_head_bits)
+        bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
+        check = partial(choose_engine, choice=engine, **bits)
         model, tokenizer, made = _load(
-            name_or_path, river, dtype, device, trust_remote_code, progress
+            name_or_path, river, dtype, device, trust_remote_code, progress, check
         )
         stop_tokens = {tokenizer.eos_token_id}
         configured = model.generation_config.eos_token_id if model.generation_config else None
@@ -100,8 +109,7 @@ class RiverLM:
             policy or ExitPolicy.similarity(DEFAULT_THRESHOLD),
             engine,
             threads=threads,
-            backbone_bits=backbone_bits,
-            lm_head_bits=lm_head_bits,
+            **bits,
         )
         return cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason)
 
@@ -280,12 +288,17 @@ def _load(
     device: torch.device | str | None,
     trust_remote_code: bool,
     progress: Progress | None,
+    check: Callable[[PreTrainedModel], object] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, River]:
+    """The model, its tokeniser and its river; `check` may refuse the model before the river is
+    built, which takes minutes where the model is large."""
     if isinstance(river, str | Path):
         river = River.load(river)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+    if check is not None:
+        check(model)
     if not isinstance(river, River):
         river = River.build(model, river, progress)
     return model, tokenizer, river

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.loading import prepare_torch, torch_dtype
+from river_llm.cli.settings import new_river_config, river_config
+from river_llm.cli.usage import usage_error
 
 if TYPE_CHECKING:
     from river_llm.benchmark.lineup import Lineup
@@ -133,14 +136,14 @@ def bench(
 
     if random_weights is not None:
         _check_random(model, river, threshold)
-    config = options.river_config(river, bits, group_size, quantizer)
+    config = river_config(river, bits, group_size, quantizer)
     counts = [usable_cores()] if threads is None else _numbers("--threads", threads, int, 1)
     policies = _policies(bits, exit_layer, threshold)
     wanted_peers = _wanted_peers(peers)
     if work_dir is not None and "llama.cpp" not in wanted_peers:
-        raise options.usage_error("--work-dir goes with --peers llama.cpp")
+        raise usage_error("--work-dir goes with --peers llama.cpp")
     if disturb and not can_disturb():
-        raise options.usage_error("--disturb needs a system that pins processes to cores (Linux)")
+        raise usage_error("--disturb needs a system that pins processes to cores (Linux)")
     numbers = [
         _numbers("--prompt-tokens", prompt_tokens, int, 0),
         _numbers("--new-tokens", new_tokens, int, 0),
@@ -148,12 +151,12 @@ def bench(
         _numbers("--batch", batch, int, 1),
     ]
     if not any(numbers[0] + numbers[1]):
-        raise options.usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
+        raise usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
     head_bits = [16] if lm_head_bits is options.WeightBits.sixteen else [16, 8]
     with ExitStack() as ending:
         name = random_weights.value if random_weights else model or "smollm2"
         with LoadingProgress(f"loading {name}") as progress:
-            options.prepare_torch(counts[0])
+            prepare_torch(counts[0])
             from river_llm.benchmark.bandwidth import read_bandwidth
             from river_llm.benchmark.lineup import Lineup
             from river_llm.benchmark.subject import load_subject, random_subject
@@ -161,13 +164,10 @@ def bench(
             from river_llm.benchmark.workload import check_fits, make_workloads
 
             if random_weights:
-                subject = random_subject(
-                    name, options.new_river_config(bits, group_size, quantizer)
-                )
+                subject = random_subject(name, new_river_config(bits, group_size, quantizer))
             else:
-                torch_dtype = options.torch_dtype(dtype)
                 subject = load_subject(
-                    name, config, torch_dtype, trust_remote_code, progress.layers_built
+                    name, config, torch_dtype(dtype), trust_remote_code, progress.layers_built
                 )
             workloads = make_workloads(*numbers)
             check_fits(workloads, subject.context_length)
@@ -223,11 +223,11 @@ def _describe_model(subject: Subject, lineup: Lineup) -> dict[str, Any]:
 
 def _check_random(model: str | None, river: Path | None, threshold: str | None) -> None:
     if model is not None:
-        raise options.usage_error("give --model or --random-weights, not both")
+        raise usage_error("give --model or --random-weights, not both")
     if river is not None:
-        raise options.usage_error("--random-weights brings its own river; leave --river out")
+        raise usage_error("--random-weights brings its own river; leave --river out")
     if threshold is not None:
-        raise options.usage_error(
+        raise usage_error(
             "--threshold says nothing on random weights; take --exit-layer, a fixed depth"
         )
 
@@ -243,7 +243,7 @@ def _numbers(
     fits = values and all(least <= value and (most is None or value <= most) for value in values)
     if not fits:
         limits = f"from {least} to {most}" if most is not None else f"of {least} or more"
-        raise options.usage_error(f"{option} takes numbers {limits}, as 1,2,4; not {text!r}")
+        raise usage_error(f"{option} takes numbers {limits}, as 1,2,4; not {text!r}")
     return list(dict.fromkeys(values))
 
 
@@ -267,7 +267,7 @@ def _wanted_peers(text: str | None) -> list[str]:
     names = [] if text is None else text.split(",")
     for name in names:
         if name not in PEERS:
-            raise options.usage_error(f"--peers takes {', '.join(PEERS)}; not {name!r}")
+            raise usage_error(f"--peers takes {', '.join(PEERS)}; not {name!r}")
     if "llama.cpp" in names and not llama_cpp_is_installed():
-        raise options.usage_error(f"--peers llama.cpp needs llama-cpp-python: {INSTALL_LLAMA_CPP}")
+        raise usage_error(f"--peers llama.cpp needs llama-cpp-python: {INSTALL_LLAMA_CPP}")
     return names

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.loading import check_device, prepare_torch, torch_dtype
+from river_llm.cli.settings import new_river_config
 
 
 def build(
@@ -27,16 +29,16 @@ def build(
     """Build a model's exit river and write it to a folder."""
     from river_llm.cli.render import LoadingProgress, format_bytes, stderr
 
-    config = options.new_river_config(bits, group_size, quantizer)
+    config = new_river_config(bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:
-        options.prepare_torch(threads)
+        prepare_torch(threads)
         from river_llm.loading import load_backbone
         from river_llm.river import River
 
         backbone, _ = load_backbone(
             model,
-            options.torch_dtype(dtype),
-            options.check_device(device) or "cpu",
+            torch_dtype(dtype),
+            check_device(device) or "cpu",
             trust_remote_code,
         )
         start = time.perf_counter()

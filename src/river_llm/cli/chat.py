@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.settings import exit_policy, river_config, sampling_config
+from river_llm.cli.usage import check_text, is_text
 from river_llm.errors import ConfigError, ContextFullError
 
 if TYPE_CHECKING:
@@ -49,24 +52,24 @@ def chat(
 ) -> None:
     """Talk with a model; its KV cache is kept from turn to turn."""
     if system is not None:
-        options.check_text("--system", system)
-    chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
-    sampling = options.sampling_config(
+        check_text("--system", system)
+    chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
-    config = options.river_config(river, bits, group_size, quantizer)
-    lm = options.load(
-        model,
-        config,
-        chosen,
-        engine,
-        dtype,
-        device,
-        threads,
-        trust_remote_code,
-        backbone_bits,
-        lm_head_bits,
+    loading = LoadOptions(
+        model=model,
+        river=river_config(river, bits, group_size, quantizer),
+        policy=chosen,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        backbone_bits=backbone_bits,
+        lm_head_bits=lm_head_bits,
     )
+    lm = load(loading)
     if not lm.tokenizer.chat_template:
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
     _converse(lm, system, sampling)
@@ -86,7 +89,7 @@ def _converse(lm: RiverLM, system: str | None, sampling: SamplingConfig) -> None
             return
         if command == "/clear":
             conversation = Conversation(lm, system, **asdict(sampling))
-        elif not options.is_text(text):
+        elif not is_text(text):
             render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:
             _reply(lm, conversation, text)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.settings import exit_policy, river_config, sampling_config
+from river_llm.cli.usage import check_text, read_stdin, usage_error
 
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
@@ -57,29 +60,28 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Answer a prompt; every token in the colour of the layer at which it left the backbone."""
-    chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     if prompt == "-":
-        prompt = options.read_stdin()
-    options.check_text("the prompt", prompt)
+        prompt = read_stdin()
+    check_text("the prompt", prompt)
     if not prompt.strip():
-        raise options.usage_error("the prompt is empty; give some text, or - to read it from stdin")
-    sampling = options.sampling_config(
+        raise usage_error("the prompt is empty; give some text, or - to read it from stdin")
+    sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
-    config = options.river_config(river, bits, group_size, quantizer)
-    lm = options.load(
-        model,
-        config,
-        chosen,
-        engine,
-        dtype,
-        device,
-        threads,
-        trust_remote_code,
-        backbone_bits,
-        lm_head_bits,
+    loading = LoadOptions(
+        model=model,
+        river=river_config(river, bits, group_size, quantizer),
+        policy=chosen,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        backbone_bits=backbone_bits,
+        lm_head_bits=lm_head_bits,
     )
-    _answer(lm, prompt, raw, sampling, compare, json_output)
+    _answer(load(loading), prompt, raw, sampling, compare, json_output)
 
 
 def _answer(

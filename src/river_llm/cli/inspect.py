@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.loading import LoadOptions, load_attached
+from river_llm.cli.settings import exit_policy, river_config
+from river_llm.cli.usage import check_text, read_stdin, usage_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,28 +49,22 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
-    from river_llm.cli.render import LoadingProgress
-
-    chosen = options.exit_policy(policy, threshold, exit_layer, first_layer, None)
+    chosen = exit_policy(policy, threshold, exit_layer, first_layer, None)
     text = _read_text(text, text_file)
     if plot is not None:
         if text is None:
-            raise options.usage_error("--plot draws what is measured on a text; give --text")
+            raise usage_error("--plot draws what is measured on a text; give --text")
         _check_plot(plot)
-    config = options.river_config(river, bits, group_size, quantizer)
-    with LoadingProgress(f"loading {model}") as progress:
-        options.prepare_torch(threads)
-        from river_llm.river_lm import load_with_river
-
-        attached, tokenizer = load_with_river(
-            model,
-            config,
-            chosen,
-            options.torch_dtype(dtype),
-            device=options.check_device(device),
-            trust_remote_code=trust_remote_code,
-            progress=progress.layers_built,
-        )
+    loading = LoadOptions(
+        model=model,
+        river=river_config(river, bits, group_size, quantizer),
+        policy=chosen,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    attached, tokenizer = load_attached(loading)
     output = _describe(attached)
     inspection = None
     if text is not None:
@@ -94,18 +91,18 @@ def inspect(
 
 def _read_text(text: str | None, text_file: Path | None) -> str | None:
     if text is not None and text_file is not None:
-        raise options.usage_error("give --text or --text-file, not both")
+        raise usage_error("give --text or --text-file, not both")
     if text_file is not None:
         try:
             text = text_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise options.usage_error(f"can't read {text_file}: {error}") from error
+            raise usage_error(f"can't read {text_file}: {error}") from error
     elif text == "-":
-        text = options.read_stdin()
+        text = read_stdin()
     if text is not None:
-        options.check_text("the text", text)
+        check_text("the text", text)
         if not text.strip():
-            raise options.usage_error("the text is empty")
+            raise usage_error("the text is empty")
     return text
 
 
@@ -113,11 +110,11 @@ def _check_plot(plot: Path) -> None:
     from river_llm.plots import PLOT_SUFFIXES, has_matplotlib
 
     if plot.suffix.lower() not in PLOT_SUFFIXES:
-        raise options.usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
+        raise usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
     if not plot.parent.is_dir():
-        raise options.usage_error(f"--plot: there is no directory {plot.parent}")
+        raise usage_error(f"--plot: there is no directory {plot.parent}")
     if not has_matplotlib():
-        raise options.usage_error("--plot needs matplotlib: pip install 'river-llm[plot]'")
+        raise usage_error("--plot needs matplotlib: pip install 'river-llm[plot]'")
 
 
 def _describe(attached: AttachedRiver) -> dict[str, Any]:

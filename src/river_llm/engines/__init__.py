@@ -1,6 +1,11 @@
 """How a step is computed. Generation and evaluation know engines only through `Engine`."""
 
-from river_llm.engines.choice import EngineChoice, check_engine_options, make_engine
+from river_llm.engines.choice import (
+    EngineChoice,
+    check_engine_options,
+    choose_engine,
+    make_engine,
+)
 from river_llm.engines.cpu_engine import CpuEngine
 from river_llm.engines.engine import Engine, StepResult
 from river_llm.engines.torch_engine import TorchEngine
@@ -12,5 +17,6 @@ __all__ = [
     "StepResult",
     "TorchEngine",
     "check_engine_options",
+    "choose_engine",
     "make_engine",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from river_llm.attachment import attach_river
-from river_llm.engines.cpu_engine import CpuEngine, is_built
+from river_llm.engines.cpu_engine import CpuEngine, check_built, is_built
 from river_llm.engines.engine import Engine
 from river_llm.engines.llama_family import check_supported
 from river_llm.engines.torch_engine import TorchEngine
@@ -40,6 +40,7 @@ def check_engine_options(choice: EngineChoice, backbone_bits: int, lm_head_bits:
 
     Raises:
         ConfigError: a setting is out of its range, or the named engine hasn't it.
+        RiverError: the native engine is named and was not built.
     """
     if choice not in get_args(EngineChoice):
         names = ", ".join(get_args(EngineChoice))
@@ -49,6 +50,32 @@ def check_engine_options(choice: EngineChoice, backbone_bits: int, lm_head_bits:
             raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
         if bits == 8 and choice == "torch":
             raise ConfigError(f"8 bits of the {name} are for the native engine; take --engine cpu")
+    if choice == "cpu":
+        check_built()
+
+
+def choose_engine(
+    model: PreTrainedModel, choice: EngineChoice, backbone_bits: int, lm_head_bits: int
+) -> tuple[Literal["cpu", "torch"], str | None]:
+    """Which engine serves a model, and why it isn't the native one; needs no river yet.
+
+    Returns:
+        (name, None), or under ``"auto"`` where PyTorch serves ("torch", reason).
+
+    Raises:
+        ConfigError: a setting or the model's device is not for the engine.
+        UnsupportedModelError: the architecture is not for the engine.
+    """
+    reason = why_not_native(model) if choice == "auto" else None
+    if choice == "cpu" or (choice == "auto" and reason is None):
+        if model.device.type != "cpu":
+            raise ConfigError(f"the native engine needs the model on a CPU, not on {model.device}")
+        check_supported(model)
+        return "cpu", None
+    if (backbone_bits, lm_head_bits) != (16, 16):
+        why = f": {reason}" if reason else ""
+        raise ConfigError(f"8-bit weights beside the river need the native engine{why}")
+    return "torch", reason
 
 
 def make_engine(
@@ -76,19 +103,22 @@ def make_engine(
         ConfigError: a setting is out of its range or not for the engine.
         UnsupportedModelError: the architecture is not for the engine.
         RiverFileError: the river was made from other weights.
+        RiverError: the native engine is named and was not built.
     """
     check_engine_options(choice, backbone_bits, lm_head_bits)
     check_weights(model)
-    narrow: dict[str, Any] = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
-    reason = why_not_native(model) if choice == "auto" else None
-    if choice == "cpu" or (choice == "auto" and reason is None):
-        if model.device.type != "cpu":
-            raise ConfigError(f"the native engine needs the model on a CPU, not on {model.device}")
-        engine = CpuEngine(model, river, policy, threads=threads, free_model=True, **narrow)
+    name, reason = choose_engine(model, choice, backbone_bits, lm_head_bits)
+    if name == "cpu":
+        engine = CpuEngine(
+            model,
+            river,
+            policy,
+            threads=threads,
+            backbone_bits=backbone_bits,
+            lm_head_bits=lm_head_bits,
+            free_model=True,
+        )
         return engine, None
-    if narrow != {"backbone_bits": 16, "lm_head_bits": 16}:
-        why = f": {reason}" if reason else ""
-        raise ConfigError(f"8-bit weights beside the river need the native engine{why}")
     if threads is not None:
         torch.set_num_threads(threads)
     return TorchEngine(attach_river(model, river, policy=policy)), reason

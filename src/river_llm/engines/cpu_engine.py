@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,11 +43,48 @@ _BACKBONE, _RIVER = 0, 1
 _PREFILL_ROWS = 1024  # rows of one native call, between which Ctrl-C is heard
 _ROTARY_BLOCK = 2048  # positions whose angles are computed at a time
 _KERNELS_VARIABLE = "RIVER_LLM_CPU"
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def is_built() -> bool:
     """Whether the native core was compiled when the package was installed."""
     return _core is not None
+
+
+def check_built() -> None:
+    """See that it was.
+
+    Raises:
+        RiverError: it wasn't.
+    """
+    if not is_built():
+        raise RiverError(
+            "the native engine was not built, for want of a compiler; install g++ 12 or later "
+            "and reinstall, or take --engine torch"
+        )
+
+
+def _in_turn(
+    verb: Callable[Concatenate[CpuEngine, _Arguments], _Result],
+) -> Callable[Concatenate[CpuEngine, _Arguments], _Result]:
+    """A verb that refuses a second thread while one is in any of them.
+
+    The core keeps threads apart in its passes only, not between a pass and what is counted of it.
+    """
+
+    @wraps(verb)
+    def guarded(
+        engine: CpuEngine, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        if not engine._turn.acquire(blocking=False):
+            raise RiverError("another thread is using this engine; give each thread its own")
+        try:
+            return verb(engine, *args, **kwargs)
+        finally:
+            engine._turn.release()
+
+    return guarded
 
 
 class CpuEngine:
@@ -56,6 +95,8 @@ class CpuEngine:
     with bfloat16 weights and to 16-bit fixed point, one scale a group, for products with codes;
     sums, norms and the residual stream are float32. A row of a batch has the same bits as that
     row alone.
+
+    One thread at a time: a second one gets a RiverError, and nothing changes.
 
     Attributes:
         kernels: the instruction set in use: amx, avx512bf16, avx512, avx2, neon or portable.
@@ -93,11 +134,7 @@ class CpuEngine:
             RiverFileError: the river was made from other weights.
             RiverError: the native core was not built.
         """
-        if _core is None:
-            raise RiverError(
-                "the native engine was not built, for want of a compiler; install g++ 12 or later "
-                "and reinstall, or take --engine torch"
-            )
+        check_built()
         for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
             if bits not in (8, 16):
                 raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
@@ -116,6 +153,7 @@ class CpuEngine:
         self._padding: list[int] = []
         self._length = 0
         self._passes = 0
+        self._turn = threading.RLock()  # held by the thread that is in a verb, see `_in_turn`
 
         shape = model_shape(model)
         self._vocab_size: int = shape["vocab_size"]
@@ -186,6 +224,7 @@ class CpuEngine:
     def length(self) -> int:
         return self._length
 
+    @_in_turn
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
         batch, num_tokens = self._check_tokens(token_ids, dims=2)
         tokens = self._token_list(token_ids)
@@ -222,6 +261,7 @@ class CpuEngine:
                 )
         return result
 
+    @_in_turn
     def decode(self, token_ids: Tensor) -> StepResult:
         (batch,) = self._check_tokens(token_ids, dims=1)
         tokens = self._token_list(token_ids)
@@ -231,6 +271,7 @@ class CpuEngine:
         with self._whole_or_undone(1):
             return self._forward(tokens, rows, self._thresholds, rows, minimum_groups=together)
 
+    @_in_turn
     def verify(self, token_ids: Tensor) -> StepResult:
         batch, num_tokens = self._check_tokens(token_ids, dims=2)
         tokens = self._token_list(token_ids)
@@ -245,6 +286,7 @@ class CpuEngine:
                 shape=(batch, num_tokens),
             )
 
+    @_in_turn
     def truncate(self, length: int) -> None:
         if length < 0:
             raise RiverError(f"the cache can't be cut to {length} tokens; give 0 or more")
@@ -290,7 +332,7 @@ class CpuEngine:
         with _one_clear_line():
             if self._length > 0:
                 self._cut(self._length)  # Ctrl-C may have come before a pass was counted
-            self._set_positions(end)
+            self._set_positions(end - min(self._padding))  # padding has no position
 
     def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
         """Their shape, seen to be that of whole numbers."""
@@ -314,15 +356,12 @@ class CpuEngine:
     @contextmanager
     def _whole_or_undone(self, num_tokens: int) -> Iterator[None]:
         """Count the tokens of what runs within, or forget those that came before an error or
-        Ctrl-C. A call that is refused has changed nothing and forgets nothing: the tokens may be
-        another thread's."""
-        passes = self._passes
+        Ctrl-C."""
         try:
             yield
             self._length += num_tokens
-        except BaseException as error:
-            if self._passes > passes or not isinstance(error, RiverError):
-                self._cut(self._length)
+        except BaseException:
+            self._cut(self._length)
             raise
 
     def _forward(
@@ -360,6 +399,7 @@ class CpuEngine:
             else torch.from_numpy(similarities).view(self.num_layers, *shape),
         )
 
+    @_in_turn
     def _logits(self, of_pass: int, shape: tuple[int, ...]) -> Tensor:
         if of_pass != self._passes:
             raise RiverError("these logits are gone: look at them before the engine's next pass")

@@ -1,0 +1,110 @@
+"""The settings that options name: exit policy, sampling, river."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from river_llm.cli.options import PolicyName, PrefillName, QuantizerName
+from river_llm.cli.usage import usage_error
+from river_llm.config import RiverConfig, SamplingConfig
+from river_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from river_llm.exit_policy import ExitPolicy
+
+
+def exit_policy(
+    policy: PolicyName | None,
+    threshold: float | None,
+    exit_layer: int | None,
+    first_layer: int,
+    prefill: PrefillName | None,
+) -> ExitPolicy:
+    """The policy that the options name.
+
+    Raises:
+        typer.Exit: they contradict each other, or one is out of its range.
+    """
+    from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
+
+    if threshold is not None and exit_layer is not None:
+        raise usage_error("give --threshold or --exit-layer, not both")
+    implied = PolicyName.fixed if exit_layer is not None else PolicyName.similarity
+    kind = policy or implied
+    if threshold is not None and kind != PolicyName.similarity:
+        raise usage_error(f"--threshold goes with --policy similarity, not {kind.value}")
+    if exit_layer is not None and kind != PolicyName.fixed:
+        raise usage_error(f"--exit-layer goes with --policy fixed, not {kind.value}")
+    rules = {} if prefill is None else {"prefill": prefill.value}
+    try:
+        if kind == PolicyName.never:
+            return ExitPolicy.never(**rules)
+        if kind == PolicyName.always:
+            return ExitPolicy.always(**rules)
+        if kind == PolicyName.fixed:
+            if exit_layer is None:
+                raise usage_error("--policy fixed needs --exit-layer N")
+            return ExitPolicy.fixed(exit_layer, **rules)
+        tau = DEFAULT_THRESHOLD if threshold is None else threshold
+        return ExitPolicy.similarity(tau, first_layer, **rules)
+    except ConfigError as error:
+        raise usage_error(str(error)) from error
+
+
+def sampling_config(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str] | None,
+) -> SamplingConfig:
+    """The sampling settings that the options name.
+
+    Raises:
+        typer.Exit: one is out of its range.
+    """
+    try:
+        return SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+    except ConfigError as error:
+        raise usage_error(str(error)) from error
+
+
+def new_river_config(bits: int, group_size: int, quantizer: QuantizerName) -> RiverConfig:
+    """How to build a river.
+
+    Raises:
+        typer.Exit: a setting is out of its range.
+    """
+    try:
+        return RiverConfig(bits, group_size, quantizer.value)
+    except ConfigError as error:
+        raise usage_error(str(error)) from error
+
+
+def river_config(
+    river: Path | None, bits: int, group_size: int, quantizer: QuantizerName
+) -> Path | RiverConfig:
+    """The folder of a saved river, or how to build one.
+
+    Raises:
+        typer.Exit: both are given, or a setting is out of its range.
+    """
+    config = new_river_config(bits, group_size, quantizer)
+    if river is None:
+        return config
+    if config != RiverConfig():
+        raise usage_error("--river brings its own --bits, --group-size and --quantizer")
+    return river

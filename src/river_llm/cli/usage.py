@@ -1,0 +1,46 @@
+"""What a command is given that is wrong: one line on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+
+def usage_error(message: str) -> typer.Exit:
+    """Wrong usage, said on stderr."""
+    print(f"river-llm: {message}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be encoded: bytes that are no UTF-8 come in as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(name: str, text: str) -> None:
+    """See that an argument is UTF-8 text.
+
+    Raises:
+        typer.Exit: it is not.
+    """
+    if not is_text(text):
+        raise usage_error(f"{name} is no UTF-8 text; convert it first")
+
+
+def read_stdin() -> str:
+    """All of stdin.
+
+    Raises:
+        typer.Exit: it is no text.
+    """
+    try:
+        text = sys.stdin.read()
+    except UnicodeError as error:
+        raise usage_error("stdin is no UTF-8 text; convert it first") from error
+    check_text("stdin", text)
+    return text
