@@ -56,6 +56,7 @@ void Decoder::Run::prepare() {
         "one minimum group for each row");
   for (const auto* groups : {&pass_.mean_groups, &pass_.minimum_groups})
     for (const int group : *groups) check(group >= 0 && group < rows_, "a group is out of range");
+  check(head_.rows > 0, "there is no LM head for drafts");
   check(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
   for (const int row : pass_.logit_rows) check(row >= 0 && row < rows_, "no such row for logits");
 
@@ -79,7 +80,7 @@ void Decoder::Run::prepare() {
   const size_t chunk = std::min<size_t>(rows, kChunkRows);
   const size_t hidden_size = size(shape_.hidden_size), dims = size(shape_.head_dim);
   const size_t heads = size(shape_.num_heads), kv_heads = size(shape_.num_kv_heads);
-  size_t input[2] = {input_bytes(model_.head), 0};
+  size_t input[2] = {input_bytes(head_), 0};
   for (int p = 0; p < 4; ++p)
     for (const Side side : {kBackbone, kRiver})
       input[side] = std::max(input[side], input_bytes(model_.layers[0].projections[p][side]));
@@ -125,11 +126,12 @@ void Decoder::Run::prepare() {
   buffers_.similarity.assign(rows, 0.0f);
 
   pass_.best_tokens.assign(pass_.logit_rows.size(), 0);
+  pass_.margins.assign(pass_.rank_second ? pass_.logit_rows.size() : 0, 0.0f);
   pass_.exit_layers.assign(rows, shape_.num_layers);
   pass_.similarities.clear();
   if (pass_.record_similarities)
     pass_.similarities.assign(size(shape_.num_layers) * rows, std::nanf(""));
-  pass_.logit_stride = size(model_.head.panels()) * kLanes;
+  pass_.logit_stride = size(head_.panels()) * kLanes;
   pass_.logits.resize(pass_.logit_rows.size() * pass_.logit_stride);
 }
 
@@ -162,6 +164,7 @@ void Decoder::Run::commit() {
     Best best;
     for (int t = 0; t < threads_; ++t) best.take(buffers_.threads[size(t)].best[i]);
     pass_.best_tokens[i] = best.token;
+    if (pass_.rank_second) pass_.margins[i] = margin(best);
   }
 }
 

@@ -20,6 +20,8 @@ struct Pass {
   std::vector<int> minimum_groups;  // and then their smallest; empty: none do
   std::vector<int> logit_rows;      // rows that go through the LM head
   bool record_similarities = false;
+  bool draft_head = false;   // logits of the drafts' LM head
+  bool rank_second = false;  // margins are wanted
 
   // results
   std::vector<int> exit_layers;     // how many backbone layers a row ran
@@ -27,6 +29,23 @@ struct Pass {
   std::vector<float> logits;        // [logit rows][logit_stride]
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
   std::vector<int> best_tokens;     // [logit rows] the first token of the largest logit
+  std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two likeliest; if ranked
+};
+
+// How some sequences go on, as the layers that draft have it. Vectors have one entry for each
+// sequence unless said otherwise.
+struct Drafts {
+  std::vector<int> sequences;
+  std::vector<int> tokens;        // that comes next
+  std::vector<int> most;          // tokens to draft at most, 1 or more
+  std::vector<float> thresholds;  // [L] as of a Pass
+  std::vector<float> chances;     // that a token is accepted, by its margin in equal parts of [0, 1]
+  float least_chance = 0;         // a draft ends where the product of its chances falls below
+  bool draft_head = false;
+
+  // results, each as long as the draft
+  std::vector<std::vector<int>> drafted;
+  std::vector<std::vector<float>> margins;
 };
 
 class Decoder {
@@ -39,6 +58,8 @@ class Decoder {
   // Throws std::invalid_argument for tokens, sequences or groups that there aren't, and
   // std::bad_alloc. After an error the cache holds what it held before.
   void forward(Pass& pass);
+  // Drafts token after token, the likeliest one each. The cache holds what it held before.
+  void draft(Drafts& drafts);
 
  private:
   class Run;
@@ -49,6 +70,7 @@ class Decoder {
   Team& team_;
   Crew crew_;
   std::unique_ptr<Buffers> buffers_;
+  Pass draft_pass_;  // its memory is used again
 };
 
 }  // namespace river

@@ -41,11 +41,12 @@ Shape read_shape(const nb::dict& d) {
           real("logit_cap"), flag("gelu"), flag("tied_head")};
 }
 
-SourceMatrix read_codes(const Codes& codes, size_t columns, const PackedMatrix& packed) {
+SourceMatrix read_codes(const Codes& codes, size_t columns, int bits, int group_size) {
   const auto& [packed_codes, scales, zeros] = codes;
-  if (packed.bits == 16) throw std::invalid_argument("these weights are bfloat16, not codes");
-  const size_t rows = packed_codes.shape(0), groups = columns / static_cast<size_t>(packed.group_size);
-  if (packed_codes.shape(1) != columns * static_cast<size_t>(packed.bits) / 8 ||
+  if (bits == 16) throw std::invalid_argument("these weights are bfloat16, not codes");
+  if (group_size < 1) throw std::invalid_argument("a group has one weight or more");
+  const size_t rows = packed_codes.shape(0), groups = columns / static_cast<size_t>(group_size);
+  if (packed_codes.shape(1) != columns * static_cast<size_t>(bits) / 8 ||
       scales.shape(0) != rows || zeros.shape(0) != rows || scales.shape(1) != groups ||
       zeros.shape(1) != groups)
     throw std::invalid_argument("codes, scales and zeros don't fit together");
@@ -145,7 +146,7 @@ void Engine::set_codes(int layer, int projection, int side, const std::vector<Co
   const PackedMatrix& packed = projection_at(layer, projection, static_cast<Side>(side));
   std::vector<SourceMatrix> sources;
   for (const Codes& codes : matrices)
-    sources.push_back(read_codes(codes, columns(projection), packed));
+    sources.push_back(read_codes(codes, columns(projection), packed.bits, packed.group_size));
   nb::gil_scoped_release release;
   model_.set_projection(layer, static_cast<Projection>(projection), static_cast<Side>(side),
                         sources, *team_);
@@ -161,9 +162,33 @@ void Engine::set_head_weights(const Matrix16& matrix) {
 
 void Engine::set_head_codes(const Codes& codes) {
   Turn turn(*this);
-  const SourceMatrix source = read_codes(codes, hidden_size(), model_.head);
+  const SourceMatrix source =
+      read_codes(codes, hidden_size(), model_.head.bits, model_.head.group_size);
   nb::gil_scoped_release release;
   model_.set_head(source, *team_);
+}
+
+void Engine::set_draft_head(const Codes& codes, int bits, int group_size) {
+  Turn turn(*this);
+  const SourceMatrix source = read_codes(codes, hidden_size(), bits, group_size);
+  nb::gil_scoped_release release;
+  model_.set_draft_head(source, {bits, group_size}, *team_);
+}
+
+nb::object Engine::head_rows(int first, int count) {
+  Turn turn(*this);
+  if (model_.head.bits != 16) throw std::invalid_argument("the LM head is in codes");
+  if (first < 0 || count < 0 || first > model_.head.rows - count)
+    throw std::invalid_argument("the LM head has no such rows");
+  const size_t width = hidden_size();
+  std::vector<uint16_t> rows(static_cast<size_t>(count) * width);
+  std::vector<float> row(width);
+  for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+    unpack_row(model_.head, first + static_cast<int>(i), row.data());
+    std::transform(row.begin(), row.end(), rows.begin() + static_cast<std::ptrdiff_t>(i * width),
+                   to_bf16);
+  }
+  return numpy_array(std::move(rows), {static_cast<size_t>(count), width});
 }
 
 void Engine::set_final_norm(const FloatVector& weight) {
@@ -203,12 +228,9 @@ void Engine::set_query_scales(const FloatVector& scales) {
 nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
                           std::vector<float> thresholds, std::vector<int> logit_rows,
                           std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                          bool record_similarities) {
+                          bool record_similarities, bool draft_head) {
   Turn turn(*this);
-  for (const Layer& layer : model_.layers)
-    if (layer.rope >= 0 && model_.rotary.empty()) throw std::invalid_argument("no rotary table is set");
-  if (model_.embedding == nullptr && !(model_.shape.tied_head && model_.head.bits == 16))
-    throw std::invalid_argument("no embedding is set");
+  check_complete();
   Pass pass;
   pass.tokens = std::move(tokens);
   pass.sequences = std::move(sequences);
@@ -217,6 +239,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   pass.mean_groups = std::move(mean_groups);
   pass.minimum_groups = std::move(minimum_groups);
   pass.record_similarities = record_similarities;
+  pass.draft_head = draft_head;
   logit_count_ = 0;
   logits_.swap(pass.logits);  // use the memory of the last pass again
   {
@@ -231,6 +254,26 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   if (record_similarities) similarities = numpy_array(std::move(pass.similarities), {layers, rows});
   return nb::make_tuple(whole_numbers(pass.best_tokens), whole_numbers(pass.exit_layers),
                         similarities);
+}
+
+nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
+                        std::vector<float> thresholds, std::vector<float> chances,
+                        float least_chance, bool draft_head) {
+  Turn turn(*this);
+  check_complete();
+  Drafts drafts;
+  drafts.sequences = std::move(sequences);
+  drafts.tokens = std::move(tokens);
+  drafts.most = std::move(most);
+  drafts.thresholds = std::move(thresholds);
+  drafts.chances = std::move(chances);
+  drafts.least_chance = least_chance;
+  drafts.draft_head = draft_head;
+  {
+    nb::gil_scoped_release release;
+    decoder_.draft(drafts);
+  }
+  return nb::make_tuple(drafts.drafted, drafts.margins);
 }
 
 nb::object Engine::logits() {
@@ -299,6 +342,14 @@ size_t Engine::columns(int projection) const {
   return static_cast<size_t>(projection == kOutput ? s.num_heads * s.head_dim
                              : projection == kDown ? s.intermediate_size
                                                    : s.hidden_size);
+}
+
+// What Python sets after the constructor.
+void Engine::check_complete() const {
+  for (const Layer& layer : model_.layers)
+    if (layer.rope >= 0 && model_.rotary.empty()) throw std::invalid_argument("no rotary table is set");
+  if (model_.embedding == nullptr && !(model_.shape.tied_head && model_.head.bits == 16))
+    throw std::invalid_argument("no embedding is set");
 }
 
 void Engine::check_sequence(int sequence) const {

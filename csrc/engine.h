@@ -26,6 +26,10 @@ class Engine {
   void set_codes(int layer, int projection, int side, const std::vector<Codes>& matrices);
   void set_head_weights(const Matrix16& matrix);
   void set_head_codes(const Codes& codes);
+  // An LM head in 8 or 4 bits for drafts.
+  void set_draft_head(const Codes& codes, int bits, int group_size);
+  // Rows [first, first + count) of a bfloat16 LM head, as bfloat16 in uint16 [count, C].
+  nb::object head_rows(int first, int count);
   void set_final_norm(const FloatVector& weight);
   // Embedding rows that don't come from the LM head's weights; the array is kept alive.
   void set_embedding(const Matrix16& rows);
@@ -37,7 +41,11 @@ class Engine {
   nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences,
                     std::vector<float> thresholds, std::vector<int> logit_rows,
                     std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                    bool record_similarities);
+                    bool record_similarities, bool draft_head);
+  // The drafted tokens of each of some sequences, and their margins.
+  nb::tuple draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
+                  std::vector<float> thresholds, std::vector<float> chances, float least_chance,
+                  bool draft_head);
   // A copy of the last pass's logits [rows, V].
   nb::object logits();
 
@@ -63,6 +71,7 @@ class Engine {
   size_t columns(int projection) const;
   size_t hidden_size() const { return static_cast<size_t>(model_.shape.hidden_size); }
   void check_sequence(int sequence) const;
+  void check_complete() const;
 
   const KernelSet& kernels_;
   std::unique_ptr<Team> team_;

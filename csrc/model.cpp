@@ -1,7 +1,9 @@
 #include "model.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
+#include <utility>
 
 namespace river {
 namespace {
@@ -13,6 +15,15 @@ constexpr int kLargestSize = 1 << 24;  // so that no product of a size and a few
 
 void check(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
+}
+
+void check_format(Format format, std::initializer_list<int> widths) {
+  const bool coded = (format.bits == 4 || format.bits == 8) &&
+                     (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
+  check(format.bits == 16 || coded, "weights have 16, 8 or 4 bits and groups of 32, 64 or 128");
+  if (coded)
+    for (const int width : widths)
+      check(width % format.group_size == 0, "a width is no multiple of the group");
 }
 
 PackedMatrix plan(int rows, int columns, Format format) {
@@ -58,13 +69,9 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
                           s.intermediate_size};
   const int rows[4] = {(s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden_size,
                        2 * s.intermediate_size, s.hidden_size};
-  for (const Format& format : {backbone, river, head_format}) {
-    const bool coded = (format.bits == 4 || format.bits == 8) &&
-                       (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
-    check(format.bits == 16 || coded, "weights have 16, 8 or 4 bits and groups of 32, 64 or 128");
-    if (coded)
-      for (int k : columns) check(k % format.group_size == 0, "a width is no multiple of the group");
-  }
+  for (const Format& format : {backbone, river})
+    check_format(format, {columns[0], columns[1], columns[2], columns[3]});
+  check_format(head_format, {s.hidden_size});
   size_t bytes = 0;
   const auto place = [&](PackedMatrix matrix) {
     matrix.data = reinterpret_cast<const uint8_t*>(bytes);  // an offset until the memory is there
@@ -103,6 +110,17 @@ void Model::set_projection(int layer, Projection projection, Side side,
 void Model::set_head(const SourceMatrix& source, Team& team) {
   check(source.rows == head.rows, "the LM head has the wrong number of outputs");
   pack(head, shape.hidden_size, {source}, false, team);
+}
+
+void Model::set_draft_head(const SourceMatrix& source, Format format, Team& team) {
+  check(source.rows == head.rows, "the drafts' LM head has the wrong number of outputs");
+  check_format(format, {shape.hidden_size});
+  PackedMatrix matrix = plan(head.rows, shape.hidden_size, format);
+  Buffer weights(matrix.panel_bytes * static_cast<size_t>(matrix.panels()) + kSlack);
+  matrix.data = weights.data();
+  pack(matrix, shape.hidden_size, {source}, false, team);
+  draft_head = matrix;
+  draft_weights_ = std::move(weights);
 }
 
 int Model::positions() const {

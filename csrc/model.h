@@ -69,6 +69,7 @@ class Model {
   std::vector<Layer> layers;
   std::vector<float> final_norm;  // (C)
   PackedMatrix head;
+  PackedMatrix draft_head;        // that drafts take; without rows where there is none
   const bf16* embedding = nullptr;  // [V, C], held by the caller; null: rows come from the head
   std::vector<RotaryTable> rotary;
   std::vector<float> query_scales;  // by position; empty: one everywhere
@@ -77,16 +78,18 @@ class Model {
   void set_projection(int layer, Projection projection, Side side,
                       const std::vector<SourceMatrix>& sources, Team& team);
   void set_head(const SourceMatrix& source, Team& team);
+  void set_draft_head(const SourceMatrix& source, Format format, Team& team);
   int positions() const;  // that the rotary tables cover
 
   void embed(int token, float* out) const;
   // Bytes of a layer's weights on one side, and of the head.
   size_t layer_bytes(int layer, Side side) const;
   size_t head_bytes() const { return head.panel_bytes * static_cast<size_t>(head.panels()); }
-  size_t weight_bytes() const { return weights_.size(); }
+  size_t weight_bytes() const { return weights_.size() + draft_weights_.size(); }
 
  private:
   Buffer weights_;  // backbone, river, head, each in the order of use
+  Buffer draft_weights_;
 };
 
 }  // namespace river

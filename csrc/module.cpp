@@ -49,12 +49,17 @@ NB_MODULE(_core, m) {
            "matrices"_a.noconvert())
       .def("set_head_weights", &Engine::set_head_weights, "matrix"_a.noconvert())
       .def("set_head_codes", &Engine::set_head_codes, "codes"_a.noconvert())
+      .def("set_draft_head", &Engine::set_draft_head, "codes"_a.noconvert(), "bits"_a,
+           "group_size"_a)
+      .def("head_rows", &Engine::head_rows, "first"_a, "count"_a)
       .def("set_final_norm", &Engine::set_final_norm, "weight"_a)
       .def("set_embedding", &Engine::set_embedding, "rows"_a.noconvert())
       .def("set_rotary", &Engine::set_rotary, "table"_a, "first"_a, "cosines"_a, "sines"_a)
       .def("set_query_scales", &Engine::set_query_scales, "scales"_a)
       .def("forward", &Engine::forward, "tokens"_a, "sequences"_a, "thresholds"_a, "logit_rows"_a,
-           "mean_groups"_a, "minimum_groups"_a, "record_similarities"_a)
+           "mean_groups"_a, "minimum_groups"_a, "record_similarities"_a, "draft_head"_a = false)
+      .def("draft", &Engine::draft, "sequences"_a, "tokens"_a, "most"_a, "thresholds"_a,
+           "chances"_a, "least_chance"_a, "draft_head"_a)
       .def("logits", &Engine::logits)
       .def("resize", &Engine::resize, "sequences"_a)
       .def("truncate", &Engine::truncate, "sequence"_a, "length"_a)

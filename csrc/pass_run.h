@@ -35,13 +35,16 @@ class Array {  // grows, never shrinks, aligned for vector registers; holds no v
   Buffer buffer_;
 };
 
-// The token of the largest logit, the first one of equals.
+// The token of the largest logit, the first one of equals, and the second largest logit.
 struct Best {
   float value = -std::numeric_limits<float>::infinity();
   int token = 0;
+  float second = -std::numeric_limits<float>::infinity();
 
   void take(const Best& other) {
+    const float runner_up = std::max({second, other.second, std::min(value, other.value)});
     if (other.value > value || (other.value == value && other.token < token)) *this = other;
+    second = runner_up;
   }
 };
 
@@ -89,6 +92,7 @@ class Decoder::Run {
   Run(Decoder& decoder, Pass& pass, int threads)
       : model_(decoder.model_),
         shape_(decoder.model_.shape),
+        head_(pass.draft_head ? decoder.model_.draft_head : decoder.model_.head),
         kernels_(decoder.kernels_),
         team_(decoder.team_),
         cache_(decoder.cache),
@@ -151,6 +155,8 @@ class Decoder::Run {
 
   // head.cpp
   void head(Private& own, int thread);
+  float second_best(float* logits, int count, int best) const;
+  float margin(const Best& best) const;
 
   float* hidden(Private& own, int row) const {
     return (private_ ? own.hidden.data() : buffers_.hidden.data()) + row * size(shape_.hidden_size);
@@ -186,6 +192,7 @@ class Decoder::Run {
 
   const Model& model_;
   const Shape& shape_;
+  const PackedMatrix& head_;
   const KernelSet& kernels_;
   Team& team_;
   KvCache& cache_;

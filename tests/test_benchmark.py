@@ -18,7 +18,8 @@ from river_llm.benchmark.measure import Round, Spread, measure_rounds, ratio
 from river_llm.benchmark.step_bytes import ModelBytes, step_bytes
 from river_llm.benchmark.suite import Plan, run_suite
 from river_llm.benchmark.workload import TokenSource, Workload, check_fits, make_workloads
-from river_llm.engines import StepResult
+from river_llm.engines import Draft, DraftRule, StepResult
+from river_llm.engines.drafting import Choose
 
 DECODE = Workload("decode", 3)
 PROMPT = Workload("prompt", 5)
@@ -37,6 +38,7 @@ class FakeEngine:
     def __init__(self, exit_layers: Sequence[int] = (1,)) -> None:
         self.policy = ExitPolicy.always()
         self.length = 0
+        self.draft_head_bits = (16,)
         self.exit_layers = list(exit_layers)
         self.prefills: list[tuple[int, str]] = []  # (tokens, policy)
         self.decoded: list[list[int]] = []
@@ -51,7 +53,22 @@ class FakeEngine:
         self.length += 1
         return self._result(token_ids)
 
-    def verify(self, token_ids: Tensor) -> StepResult:
+    def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        raise NotImplementedError
+
+    def prepare_drafts(self, lm_head_bits: int) -> None:
+        raise NotImplementedError
+
+    def draft(
+        self,
+        token_ids: Sequence[int],
+        most: Sequence[int],
+        rule: DraftRule,
+        choose: Choose | None = None,
+    ) -> list[Draft]:
+        raise NotImplementedError
+
+    def rewind(self, counts: Sequence[int]) -> None:
         raise NotImplementedError
 
     def truncate(self, length: int) -> None:

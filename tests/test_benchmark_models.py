@@ -199,12 +199,14 @@ class TestLlamaCpp:
         least = {"bf16": 0.95, "Q8_0": 0.9, "Q4_0": 0.3}
         river = River.build(smollm2_bf16, RiverConfig(4, 64, "rtn"))
         layers, head = sum(ModelBytes.of(smollm2_bf16, river).backbone_layers), 49152 * 576 * 2
-        bits = {"bf16": 16, "Q8_0": 8.5, "Q4_0": 4.5}
+        # of the layers and of the LM head, which Q4_0 holds in Q8_0
+        bits = {"bf16": (16, 16), "Q8_0": (8.5, 8.5), "Q4_0": (4.5, 8.5)}
         for name, path in files.items():
             repack = llama_cpp_probe.runs_repacked(path)
             arm = LlamaCppArm(name, path, source, threads=1, repack=repack)
             assert same_top_share(smollm2_bf16, arm, source) >= least[name]
-            assert arm._weight_bytes == (layers + head) * bits[name] / 16
+            of_layers, of_head = bits[name]
+            assert arm._weight_bytes == (layers * of_layers + head * of_head) / 16
             for workload in make_workloads([40], [3], [0, 20], [1, 2]):
                 for _ in range(2):
                     arm.prepare(workload)

@@ -33,6 +33,8 @@ FIELDS = {
     "policy",
     "finish_reason",
     "peak_memory_bytes",
+    "mode",
+    "lossless",
 }
 
 
@@ -112,7 +114,7 @@ class TestJson:
     def test_keeps_letters_readable(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         letter = next(t for t in range(49152) if tokenizer.decode([t]) == "é")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("river_llm.sampling.Sampler.__call__", lambda *_: letter)
+            patch.setattr("river_llm.sampling.Sampler.choose", lambda *_: letter)
             outcome = run("generate", PROMPT, "-m", model, "-n", 3, "--json", "--temperature", 1)
         assert outcome.json["text"] == "ééé"
         assert "ééé" in outcome.stdout

@@ -210,8 +210,8 @@ class TestRiverLM:
         sampler = Sampler(SamplingConfig(**sampling))
         token_ids: list[int] = subject.tokenizer(self.PROMPT).input_ids
         step = engine.prefill(torch.tensor([token_ids]))
-        for token in result.tokens:
-            assert sampler(token_ids, step.logits[0]) == token
+        for place, token in enumerate(result.tokens):
+            assert sampler.choose(token_ids, step.logits[0], place) == token
             token_ids.append(token)
             step = engine.decode(torch.tensor([token]))
 

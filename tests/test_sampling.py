@@ -33,7 +33,7 @@ LOGITS = torch.tensor([1.3, -0.2, 2.1, 0.4, -1.8, 1.9, 0.0, 2.05, -1.1, 0.7, 1.5
 def test_samples_follow_the_distribution(settings: dict[str, Any]) -> None:
     sampler = Sampler(SamplingConfig(seed=3, **settings))
     seen = [2, 4, 4, 7]
-    draws = torch.tensor([sampler(seen, LOGITS) for _ in range(DRAWS)])
+    draws = torch.tensor([sampler.choose(seen, LOGITS, place) for place in range(DRAWS)])
     counts = torch.bincount(draws, minlength=len(LOGITS)).double()
     expected = DRAWS * _distribution(LOGITS.double(), seen, **settings)
     possible = expected > 0
@@ -48,7 +48,7 @@ def test_samples_follow_the_distribution(settings: dict[str, Any]) -> None:
 def test_a_row_of_a_batch_draws_as_a_prompt_alone_with_the_next_seed() -> None:
     def draws(seed: int, row: int) -> list[int]:
         sampler = Sampler(SamplingConfig(seed=seed, temperature=1.0), row)
-        return [sampler([0], LOGITS) for _ in range(30)]
+        return [sampler.choose([0], LOGITS, place) for place in range(30)]
 
     assert draws(7, row=2) == draws(9, row=0)
     assert draws(7, row=0) != draws(7, row=1)
@@ -57,7 +57,7 @@ def test_a_row_of_a_batch_draws_as_a_prompt_alone_with_the_next_seed() -> None:
 @given(logits=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20, unique=True))
 def test_greedy_takes_the_likeliest_whatever_the_other_settings(logits: list[float]) -> None:
     config = SamplingConfig(temperature=0, top_k=3, top_p=0.4, min_p=0.1, seed=1)
-    assert Sampler(config)([0], torch.tensor(logits)) == logits.index(max(logits))
+    assert Sampler(config).choose([0], torch.tensor(logits), 0) == logits.index(max(logits))
 
 
 @given(
@@ -70,19 +70,19 @@ def test_greedy_takes_the_likeliest_after_the_penalty(
 ) -> None:
     config = SamplingConfig(repetition_penalty=penalty)
     penalised = _penalised(torch.tensor(logits), seen, penalty)
-    chosen = Sampler(config)(seen, torch.tensor(logits))
+    chosen = Sampler(config).choose(seen, torch.tensor(logits), 0)
     assert penalised[chosen] == pytest.approx(float(penalised.max()), rel=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
 def test_the_narrowest_filters_leave_the_likeliest(settings: dict[str, Any]) -> None:
     sampler = Sampler(SamplingConfig(temperature=5.0, **settings))
-    assert {sampler([0], LOGITS) for _ in range(50)} == {2}
+    assert {sampler.choose([0], LOGITS, place) for place in range(50)} == {2}
 
 
 def test_a_top_k_beyond_the_vocabulary_keeps_all() -> None:
     sampler = Sampler(SamplingConfig(temperature=50.0, top_k=1000, seed=0))
-    assert {sampler([0], LOGITS) for _ in range(300)} == set(range(len(LOGITS)))
+    assert {sampler.choose([0], LOGITS, place) for place in range(300)} == set(range(len(LOGITS)))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from river_llm.errors import ConfigError
 
 Quantizer = Literal["hqq", "rtn"]
+Mode = Literal["river", "lossless"]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -110,6 +111,52 @@ class SamplingConfig:
         for name, holds, wanted in ranges:
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """How tokens are guessed in lossless mode. It decides over speed only: whatever is drafted, the
+    tokens are the backbone's.
+
+    Attributes:
+        tokens: the length of every draft, 1 to 64; None: as long as it is worth its time, by what
+            was accepted before.
+        exit_layer: backbone layers that a drafted token runs before it leaves, 0 for the river
+            alone; None: the ones with which the run is fastest.
+        lm_head_bits: of the LM head that drafts, 16, 8 or 4; None: those that the engine drafts
+            best with.
+        ngram: draft what followed the last tokens where they stood in the text before, too.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    tokens: int | None = None
+    exit_layer: int | None = None
+    lm_head_bits: int | None = None
+    ngram: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and not 1 <= self.tokens <= 64:
+            raise ConfigError(f"a draft of {self.tokens} tokens; it must have 1 to 64")
+        if self.exit_layer is not None and self.exit_layer < 0:
+            raise ConfigError(f"the draft's exit layer is {self.exit_layer}; it must be 0 or more")
+        if self.lm_head_bits not in (None, 4, 8, 16):
+            raise ConfigError(
+                f"the drafts' LM head has {self.lm_head_bits} bits; choose 16, 8 or 4"
+            )
+
+    def check_layers(self, num_layers: int) -> None:
+        """See that the model has the layers that a draft is to run.
+
+        Raises:
+            ConfigError: it has fewer.
+        """
+        if self.exit_layer is not None and self.exit_layer > num_layers:
+            raise ConfigError(
+                f"the draft's exit layer is {self.exit_layer}, but the model has {num_layers} "
+                f"layers; choose one in [0, {num_layers}]"
+            )
 
 
 def _listed(values: Any) -> str:

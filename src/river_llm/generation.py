@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from river_llm.answer import Answer, FinishReason
+from river_llm.config import Mode, SamplingConfig
 from river_llm.engines import Engine, StepResult
 from river_llm.errors import ConfigError, ContextFullError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.lossless import LosslessDecoder, LosslessStatistics, Origin
 from river_llm.memory import peak_memory_bytes
-from river_llm.sampling import Sampler, SamplingConfig
-from river_llm.text import IncrementalDecoder
-
-FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,9 @@ class GenerationResponse:
         decode_tokens_per_second: of the tokens after the first; None before the second.
         mean_exit_layer: mean of `exit_layer` over the tokens so far.
         peak_memory_bytes: the most memory that the process (on CUDA: the device) held so far.
+        origin: in lossless mode, what guessed this token before the backbone chose it: ``"river"``,
+            ``"ngram"`` (the text itself), or ``"backbone"`` if nothing did.
+        lossless: in lossless mode, what drafting has brought so far; else None.
     """
 
     text: str
@@ -51,6 +54,8 @@ class GenerationResponse:
     decode_tokens_per_second: float | None
     mean_exit_layer: float
     peak_memory_bytes: int
+    origin: Origin = "backbone"
+    lossless: LosslessStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class GenerationResult:
         tokens: the ids of the generated tokens, the stop token among them.
         exit_layers: for each, how many backbone layers it ran.
         num_layers: how many there are.
+        mode: ``"river"`` or ``"lossless"``.
+        policy: when tokens left the backbone; in lossless mode they never do.
         The others are those of the stream's last `GenerationResponse`; ``finish_reason`` may also
         be ``"interrupted"``.
     """
@@ -79,13 +86,20 @@ class GenerationResult:
     policy: dict[str, Any]
     finish_reason: FinishReason
     peak_memory_bytes: int
+    mode: Mode = "river"
+    lossless: LosslessStatistics | None = None
 
     @classmethod
     def of(
-        cls, engine: Engine, responses: Sequence[GenerationResponse], prompt_tokens: int
+        cls,
+        engine: Engine,
+        responses: Sequence[GenerationResponse],
+        prompt_tokens: int,
+        mode: Mode = "river",
     ) -> GenerationResult:
         """Join a stream; one that was cut short is marked ``"interrupted"``."""
         last = responses[-1] if responses else None
+        policy = ExitPolicy.never() if mode == "lossless" else engine.policy
         return cls(
             text="".join(response.text for response in responses),
             tokens=[response.token for response in responses],
@@ -97,9 +111,11 @@ class GenerationResult:
             decode_tokens_per_second=last.decode_tokens_per_second if last else None,
             time_to_first_token=last.time_to_first_token if last else None,
             engine=engine.name,
-            policy=engine.policy.to_dict(),
+            policy=policy.to_dict(),
             finish_reason=(last.finish_reason if last else None) or "interrupted",
             peak_memory_bytes=last.peak_memory_bytes if last else peak_memory_bytes(),
+            mode=mode,
+            lossless=last.lossless if last else None,
         )
 
 
@@ -110,6 +126,7 @@ def generate_rows(
     sampling: SamplingConfig,
     stop_tokens: frozenset[int],
     cached_tokens: int = 0,
+    lossless: LosslessDecoder | None = None,
 ) -> Iterator[list[GenerationResponse | None]]:
     """Continue a batch of prompts, one token for each sequence at a time.
 
@@ -117,9 +134,12 @@ def generate_rows(
         prompts: token ids, one list for each sequence.
         stop_tokens: ids that end a sequence.
         cached_tokens: so many tokens of a single prompt are in the engine's cache already.
+        lossless: drafts and verifies; the engine's exit policy doesn't count then. None: tokens
+            leave by the policy.
 
     Yields:
-        At every step one response for each sequence, None for those that have ended.
+        At every step one response for each sequence, None for those that have ended or that wait
+        for the others' round.
 
     Raises:
         ContextFullError: a prompt doesn't fit the model's context.
@@ -133,102 +153,103 @@ def generate_rows(
             f"the prompt has {longest} tokens, the model's context holds {engine.context_length}; "
             "shorten the prompt"
         )
-    rows = [_Row(list(prompt), tokenizer, sampling, i) for i, prompt in enumerate(prompts)]
+    # all end where the longest one fills the context
+    room = None if engine.context_length is None else engine.context_length - longest + 1
+    answers = [
+        Answer(list(prompt), tokenizer, sampling, i, room) for i, prompt in enumerate(prompts)
+    ]
     start = time.perf_counter()
-    engine.truncate(cached_tokens)
-    new_tokens = longest - cached_tokens
-    token_ids = torch.zeros(len(rows), new_tokens, dtype=torch.long)
-    padding_mask = torch.zeros(len(rows), new_tokens, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        new = row.token_ids[cached_tokens:]
-        token_ids[i, new_tokens - len(new) :] = torch.tensor(new)
-        padding_mask[i, new_tokens - len(new) :] = True
-    step = engine.prefill(token_ids, None if bool(padding_mask.all()) else padding_mask)
-    prefill_seconds = time.perf_counter() - start
-    prefill_speed = float(padding_mask.sum()) / prefill_seconds
+    step, prompt_tokens = _prefill(engine, answers, cached_tokens, lossless is not None)
+    prefill_speed = prompt_tokens / (time.perf_counter() - start)
+    if lossless is not None:
+        lossless.begin(answers)
 
     first_token_at = 0.0
+    new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]
     while True:
-        tokens = [row.choose(step, i) for i, row in enumerate(rows)]
         now = time.perf_counter()
         first_token_at = first_token_at or now
-        is_full = engine.length == engine.context_length
         memory = peak_memory_bytes(engine.device)
-        responses: list[GenerationResponse | None] = []
-        for i, row in enumerate(rows):
-            if row.finish_reason is not None:
-                responses.append(None)
-                continue
-            exit_layer = int(step.exit_layers[i])
-            text = row.accept(tokens[i], exit_layer, stop_tokens, is_full)
-            decoded = len(row.exit_layers) - 1
-            responses.append(
-                GenerationResponse(
-                    text=text,
-                    token=tokens[i],
-                    exit_layer=exit_layer,
-                    finish_reason=row.finish_reason,
-                    prompt_tokens=row.prompt_length,
-                    generated_tokens=len(row.exit_layers),
-                    time_to_first_token=first_token_at - start,
-                    prompt_tokens_per_second=prefill_speed,
-                    decode_tokens_per_second=decoded / (now - first_token_at) if decoded else None,
-                    mean_exit_layer=sum(row.exit_layers) / len(row.exit_layers),
-                    peak_memory_bytes=memory,
+        drafting = lossless.statistics() if lossless is not None else [None] * len(answers)
+        for place in range(max(map(len, new_tokens))):
+            responses: list[GenerationResponse | None] = []
+            for answer, chosen, statistics in zip(answers, new_tokens, drafting, strict=True):
+                if answer.finish_reason is not None or place >= len(chosen):
+                    responses.append(None)
+                    continue
+                new = chosen[place]
+                text = answer.take(new.token, new.exit_layer, stop_tokens)
+                decoded = len(answer.exit_layers) - 1
+                responses.append(
+                    GenerationResponse(
+                        text=text,
+                        token=new.token,
+                        exit_layer=new.exit_layer,
+                        finish_reason=answer.finish_reason,
+                        prompt_tokens=answer.prompt_length,
+                        generated_tokens=len(answer.exit_layers),
+                        time_to_first_token=first_token_at - start,
+                        prompt_tokens_per_second=prefill_speed,
+                        decode_tokens_per_second=decoded / (now - first_token_at)
+                        if decoded
+                        else None,
+                        mean_exit_layer=sum(answer.exit_layers) / len(answer.exit_layers),
+                        peak_memory_bytes=memory,
+                        origin=new.origin,
+                        lossless=statistics,
+                    )
                 )
-            )
-        yield responses
-        if all(row.finish_reason is not None for row in rows):
-            return
-        step = engine.decode(torch.tensor(tokens))
-
-
-class _Row:
-    """One sequence of the batch while it grows."""
-
-    def __init__(
-        self,
-        prompt: list[int],
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: SamplingConfig,
-        index: int,
-    ) -> None:
-        self.token_ids = prompt
-        self.prompt_length = len(prompt)
-        self.exit_layers: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._max_new_tokens = sampling.max_new_tokens
-        self._sampler = Sampler(sampling, index)
-        self._takes_best = self._sampler.takes_best_token
-        self._decoder = IncrementalDecoder(tokenizer, sampling.stop)
-
-    def choose(self, step: StepResult, index: int) -> int:
-        """The next token; of a sequence that has ended, any one, to keep its place."""
-        if self.finish_reason is not None:
-            return self.token_ids[-1]
-        if self._takes_best:  # the engine knows it without handing out the logits
-            return int(step.best_tokens[index])
-        return self._sampler(self.token_ids, step.logits[index])
-
-    def accept(
-        self, token: int, exit_layer: int, stop_tokens: frozenset[int], is_full: bool
-    ) -> str:
-        """Append the token, see whether it ends the sequence, return the text that it makes."""
-        self.token_ids.append(token)
-        self.exit_layers.append(exit_layer)
-        text = ""
-        if token in stop_tokens:
-            self.finish_reason = "stop"
+            yield responses
+            if all(answer.finish_reason is not None for answer in answers):
+                return
+        if lossless is not None:
+            new_tokens = [
+                [_Chosen(new.token, engine.num_layers, new.origin) for new in verified]
+                for verified in lossless.round()
+            ]
         else:
-            text = self._decoder.add(token)
-            if self._decoder.stopped:
-                self.finish_reason = "stop"
-            elif len(self.exit_layers) >= self._max_new_tokens:
-                self.finish_reason = "length"
-            elif is_full:
-                self.finish_reason = "context"
-        if self.finish_reason is not None:
-            text += self._decoder.finish()
-            if self._decoder.stopped:
-                self.finish_reason = "stop"
-        return text
+            last = [answer.token_ids[-1] for answer in answers]
+            step = engine.decode(torch.tensor(last))
+            new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    token: int
+    exit_layer: int
+    origin: Origin = "backbone"
+
+
+def _prefill(
+    engine: Engine, answers: Sequence[Answer], cached_tokens: int, in_backbone: bool
+) -> tuple[StepResult, int]:
+    """Run the prompts, and say how many tokens that were."""
+    engine.truncate(cached_tokens)
+    prompts = [answer.token_ids[cached_tokens:] for answer in answers]
+    width = max(map(len, prompts))
+    token_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    padding_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        token_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        padding_mask[i, width - len(prompt) :] = True
+    policy = engine.policy
+    if in_backbone:
+        engine.policy = ExitPolicy.never()
+    try:
+        step = engine.prefill(token_ids, None if bool(padding_mask.all()) else padding_mask)
+    finally:
+        engine.policy = policy
+    return step, int(padding_mask.sum())
+
+
+def _choose(answers: Sequence[Answer], step: StepResult) -> Iterator[tuple[int, int]]:
+    """The next token of each answer and its exit layer; of one that has ended, any token, to keep
+    its place."""
+    for i, answer in enumerate(answers):
+        if answer.finish_reason is not None:
+            token = answer.token_ids[-1]
+        elif answer.takes_best:  # the engine knows it without handing out the logits
+            token = int(step.best_tokens[i])
+        else:
+            token = answer.choose(step.logits[i])
+        yield token, int(step.exit_layers[i])

@@ -35,6 +35,7 @@ from river_llm.quantization import QuantizedMatrix, quantize
 FORMAT_VERSION = 1
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
+LEARNT_NAME = "drafts.json"  # what lossless mode learns about drafts; goes where the river goes
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
@@ -270,4 +271,5 @@ def _is_replaceable(directory: Path) -> bool:
     return directory.is_dir() and {entry.name for entry in directory.iterdir()} <= {
         MANIFEST_NAME,
         TENSORS_NAME,
+        LEARNT_NAME,
     }

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm.attachment import AttachedRiver, attach_river
-from river_llm.config import RiverConfig
+from river_llm.config import DraftConfig, Mode, RiverConfig
 from river_llm.engines import (
     Engine,
     EngineChoice,
@@ -24,6 +24,8 @@ from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
 from river_llm.loading import DEFAULT_MODEL, load_backbone
+from river_llm.lossless import LosslessDecoder
+from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
 from river_llm.text import Message, Prompt, encode_prompt
@@ -50,13 +52,18 @@ class RiverLM:
         river_config: RiverConfig,
         stop_tokens: frozenset[int] = frozenset(),
         fallback_reason: str | None = None,
+        river_directory: Path | None = None,
     ) -> None:
+        """`river_directory` is where the river is saved and what is learnt about drafts is kept."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.river_config = river_config
         self.stop_tokens = stop_tokens
         self.fallback_reason = fallback_reason
+        self._river_directory = river_directory
         self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
+        self._cached_mode: Mode = "river"  # in which it was written
+        self._lossless: dict[DraftConfig, LosslessDecoder] = {}
         self._answers = 0  # begun so far
 
     @classmethod
@@ -111,7 +118,8 @@ class RiverLM:
             threads=threads,
             **bits,
         )
-        return cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason)
+        directory = Path(river) if isinstance(river, str | Path) else None
+        return cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason, directory)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -122,30 +130,55 @@ class RiverLM:
     def policy(self, policy: ExitPolicy) -> None:
         self.engine.policy = policy
 
-    def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> GenerationResult:
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
+        **sampling: Any,
+    ) -> GenerationResult:
         """Answer a prompt.
 
         Args:
             prompt: a string, or messages `[{"role": "user", "content": ...}, ...]`.
             raw: give a string to the model as it is, without the chat template.
+            mode: ``"river"``: tokens leave the backbone by the policy. ``"lossless"``: the river
+                drafts and the backbone verifies; every token is the backbone's, and the policy
+                doesn't count.
+            drafts: how lossless mode drafts.
             **sampling: fields of `SamplingConfig`.
 
         Raises:
             ConfigError: the prompt is empty, or a setting out of its range.
             ContextFullError: the prompt doesn't fit the model's context.
         """
-        responses = list(self.stream(prompt, raw=raw, **sampling))
-        return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens)
+        responses = list(self.stream(prompt, raw=raw, mode=mode, drafts=drafts, **sampling))
+        return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, mode)
 
     def stream(
-        self, prompt: Prompt, *, raw: bool = False, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
+        **sampling: Any,
     ) -> Iterator[GenerationResponse]:
-        """Answer a prompt token by token; arguments and errors as of `generate`."""
+        """Answer a prompt token by token; arguments and errors as of `generate`. In lossless mode
+        a token appears once it is verified."""
         token_ids = encode_prompt(self.tokenizer, prompt, raw)
-        return self.stream_tokens(token_ids, sampling_config(sampling))
+        return self.stream_tokens(token_ids, sampling_config(sampling), mode=mode, drafts=drafts)
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, raw: bool = False, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        raw: bool = False,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
+        **sampling: Any,
     ) -> list[GenerationResult]:
         """Answer several prompts at once; arguments and errors as of `generate`.
 
@@ -153,48 +186,79 @@ class RiverLM:
         products. All of them end where the longest one fills the model's context.
         """
         encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
+        lossless = self._decoder(mode, drafts)
         self._cached_tokens = []
         self._answers += 1
+        config = sampling_config(sampling)
         steps = list(
             generate_rows(
-                self.engine, self.tokenizer, encoded, sampling_config(sampling), self.stop_tokens
+                self.engine, self.tokenizer, encoded, config, self.stop_tokens, lossless=lossless
             )
         )
+        self._keep_learnt(lossless)
         return [
-            GenerationResult.of(self.engine, [r for r in row if r is not None], len(prompt))
+            GenerationResult.of(self.engine, [r for r in row if r is not None], len(prompt), mode)
             for row, prompt in zip(zip(*steps, strict=True), encoded, strict=True)
         ]
 
-    def chat(self, messages: str | Sequence[Message], **sampling: Any) -> GenerationResult:
+    def chat(self, messages: str | Sequence[Message], **settings: Any) -> GenerationResult:
         """Answer the last of `messages` (or a single user message) through the chat template.
 
-        Every call starts anew; `Conversation` keeps the cache from turn to turn.
+        Every call starts anew; `Conversation` keeps the cache from turn to turn. Further arguments
+        are those of `generate`.
 
         Raises:
             ConfigError: the model has no chat template, and what `generate` raises.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.generate(messages, **sampling)
+        return self.generate(messages, **settings)
 
     def stream_tokens(
-        self, token_ids: Sequence[int], sampling: SamplingConfig, reuse_cache: bool = False
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingConfig,
+        reuse_cache: bool = False,
+        *,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
     ) -> Iterator[GenerationResponse]:
         """Continue a prompt given in tokens.
 
         Args:
             reuse_cache: keep what the KV cache holds of this prompt's beginning, as the exits of
-                the answers before left it, and run only the rest.
+                the answers before left it, and run only the rest. Lossless mode keeps nothing that
+                exits have written.
+            mode, drafts: see `generate`.
         """
+        lossless = self._decoder(mode, drafts)
+        return self._stream(token_ids, sampling, reuse_cache, mode, lossless)
+
+    def _stream(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingConfig,
+        reuse_cache: bool,
+        mode: Mode,
+        lossless: LosslessDecoder | None,
+    ) -> Iterator[GenerationResponse]:
         common = 0
-        if reuse_cache:  # at least one token has to run, to give the first logits
+        if reuse_cache and (mode == "river" or self._cached_mode == "lossless"):
+            # at least one token has to run, to give the first logits
             pairs = zip(token_ids[:-1], self._cached_tokens, strict=False)
             common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._cached_tokens = []
+        self._cached_mode = mode
         self._answers += 1
         answer = self._answers
         steps = generate_rows(
-            self.engine, self.tokenizer, [token_ids], sampling, self.stop_tokens, common
+            self.engine,
+            self.tokenizer,
+            [token_ids],
+            sampling,
+            self.stop_tokens,
+            common,
+            lossless,
         )
         text = list(token_ids)
         try:
@@ -212,23 +276,62 @@ class RiverLM:
             # is closed late may find another answer there
             if len(text) > len(token_ids) and answer == self._answers:
                 self._cached_tokens = text[: self.engine.length]
+                self._keep_learnt(lossless)
+
+    def _decoder(self, mode: Mode, drafts: DraftConfig | None) -> LosslessDecoder | None:
+        """What runs lossless mode, with all that it has learnt so far.
+
+        Raises:
+            ConfigError: there is no such mode, drafts are for the other one, or the engine can't
+                draft so.
+        """
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
+        if mode == "river":
+            if drafts is not None:
+                raise ConfigError('drafts are for mode="lossless"')
+            return None
+        config = drafts or DraftConfig()
+        if config not in self._lossless:
+            decoder = LosslessDecoder(self.engine, config)
+            if self._river_directory is not None:
+                learnt = read_learnt(self._river_directory, decoder.key)
+                if learnt is not None:
+                    decoder.restore(learnt)
+            self._lossless[config] = decoder
+        return self._lossless[config]
+
+    def _keep_learnt(self, lossless: LosslessDecoder | None) -> None:
+        if lossless is not None and self._river_directory is not None:
+            write_learnt(self._river_directory, lossless.key, lossless.learnt())
 
 
 class Conversation:
     """A chat that keeps its KV cache from turn to turn, as the turns before left it.
 
-    The cache of earlier turns holds what their exits wrote. If the model answers something else in
+    The cache of earlier turns holds what their exits wrote; in lossless mode, what the backbone
+    wrote. If the model answers something else in
     between, it is lost, and the next turn runs the whole conversation by the prefill rule.
 
     Attributes:
         messages: all turns so far.
     """
 
-    def __init__(self, lm: RiverLM, system: str | None = None, **sampling: Any) -> None:
+    def __init__(
+        self,
+        lm: RiverLM,
+        system: str | None = None,
+        *,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
+        **sampling: Any,
+    ) -> None:
         self.messages: list[Message] = []
         if system:
             self.messages.append({"role": "system", "content": system})
         self._lm = lm
+        self._mode: Mode = mode
+        self._drafts = drafts
         self._sampling = sampling_config(sampling)
 
     def stream(self, text: str) -> Iterator[GenerationResponse]:
@@ -244,7 +347,9 @@ class Conversation:
         token_ids = encode_prompt(self._lm.tokenizer, [*self.messages, turn])
         answer: list[str] = []
         try:
-            for response in self._lm.stream_tokens(token_ids, self._sampling, reuse_cache=True):
+            for response in self._lm.stream_tokens(
+                token_ids, self._sampling, reuse_cache=True, mode=self._mode, drafts=self._drafts
+            ):
                 answer.append(response.text)
                 yield response
         finally:

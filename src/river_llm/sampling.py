@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -19,16 +22,23 @@ __all__ = ["Sampler", "SamplingConfig"]
 
 
 class Sampler:
-    """Chooses the tokens of one sequence."""
+    """Chooses the tokens of one sequence.
+
+    The random numbers of a token are drawn for its place in the answer and not for the pass that
+    computes its logits: one exponential variate E for each token of the vocabulary, and the choice
+    is the token of the largest p / E, which is distributed as p (the exponential form of the Gumbel
+    trick). So logits of a draft and of the backbone, looked at for the same place, mostly come to
+    the same choice, and an answer that was drafted and verified is, token for token, the one that
+    plain decoding with the same seed gives.
+    """
 
     def __init__(self, config: SamplingConfig, row: int = 0) -> None:
         """`row` is the sequence's place in its batch: each has random numbers of its own."""
         self.is_greedy = config.temperature == 0
-        self._generator = torch.Generator()
-        if config.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(config.seed + row)
+        seed = None if config.seed is None else config.seed + row
+        self._random = np.random.Generator(np.random.SFC64(seed))
+        self._noise: deque[Tensor] = deque()  # of the places from `_settled` on
+        self._settled = 0
         self._processors = LogitsProcessorList()
         if config.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -48,12 +58,38 @@ class Sampler:
         """Whether it always chooses the token of the largest logit."""
         return self.is_greedy and not self._processors
 
-    def __call__(self, token_ids: list[int], logits: Tensor) -> int:
-        """The next token, after `token_ids`, by its logits `[vocabulary]`."""
+    def choose(self, token_ids: list[int], logits: Tensor, place: int) -> int:
+        """The token that follows `token_ids`, the answer's token number `place`, by its logits
+        `[V]`. Places before one that was settled can't be asked for any more."""
+        return int(self._scores(token_ids, logits, place).argmax())
+
+    def choose_with_margin(
+        self, token_ids: list[int], logits: Tensor, place: int
+    ) -> tuple[int, float]:
+        """The same token, and how far it is ahead of the second: 1 - (score of the second) /
+        (score of the first), where a greedy score is the probability."""
+        scores = self._scores(token_ids, logits, place)
+        (first, second), tokens = scores.topk(2)
+        margin = 1 - float((second - first).exp() if self.is_greedy else second / first)
+        return int(tokens[0]), margin
+
+    def settle(self, places: int) -> None:
+        """The first `places` tokens of the answer are chosen for good."""
+        while self._settled < places:
+            if self._noise:
+                self._noise.popleft()
+            self._settled += 1
+
+    def _scores(self, token_ids: list[int], logits: Tensor, place: int) -> Tensor:
+        """Of every token `[V]`: the largest is chosen. Logarithms if greedy."""
+        logits = logits.float()
         if self._processors:
             seen = torch.tensor([token_ids], device=logits.device)
-            logits = self._processors(seen, logits.float().unsqueeze(0))[0]
+            logits = self._processors(seen, logits.unsqueeze(0))[0]
         if self.is_greedy:
-            return int(logits.argmax())
-        probabilities = logits.float().softmax(-1).cpu()
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+            return logits
+        probabilities = logits.softmax(-1).cpu()
+        while len(self._noise) <= place - self._settled:
+            noise = self._random.standard_exponential(len(probabilities), dtype=np.float32)
+            self._noise.append(torch.from_numpy(noise).clamp_(min=torch.finfo(torch.float32).tiny))
+        return probabilities / self._noise[place - self._settled]

@@ -7,11 +7,14 @@ from river_llm.engines.choice import (
     make_engine,
 )
 from river_llm.engines.cpu_engine import CpuEngine
+from river_llm.engines.drafting import Draft, DraftRule
 from river_llm.engines.engine import Engine, StepResult
 from river_llm.engines.torch_engine import TorchEngine
 
 __all__ = [
     "CpuEngine",
+    "Draft",
+    "DraftRule",
     "Engine",
     "EngineChoice",
     "StepResult",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_llm.backbone import decoder_layers
+from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.engine import StepResult
 from river_llm.engines.llama_family import (
     check_supported,
@@ -29,6 +30,7 @@ from river_llm.engines.weight_packer import (
     check_weights,
     give_up,
     group_size_of,
+    quantized_head,
 )
 from river_llm.errors import ConfigError, ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
@@ -173,6 +175,10 @@ class CpuEngine:
             )
         except ValueError as error:
             raise ConfigError(f"native engine: {error}") from error
+        # 64 or 32, whichever divides the model dim
+        self._head_group = 64 if shape["hidden_size"] % 64 == 0 else 32
+        self._prepared_head_bits: int | None = None  # of the drafts' LM head
+        self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if lm_head_bits == 16 else (8,)
         self.kernels, self.threads = self._core.kernels, self._core.threads
         packer = WeightPacker(self._core, model, backbone_bits, lm_head_bits, code_group)
         packer.pack_head(shape["tied_head"])
@@ -237,7 +243,7 @@ class CpuEngine:
         by_sequence = rule == "sequence"
         together = self.policy.batch == "minimum"
         columns = num_tokens if by_sequence else max(1, _PREFILL_ROWS // batch)
-        with self._whole_or_undone(num_tokens):
+        with self._whole_or_undone([num_tokens] * batch):
             for first in range(0, num_tokens, columns):
                 end = min(first + columns, num_tokens)
                 rows = [
@@ -268,23 +274,104 @@ class CpuEngine:
         self._begin(batch, 1, None)
         rows = list(range(batch))
         together = [0] * batch if self.policy.batch == "minimum" else ()
-        with self._whole_or_undone(1):
+        with self._whole_or_undone([1] * batch):
             return self._forward(tokens, rows, self._thresholds, rows, minimum_groups=together)
 
     @_in_turn
-    def verify(self, token_ids: Tensor) -> StepResult:
+    def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
         batch, num_tokens = self._check_tokens(token_ids, dims=2)
         tokens = self._token_list(token_ids)
-        self._begin(batch, num_tokens, None)
-        rows = batch * num_tokens
-        with self._whole_or_undone(num_tokens):
-            return self._forward(
-                tokens,
-                [row // num_tokens for row in range(rows)],
-                [math.inf] * self.num_layers,
-                list(range(rows)),
-                shape=(batch, num_tokens),
+        counts = [num_tokens] * batch if counts is None else list(counts)
+        if len(counts) != batch or not all(0 <= count <= num_tokens for count in counts):
+            raise RiverError(
+                f"the counts are {counts}; give 0 to {num_tokens} for each of {batch} sequences"
             )
+        if not any(counts):
+            raise RiverError("there is nothing to verify; give one token or more")
+        self._begin(batch, max(counts), None)
+        places = [
+            sequence * num_tokens + place
+            for sequence, count in enumerate(counts)
+            for place in range(count)
+        ]
+        with self._whole_or_undone(counts):
+            return self._forward(
+                [tokens[place] for place in places],
+                [place // num_tokens for place in places],
+                [math.inf] * self.num_layers,
+                list(range(len(places))),
+                shape=(batch, num_tokens),
+                places=places,
+            )
+
+    @_in_turn
+    def prepare_drafts(self, lm_head_bits: int) -> None:
+        if lm_head_bits in (self.lm_head_bits, self._prepared_head_bits):
+            return
+        group = self._head_group
+        codes = quantized_head(self._core, self._vocab_size, lm_head_bits, group)
+        self._core.set_draft_head(codes, lm_head_bits, group)
+        self._prepared_head_bits = lm_head_bits
+
+    @_in_turn
+    def draft(
+        self,
+        token_ids: Sequence[int],
+        most: Sequence[int],
+        rule: DraftRule,
+        choose: Choose | None = None,
+    ) -> list[Draft]:
+        batch = len(self._padding)
+        if not len(token_ids) == len(most) == batch:
+            raise RiverError(
+                f"{len(token_ids)} tokens and {len(most)} lengths, "
+                f"but the cache holds {batch} sequences"
+            )
+        going = [sequence for sequence, count in enumerate(most) if count > 0]
+        if not going:
+            return [Draft() for _ in token_ids]
+        self._token_list(torch.tensor(token_ids))
+        self._begin(batch, max(most), None)
+        thresholds = list(ExitPolicy.fixed(rule.exit_layer).thresholds(self.num_layers))
+        draft_head = rule.lm_head_bits != self.lm_head_bits
+        if choose is None:
+            with _one_clear_line():
+                drafted, margins = self._core.draft(
+                    going,
+                    [token_ids[sequence] for sequence in going],
+                    [most[sequence] for sequence in going],
+                    thresholds,
+                    rule.chances,
+                    rule.least_chance,
+                    draft_head,
+                )
+            self._passes += 1  # the logits of the pass before are gone
+            drafts = [Draft() for _ in token_ids]
+            for sequence, row, row_margins in zip(going, drafted, margins, strict=True):
+                drafts[sequence] = Draft(row, row_margins)
+            return drafts
+
+        def decode(sequences: list[int], tokens: list[int]) -> Tensor:
+            rows = list(range(len(tokens)))
+            step = self._forward(tokens, sequences, thresholds, rows, draft_head=draft_head)
+            return step.logits
+
+        try:
+            return draft_step_by_step(decode, token_ids, most, rule, choose)
+        finally:
+            self._cut(self._length)
+
+    @_in_turn
+    def rewind(self, counts: Sequence[int]) -> None:
+        lengths = [
+            self._length - padding - count
+            for padding, count in zip(self._padding, counts, strict=True)
+        ]
+        if min(counts) < 0 or min(lengths) < 0:
+            raise RiverError(f"can't forget {list(counts)} tokens; some sequence hasn't as many")
+        self._set_lengths(lengths)
+        with _one_clear_line():
+            self._cut(self._length)
 
     @_in_turn
     def truncate(self, length: int) -> None:
@@ -354,12 +441,16 @@ class CpuEngine:
         return tokens
 
     @contextmanager
-    def _whole_or_undone(self, num_tokens: int) -> Iterator[None]:
-        """Count the tokens of what runs within, or forget those that came before an error or
-        Ctrl-C."""
+    def _whole_or_undone(self, counts: list[int]) -> Iterator[None]:
+        """Count the tokens of what runs within, so many for each sequence, or forget those that
+        came before an error or Ctrl-C."""
         try:
             yield
-            self._length += num_tokens
+            if len(set(counts)) == 1:
+                self._length += counts[0]
+            else:
+                pairs = zip(self._padding, counts, strict=True)
+                self._set_lengths([self._length - padding + count for padding, count in pairs])
         except BaseException:
             self._cut(self._length)
             raise
@@ -373,7 +464,11 @@ class CpuEngine:
         mean_groups: Sequence[int] = (),
         minimum_groups: Sequence[int] = (),
         shape: tuple[int, ...] | None = None,
+        places: list[int] | None = None,
+        draft_head: bool = False,
     ) -> StepResult:
+        """One pass over rows. The result has the rows of logits, in `shape`, in which they stand at
+        `places`; by default one after the other."""
         with _one_clear_line():
             best, exits, similarities = self._core.forward(
                 tokens,
@@ -383,6 +478,7 @@ class CpuEngine:
                 list(mean_groups),
                 list(minimum_groups),
                 self.record_similarities,
+                draft_head,
             )
         self._passes += 1
         shape = shape or (len(logit_rows),)
@@ -390,21 +486,40 @@ class CpuEngine:
             exits = exits[logit_rows]
             if similarities is not None:
                 similarities = similarities[:, logit_rows]
+
+        def arranged(values: Tensor) -> Tensor:
+            """`[..., rows]` in the shape of the result."""
+            if places is not None and len(places) < math.prod(shape):
+                rows = values.new_zeros(*values.shape[:-1], math.prod(shape))
+                rows[..., places] = values
+                values = rows
+            return values.view(*values.shape[:-1], *shape)
+
         return StepResult(
-            exit_layers=torch.from_numpy(exits).view(shape),
-            logits=partial(self._logits, self._passes, shape),
-            best_tokens=torch.from_numpy(best).view(shape),
-            similarities=None
-            if similarities is None
-            else torch.from_numpy(similarities).view(self.num_layers, *shape),
+            exit_layers=arranged(torch.from_numpy(exits)),
+            logits=partial(self._logits, self._passes, shape, places),
+            best_tokens=arranged(torch.from_numpy(best)),
+            similarities=None if similarities is None else arranged(torch.from_numpy(similarities)),
         )
 
     @_in_turn
-    def _logits(self, of_pass: int, shape: tuple[int, ...]) -> Tensor:
+    def _logits(
+        self, of_pass: int, shape: tuple[int, ...], places: list[int] | None = None
+    ) -> Tensor:
         if of_pass != self._passes:
             raise RiverError("these logits are gone: look at them before the engine's next pass")
         with _one_clear_line():
-            return torch.from_numpy(self._core.logits()).view(*shape, -1)
+            logits = torch.from_numpy(self._core.logits())
+        if places is not None and len(places) < math.prod(shape):
+            rows = logits.new_zeros(math.prod(shape), logits.shape[1])
+            rows[places] = logits
+            logits = rows
+        return logits.view(*shape, -1)
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        """Real tokens of each sequence, which may differ."""
+        self._length = max(lengths)
+        self._padding = [self._length - length for length in lengths]
 
     def _cut(self, length: int) -> None:
         for sequence, padding in enumerate(self._padding):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from river_llm.engines.drafting import Choose, Draft, DraftRule
 from river_llm.exit_policy import ExitPolicy
 
 
@@ -65,6 +66,7 @@ class Engine(Protocol):
         device: where it computes.
         policy: when tokens leave the backbone; may be set between passes.
         record_similarities: whether results carry similarities; may be set between passes.
+        draft_head_bits: widths of the LM head that drafts may take, the fastest first.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Engine(Protocol):
     device: torch.device
     policy: ExitPolicy
     record_similarities: bool
+    draft_head_bits: tuple[int, ...]
 
     @property
     def length(self) -> int:
@@ -99,12 +102,45 @@ class Engine(Protocol):
         """
         ...
 
-    def verify(self, token_ids: Tensor) -> StepResult:
+    def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
         """Append tokens `[batch, tokens]` through the whole backbone, with the logits of every one.
+
+        Args:
+            counts: only the first so many tokens of each sequence are meant, 0 to all of them; what
+                the result says of the others means nothing. None: all are.
 
         Raises:
             ContextFullError: they don't fit; the cache stays as it was.
         """
+        ...
+
+    def prepare_drafts(self, lm_head_bits: int) -> None:
+        """Make what drafts with an LM head of this width need, where it isn't there yet."""
+        ...
+
+    def draft(
+        self,
+        token_ids: Sequence[int],
+        most: Sequence[int],
+        rule: DraftRule,
+        choose: Choose | None = None,
+    ) -> list[Draft]:
+        """Guess how each sequence goes on after one more token, through the exit layers; the cache
+        stays as it was.
+
+        Args:
+            token_ids: the token of each sequence that comes next.
+            most: drafted tokens of each sequence at most; 0 leaves it out.
+            choose: picks a token by its logits; None picks the likeliest one.
+
+        Raises:
+            ContextFullError: the longest draft doesn't fit.
+        """
+        ...
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Forget the last `counts[i]` tokens of each sequence. The sequences may have different
+        lengths then; `length` is that of the longest, and the others count as padded."""
         ...
 
     def truncate(self, length: int) -> None:

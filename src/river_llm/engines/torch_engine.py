@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from river_llm.attachment import AttachedRiver
+from river_llm.engines.drafting import (
+    Choose,
+    Draft,
+    DraftRule,
+    draft_step_by_step,
+    likeliest_with_margin,
+)
 from river_llm.engines.engine import StepResult
 from river_llm.errors import ContextFullError
 from river_llm.exit_policy import ExitPolicy
@@ -24,6 +32,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    draft_head_bits: tuple[int, ...] = (16,)  # the model's own, whatever its dtype
 
     def __init__(self, attached: AttachedRiver) -> None:
         self.attached = attached
@@ -65,13 +74,63 @@ class TorchEngine:
     def decode(self, token_ids: Tensor) -> StepResult:
         return self._run(token_ids.unsqueeze(1), None, "decode")
 
-    def verify(self, token_ids: Tensor) -> StepResult:
+    def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
         policy = self.policy
         self.policy = ExitPolicy.never()
         try:
-            return self._run(token_ids, None, "decode", all_logits=True)
+            result = self._run(token_ids, None, "decode", all_logits=True)
         finally:
             self.policy = policy
+        if counts is not None:
+            self.rewind([token_ids.shape[1] - count for count in counts])
+        return result
+
+    def prepare_drafts(self, lm_head_bits: int) -> None:
+        del lm_head_bits
+
+    def draft(
+        self,
+        token_ids: Sequence[int],
+        most: Sequence[int],
+        rule: DraftRule,
+        choose: Choose | None = None,
+    ) -> list[Draft]:
+        policy, length = self.policy, self._length
+        last = list(token_ids)
+
+        def decode(sequences: list[int], tokens: list[int]) -> Tensor:
+            for sequence, token in zip(sequences, tokens, strict=True):
+                last[sequence] = token
+            return self.decode(torch.tensor(last)).logits[sequences]  # the others run idle
+
+        self.policy = ExitPolicy.fixed(rule.exit_layer)
+        try:
+            return draft_step_by_step(
+                decode, token_ids, most, rule, choose or likeliest_with_margin
+            )
+        finally:
+            self.policy = policy
+            self.truncate(length)
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        self.truncate(self._length - min(counts))
+        shifts = [count - min(counts) for count in counts]
+        if not any(shifts):
+            return
+        # move the shorter sequences to the right, so that all end where the longest does
+        mask = self._padding_mask
+        if mask is None:
+            mask = torch.ones(len(counts), self._length, dtype=torch.bool)
+        mask = torch.stack([row.roll(shift) for row, shift in zip(mask, shifts, strict=True)])
+        for row, shift in zip(mask, shifts, strict=True):
+            row[:shift] = False
+        unused = int(mask.any(0).long().argmax())  # columns that are padding everywhere
+        for layer in self._cache.layers:
+            layer.keys = _moved(layer.keys, shifts)[:, :, unused:]
+            layer.values = _moved(layer.values, shifts)[:, :, unused:]
+        self._length -= unused
+        mask = mask[:, unused:]
+        self._padding_mask = None if bool(mask.all()) else mask
 
     def truncate(self, length: int) -> None:
         self._length = min(length, self._length)
@@ -143,3 +202,9 @@ class TorchEngine:
     def _undo(self, length: int) -> None:
         self._length = length + 1  # some layers hold more than others: cut them all back
         self.truncate(length)
+
+
+def _moved(entries: Tensor, shifts: Sequence[int]) -> Tensor:
+    """Keys or values `[B, G, T, D]` with each sequence moved to the right by so many places."""
+    rows = zip(entries, shifts, strict=True)
+    return torch.stack([row.roll(shift, dims=1) for row, shift in rows])

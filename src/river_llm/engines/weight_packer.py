@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from river_llm.errors import RiverError
 from river_llm.quantization import QuantizedMatrix, quantize
 
 _BACKBONE, _RIVER = 0, 1
+_HEAD_ROWS = 8192  # of the LM head that are quantised at a time
 
 
 class WeightPacker:
@@ -72,6 +74,16 @@ class WeightPacker:
         if model.config.model_type.startswith("gemma"):
             norm = 1 + norm
         self._core.set_final_norm(norm.contiguous().numpy())
+
+
+def quantized_head(core: Any, vocab_size: int, bits: int, group_size: int) -> Any:
+    """A bfloat16 LM head that was packed, in few bits, as the core takes it."""
+    config = RiverConfig(bits, group_size, quantizer="rtn")
+    parts = []
+    for first in range(0, vocab_size, _HEAD_ROWS):
+        rows = core.head_rows(first, min(_HEAD_ROWS, vocab_size - first))
+        parts.append(_codes(quantize(torch.from_numpy(rows).view(torch.bfloat16), config)))
+    return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
 def check_weights(model: PreTrainedModel) -> None:

@@ -1,0 +1,83 @@
+"""One answer of a batch while it grows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from river_llm.sampling import Sampler, SamplingConfig
+from river_llm.text import IncrementalDecoder
+
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+class Answer:
+    """A prompt and the tokens after it.
+
+    Attributes:
+        token_ids: prompt and answer.
+        prompt_length: tokens of the prompt.
+        exit_layers: of each token of the answer, how many backbone layers ran to produce it.
+        finish_reason: None while it grows.
+        takes_best: whether it always takes the token of the largest logit.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig,
+        index: int,
+        room: int | None,
+    ) -> None:
+        """`index` is its place in the batch; `room` is how many tokens the context has for it, None
+        if there is no limit."""
+        self.token_ids = prompt
+        self.prompt_length = len(prompt)
+        self.exit_layers: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._most = sampling.max_new_tokens
+        self._room = room
+        self._sampler = Sampler(sampling, index)
+        self.takes_best = self._sampler.takes_best_token
+        self._decoder = IncrementalDecoder(tokenizer, sampling.stop)
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens it may still take."""
+        most = self._most if self._room is None else min(self._most, self._room)
+        return most - len(self.exit_layers)
+
+    def choose(self, logits: Tensor, drafted: list[int] | None = None) -> int:
+        """The token after the text and what is `drafted`, by its logits `[V]`."""
+        text = [*self.token_ids, *drafted] if drafted else self.token_ids
+        return self._sampler.choose(text, logits, len(text) - self.prompt_length)
+
+    def choose_with_margin(self, logits: Tensor, drafted: list[int]) -> tuple[int, float]:
+        """The same, and the token's margin; see `Sampler`."""
+        text = [*self.token_ids, *drafted]
+        return self._sampler.choose_with_margin(text, logits, len(text) - self.prompt_length)
+
+    def take(self, token: int, exit_layer: int, stop_tokens: frozenset[int]) -> str:
+        """Append a token, see whether it ends the answer, return the text that it makes certain."""
+        self.token_ids.append(token)
+        self.exit_layers.append(exit_layer)
+        self._sampler.settle(len(self.exit_layers))
+        text = ""
+        if token in stop_tokens:
+            self.finish_reason = "stop"
+        else:
+            text = self._decoder.add(token)
+            if self._decoder.stopped:
+                self.finish_reason = "stop"
+            elif len(self.exit_layers) >= self._most:
+                self.finish_reason = "length"
+            elif self.tokens_left <= 0:
+                self.finish_reason = "context"
+        if self.finish_reason is not None:
+            text += self._decoder.finish()
+            if self._decoder.stopped:
+                self.finish_reason = "stop"
+        return text

@@ -1,0 +1,88 @@
+"""Drafts: tokens that the exit layers guess, for the backbone to verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+# (sequence, tokens of its draft so far, logits [V]) -> (token, its margin)
+Choose = Callable[[int, list[int], Tensor], tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRule:
+    """Which layers draft, and when a draft ends.
+
+    The margin of a token is 1 - p2 / p1, with the probabilities of the likeliest token and of the
+    second. `chances` says how likely a token of some margin is what the backbone would choose too,
+    and a draft ends with the token at which the product of its chances falls below `least_chance`:
+    the uncertain token is still drafted.
+
+    Attributes:
+        exit_layer: backbone layers that a drafted token runs before it leaves.
+        lm_head_bits: of the LM head, one of the engine's `draft_head_bits`.
+        least_chance: in [0, 1]; 0 ends no draft.
+        chances: of margins in equal parts of [0, 1].
+    """
+
+    exit_layer: int = 0
+    lm_head_bits: int = 16
+    least_chance: float = 0.0
+    chances: tuple[float, ...] = (1.0,)
+
+    def chance(self, margin: float) -> float:
+        """Of a token with this margin."""
+        place = int(margin * len(self.chances))
+        return self.chances[min(max(place, 0), len(self.chances) - 1)]
+
+
+@dataclass(slots=True)
+class Draft:
+    """What was drafted for one sequence.
+
+    Attributes:
+        tokens: the guessed tokens.
+        margins: of each.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+
+
+def likeliest_with_margin(sequence: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
+    """The token of the largest logit, a `Choose`."""
+    del sequence, drafted
+    (first, second), tokens = logits.float().topk(2)
+    return int(tokens[0]), 1 - float((second - first).exp())
+
+
+def draft_step_by_step(
+    decode: Callable[[list[int], list[int]], Tensor],
+    token_ids: Sequence[int],
+    most: Sequence[int],
+    rule: DraftRule,
+    choose: Choose,
+) -> list[Draft]:
+    """Drafts made one step at a time.
+
+    Args:
+        decode: (sequences, the next token of each) -> logits `[sequences, V]`, one step of these
+            sequences through the layers that draft.
+    """
+    drafts = [Draft() for _ in token_ids]
+    chances = [1.0] * len(drafts)
+    going = [i for i, count in enumerate(most) if count > 0]
+    while going:
+        last = [(drafts[i].tokens or [token_ids[i]])[-1] for i in going]
+        logits = decode(going, last)
+        for i, row in zip(going, logits, strict=True):
+            token, margin = choose(i, drafts[i].tokens, row)
+            drafts[i].tokens.append(token)
+            drafts[i].margins.append(margin)
+            chances[i] *= rule.chance(margin)
+        going = [
+            i for i in going if len(drafts[i].tokens) < most[i] and chances[i] >= rule.least_chance
+        ]
+    return drafts

@@ -1,0 +1,244 @@
+"""How long to draft, learnt from what was accepted and what it cost.
+
+Time is worth R tokens a second, the rate at which the run goes. One more drafted token costs its
+own step and one more row in the verification; it brings a token if it and all before it are
+accepted. So a draft goes on while
+
+    (chance that all tokens so far are accepted) * (chance of the next) >= R * (seconds it takes)
+
+and a source of drafts is worth using while its drafts bring more tokens than R times the seconds
+they take. Chances are counted by a token's margin (`DraftRule`), or by the length of the match for
+n-gram drafts; seconds are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from river_llm.engines.drafting import DraftRule
+
+MOST_DRAFTED = 12  # the tokens of one draft; with the token before them they are a small pass
+_MARGIN_PARTS = 10
+_MEMORY = 200.0  # trials that a chance remembers; the older half weighs less and less
+_SLOW = 0.05  # weights of a new value in a running mean
+_QUICK = 0.15
+_FIRST_CHANCE = 0.6  # ends a draft as long as no time is measured
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # rounds without a draft, where drafts don't pay
+
+
+class Chances:
+    """How often a drafted token was accepted, by the class of tokens that it belongs to."""
+
+    def __init__(self, guesses: Sequence[float], weight: float = 4.0) -> None:
+        """`guesses` are each class's chance without trials, and count like `weight` trials."""
+        self._guesses = list(guesses)
+        self._weight = weight
+        self.tried = [0.0] * len(guesses)
+        self.accepted = [0.0] * len(guesses)
+
+    def __len__(self) -> int:
+        return len(self._guesses)
+
+    def note(self, place: int, is_accepted: bool) -> None:
+        """A token of class `place`, all tokens before it accepted, was or was not."""
+        self.tried[place] += 1
+        self.accepted[place] += is_accepted
+        if self.tried[place] > _MEMORY:
+            self.tried[place] /= 2
+            self.accepted[place] /= 2
+
+    def of(self, place: int) -> float:
+        """The chance of a token of this class."""
+        accepted = self.accepted[place] + self._weight * self._guesses[place]
+        return accepted / (self.tried[place] + self._weight)
+
+    def all(self) -> tuple[float, ...]:
+        """The chance of every class."""
+        return tuple(self.of(place) for place in range(len(self)))
+
+    def mean(self) -> float:
+        """The chance of a token whose class isn't known yet."""
+        tried = sum(self.tried) + self._weight
+        guessed = self._weight * sum(self._guesses) / len(self)
+        return (sum(self.accepted) + guessed) / tried
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """The counts, as plain JSON values."""
+        return {
+            "tried": [round(value, 3) for value in self.tried],
+            "accepted": [round(value, 3) for value in self.accepted],
+        }
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: these are no such counts.
+        """
+        tried, accepted = counts["tried"], counts["accepted"]
+        if not len(tried) == len(accepted) == len(self) or not all(
+            0 <= a <= t <= 2 * _MEMORY for a, t in zip(accepted, tried, strict=True)
+        ):
+            raise ValueError("these are no counts of accepted drafts")
+        self.tried, self.accepted = list(map(float, tried)), list(map(float, accepted))
+
+
+class PassCost:
+    """Seconds of a verification by its rows, a straight line through what was measured."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5  # of weights, rows, rows squared, seconds, rows * seconds
+
+    def note(self, rows: int, seconds: float) -> None:
+        """A pass over so many rows took so long."""
+        if self._sums[0] > 5:  # one that another process held up says nothing
+            seconds = min(seconds, 2 * self.seconds(rows))
+        new = (1.0, rows, rows * rows, seconds, rows * seconds)
+        self._sums = [(1 - _SLOW) * a + b for a, b in zip(self._sums, new, strict=True)]
+
+    def to_list(self) -> list[float]:
+        """The sums, as plain JSON values."""
+        return self._sums
+
+    def restore(self, sums: Sequence[float]) -> None:
+        """The inverse of `to_list`.
+
+        Raises:
+            ValueError: these are no such sums.
+        """
+        if len(sums) != len(self._sums) or not all(value >= 0 for value in sums):
+            raise ValueError("these are no times of verifications")
+        self._sums = list(map(float, sums))
+
+    @property
+    def slope(self) -> float:
+        """Seconds of one more row."""
+        weight, rows, squares, seconds, products = self._sums
+        spread = weight * squares - rows * rows
+        if spread <= 1e-6 * weight * squares:  # every pass had the same rows
+            return 0.03 * seconds / weight if weight else 0.0
+        return max(0.0, (weight * products - rows * seconds) / spread)
+
+    def seconds(self, rows: float) -> float:
+        """Of a pass over so many rows."""
+        weight, all_rows, _, seconds, _ = self._sums
+        if not weight:
+            return 0.0
+        return max(0.0, (seconds + self.slope * (rows * weight - all_rows)) / weight)
+
+
+class Source:
+    """One way to draft: whether it pays, and if not, when to try it again.
+
+    Attributes:
+        value: tokens that one of its drafts brings beyond what its time is worth; a running mean.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0.5
+        self.drafts = 0
+        self._pause = _FIRST_PAUSE
+        self._waiting = 0
+
+    def is_due(self) -> bool:
+        """Whether to draft in this round; to be asked once a round."""
+        if self._waiting > 0:
+            self._waiting -= 1
+            return False
+        return True
+
+    def note(self, value: float) -> None:
+        """A draft brought so much."""
+        self.drafts += 1
+        self.value += _QUICK * (value - self.value)
+        if self.value > 0:
+            self._pause = _FIRST_PAUSE
+        else:
+            self._waiting = self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+
+class RiverSource(Source):
+    """Drafts of the exit layers after `exit_layer` layers of the backbone."""
+
+    def __init__(self, exit_layer: int) -> None:
+        super().__init__()
+        self.exit_layer = exit_layer
+        middles = [(part + 0.5) / _MARGIN_PARTS for part in range(_MARGIN_PARTS)]
+        self.chances = Chances([0.4 + 0.6 * middle for middle in middles])
+        self.token_seconds = 0.0  # to draft one, a running mean
+
+    def rule(self, lm_head_bits: int, rate: float, row_seconds: float) -> DraftRule:
+        """When a draft ends, at `rate` tokens a second and so much time for a row to verify."""
+        if rate and self.token_seconds:
+            price = rate * (self.token_seconds + row_seconds)
+            least = min(0.999, price / max(self.chances.mean(), 1e-3))
+        else:
+            least = _FIRST_CHANCE
+        return DraftRule(self.exit_layer, lm_head_bits, least, self.chances.all())
+
+    def note_margins(self, margins: Sequence[float], accepted: int) -> None:
+        """The first `accepted` of tokens with these margins were accepted, and no more."""
+        for place, margin in enumerate(margins[: accepted + 1]):
+            part = min(max(int(margin * _MARGIN_PARTS), 0), _MARGIN_PARTS - 1)
+            self.chances.note(part, place < accepted)
+
+    def note_time(self, tokens: int, seconds: float) -> None:
+        """So many tokens took so long to draft."""
+        each = seconds / tokens
+        if self.token_seconds == 0:
+            self.token_seconds = each
+        else:  # one that another process held up says nothing
+            each = min(each, 2 * self.token_seconds)
+            self.token_seconds += _SLOW * (each - self.token_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was learnt, as plain JSON values."""
+        return {
+            "value": round(self.value, 3),
+            "token_seconds": round(self.token_seconds, 7),
+            **self.chances.to_dict(),
+        }
+
+    def restore(self, learnt: dict[str, Any]) -> None:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        self.chances.restore(learnt)
+        self.token_seconds = max(0.0, float(learnt["token_seconds"]))
+        self.value = float(learnt["value"])
+
+
+class NgramSource:
+    """Drafts out of the text itself; their tokens are classed by the length of the match."""
+
+    def __init__(self, longest_match: int) -> None:
+        self.chances = Chances([min(0.9, 0.15 * length) for length in range(longest_match + 1)], 2)
+
+    def best_length(self, match: int, most: int, rate: float, row_seconds: float) -> int:
+        """How many tokens after a match of this length are worth a row each."""
+        chance = 1.0
+        for length in range(most):
+            chance *= self.chances.of(self._place(match, length))
+            if chance < rate * row_seconds:
+                return length
+        return most
+
+    def value(self, match: int, count: int, rate: float, row_seconds: float) -> float:
+        """Tokens that a draft of `count` tokens brings beyond what its time is worth."""
+        chance, value = 1.0, 0.0
+        for place in range(count):
+            chance *= self.chances.of(self._place(match, place))
+            value += chance - rate * row_seconds
+        return value
+
+    def note(self, match: int, drafted: int, accepted: int) -> None:
+        """The first `accepted` of so many drafted tokens were accepted, and no more."""
+        for place in range(min(drafted, accepted + 1)):
+            self.chances.note(self._place(match, place), place < accepted)
+
+    def _place(self, match: int, place: int) -> int:
+        return min(match + place, len(self.chances) - 1)
