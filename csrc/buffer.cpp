@@ -14,8 +14,11 @@
 namespace river {
 namespace {
 
+#if RIVER_MMAP
 constexpr size_t kHugePage = 2u << 20;
+#else
 constexpr size_t kAlignment = 128;
+#endif
 
 }  // namespace
 
