@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from river_llm.attachment import AttachedRiver, attach_river, detach_river
-    from river_llm.config import RiverConfig, SamplingConfig
+    from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
     from river_llm.errors import (
         ConfigError,
         ContextFullError,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from river_llm.exit_policy import ExitPolicy
     from river_llm.generation import GenerationResponse, GenerationResult
+    from river_llm.lossless import LosslessStatistics
     from river_llm.river import River
     from river_llm.river_lm import Conversation, RiverLM
 
@@ -26,9 +27,11 @@ __all__ = [
     "ConfigError",
     "ContextFullError",
     "Conversation",
+    "DraftConfig",
     "ExitPolicy",
     "GenerationResponse",
     "GenerationResult",
+    "LosslessStatistics",
     "ModelLoadError",
     "River",
     "RiverConfig",
@@ -43,7 +46,7 @@ __all__ = [
 
 _MODULES = {
     "attachment": ("AttachedRiver", "attach_river", "detach_river"),
-    "config": ("RiverConfig", "SamplingConfig"),
+    "config": ("DraftConfig", "RiverConfig", "SamplingConfig"),
     "errors": (
         "ConfigError",
         "ContextFullError",
@@ -54,6 +57,7 @@ _MODULES = {
     ),
     "exit_policy": ("ExitPolicy",),
     "generation": ("GenerationResponse", "GenerationResult"),
+    "lossless": ("LosslessStatistics",),
     "river": ("River",),
     "river_lm": ("Conversation", "RiverLM"),
 }

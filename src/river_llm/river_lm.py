@@ -315,6 +315,7 @@ class Conversation:
 
     Attributes:
         messages: all turns so far.
+        mode: ``"river"`` or ``"lossless"``.
     """
 
     def __init__(
@@ -330,7 +331,7 @@ class Conversation:
         if system:
             self.messages.append({"role": "system", "content": system})
         self._lm = lm
-        self._mode: Mode = mode
+        self.mode: Mode = mode
         self._drafts = drafts
         self._sampling = sampling_config(sampling)
 
@@ -348,7 +349,7 @@ class Conversation:
         answer: list[str] = []
         try:
             for response in self._lm.stream_tokens(
-                token_ids, self._sampling, reuse_cache=True, mode=self._mode, drafts=self._drafts
+                token_ids, self._sampling, reuse_cache=True, mode=self.mode, drafts=self._drafts
             ):
                 answer.append(response.text)
                 yield response

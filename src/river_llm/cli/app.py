@@ -11,6 +11,7 @@ import typer
 from river_llm.cli.bench import bench
 from river_llm.cli.build import build
 from river_llm.cli.chat import chat
+from river_llm.cli.check_exact import check_exact
 from river_llm.cli.generate import generate
 from river_llm.cli.inspect import inspect
 from river_llm.cli.options import print_version
@@ -34,6 +35,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
 app.command()(bench)
+app.command()(check_exact)
 
 
 def main() -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
-from river_llm.cli.settings import exit_policy, river_config, sampling_config
+from river_llm.cli.settings import (
+    decoding_mode,
+    exit_policy,
+    river_config,
+    sampling_config,
+)
 from river_llm.cli.usage import check_text, is_text
 from river_llm.errors import ConfigError, ContextFullError
 
 if TYPE_CHECKING:
-    from river_llm.config import SamplingConfig
     from river_llm.river_lm import Conversation, RiverLM
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -33,6 +37,11 @@ def chat(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
+    mode: options.Mode = options.ModeName.river,
+    draft_tokens: options.DraftTokens = None,
+    draft_exit_layer: options.DraftExitLayer = None,
+    draft_lm_head_bits: options.DraftHead = None,
+    ngram: options.Ngram = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -53,6 +62,14 @@ def chat(
     """Talk with a model; its KV cache is kept from turn to turn."""
     if system is not None:
         check_text("--system", system)
+    decoding, drafts = decoding_mode(
+        mode,
+        (policy, threshold, exit_layer, prefill),
+        draft_tokens,
+        draft_exit_layer,
+        draft_lm_head_bits,
+        ngram,
+    )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
@@ -68,27 +85,29 @@ def chat(
         engine=engine,
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
+        mode=mode,
     )
     lm = load(loading)
     if not lm.tokenizer.chat_template:
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
-    _converse(lm, system, sampling)
+    settings: dict[str, Any] = {**asdict(sampling), "mode": decoding, "drafts": drafts}
+    _converse(lm, system, settings)
 
 
-def _converse(lm: RiverLM, system: str | None, sampling: SamplingConfig) -> None:
+def _converse(lm: RiverLM, system: str | None, settings: dict[str, Any]) -> None:
     from river_llm.cli import render
     from river_llm.river_lm import Conversation
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # one bad line leaves the next ones whole
     render.stderr.print(_HELP)
-    conversation = Conversation(lm, system, **asdict(sampling))
+    conversation = Conversation(lm, system, **settings)
     while (text := _read_line()) is not None:
         command = text.strip()
         if command == "/exit":
             return
         if command == "/clear":
-            conversation = Conversation(lm, system, **asdict(sampling))
+            conversation = Conversation(lm, system, **settings)
         elif not is_text(text):
             render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:
@@ -114,7 +133,7 @@ def _reply(lm: RiverLM, conversation: Conversation, text: str) -> None:
     try:
         for response in conversation.stream(text):
             responses.append(response)
-            render.print_token(response.text, response.exit_layer, lm.engine.num_layers)
+            render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
         pass
     except ContextFullError as error:
@@ -122,5 +141,9 @@ def _reply(lm: RiverLM, conversation: Conversation, text: str) -> None:
         return
     render.stdout.print()
     if responses:
-        result = GenerationResult.of(lm.engine, responses, responses[-1].prompt_tokens)
+        result = GenerationResult.of(
+            lm.engine, responses, responses[-1].prompt_tokens, conversation.mode
+        )
+        if result.lossless is not None:
+            render.stderr.print(render.lossless_line(result.lossless), style="dim")
         render.stderr.print(render.statistics_line(result), style="dim")

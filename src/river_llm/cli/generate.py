@@ -10,12 +10,17 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
-from river_llm.cli.settings import exit_policy, river_config, sampling_config
+from river_llm.cli.settings import (
+    decoding_mode,
+    exit_policy,
+    river_config,
+    sampling_config,
+)
 from river_llm.cli.usage import check_text, read_stdin, usage_error
 
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
-    from river_llm.config import SamplingConfig
+    from river_llm.config import DraftConfig, Mode, SamplingConfig
     from river_llm.river_lm import RiverLM
 
 
@@ -31,6 +36,11 @@ def generate(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
+    mode: options.Mode = options.ModeName.river,
+    draft_tokens: options.DraftTokens = None,
+    draft_exit_layer: options.DraftExitLayer = None,
+    draft_lm_head_bits: options.DraftHead = None,
+    ngram: options.Ngram = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -59,10 +69,23 @@ def generate(
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Answer a prompt; every token in the colour of the layer at which it left the backbone."""
+    """Answer a prompt; every token in the colour of the layer at which it left the backbone, or in
+    lossless mode of what guessed it: green the river, blue the text itself, red nothing."""
+    decoding, drafts = decoding_mode(
+        mode,
+        (policy, threshold, exit_layer, prefill),
+        draft_tokens,
+        draft_exit_layer,
+        draft_lm_head_bits,
+        ngram,
+    )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     if prompt == "-":
         prompt = read_stdin()
+    if compare and mode is options.ModeName.lossless:
+        raise usage_error(
+            "--compare goes with --mode river; river-llm check-exact compares lossless"
+        )
     check_text("the prompt", prompt)
     if not prompt.strip():
         raise usage_error("the prompt is empty; give some text, or - to read it from stdin")
@@ -80,8 +103,9 @@ def generate(
         engine=engine,
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
+        mode=mode,
     )
-    _answer(load(loading), prompt, raw, sampling, compare, json_output)
+    _answer(load(loading), prompt, raw, sampling, decoding, drafts, compare, json_output)
 
 
 def _answer(
@@ -89,6 +113,8 @@ def _answer(
     prompt: str,
     raw: bool,
     sampling: SamplingConfig,
+    mode: Mode,
+    drafts: DraftConfig | None,
     compare: bool,
     json_output: bool,
 ) -> None:
@@ -99,16 +125,18 @@ def _answer(
     token_ids = encode_prompt(lm.tokenizer, prompt, raw)
     responses = []
     try:
-        for response in lm.stream_tokens(token_ids, sampling):
+        for response in lm.stream_tokens(token_ids, sampling, mode=mode, drafts=drafts):
             responses.append(response)
             if not json_output:
-                render.print_token(response.text, response.exit_layer, lm.engine.num_layers)
+                render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
         compare = False
-    result = GenerationResult.of(lm.engine, responses, len(token_ids))
+    result = GenerationResult.of(lm.engine, responses, len(token_ids), mode)
     if not json_output:
         render.stdout.print()
-        if result.tokens:
+        if result.lossless is not None:
+            render.stderr.print(render.lossless_line(result.lossless))
+        elif result.tokens:
             render.stderr.print(render.exit_depth_table(result.exit_layers, result.num_layers))
         render.stderr.print(render.statistics_line(result))
     arms = _compare(lm, token_ids, sampling.max_new_tokens) if compare else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_llm.cli.imports import import_libraries
-from river_llm.cli.options import DtypeName, EngineName, WeightBits
+from river_llm.cli.options import DtypeName, EngineName, ModeName, WeightBits
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError
 
@@ -33,7 +33,7 @@ class LoadOptions:
         device: by default CUDA where there is one.
         threads: that compute on a CPU; by default all.
         trust_remote_code: run code that comes with the model.
-        engine, backbone_bits, lm_head_bits: what computes, for `load`.
+        engine, backbone_bits, lm_head_bits, mode: what computes, for `load`.
     """
 
     model: str
@@ -46,6 +46,7 @@ class LoadOptions:
     engine: EngineName = EngineName.auto
     backbone_bits: WeightBits = WeightBits.sixteen
     lm_head_bits: WeightBits = WeightBits.sixteen
+    mode: ModeName = ModeName.river
 
 
 def load(options: LoadOptions) -> RiverLM:
@@ -79,6 +80,12 @@ def load(options: LoadOptions) -> RiverLM:
     for name, bits in (("backbone", options.backbone_bits), ("LM head", options.lm_head_bits)):
         if bits is WeightBits.eight:
             notes.append(f"the {name} is in 8 bits: its answers are not exactly the model's")
+    is_rounded = lm.engine.name == "torch" and options.dtype is not DtypeName.float32
+    if options.mode is ModeName.lossless and is_rounded:
+        notes.append(
+            f"PyTorch in {options.dtype.value} rounds a pass over several tokens otherwise than "
+            "single steps: where two tokens are nearly equal, the other one may be taken"
+        )
     for note in notes:
         print(f"river-llm: {note}", file=sys.stderr)
     return lm

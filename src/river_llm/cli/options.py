@@ -28,9 +28,20 @@ class EngineName(str, Enum):
     torch = "torch"
 
 
+class ModeName(str, Enum):
+    river = "river"
+    lossless = "lossless"
+
+
 class WeightBits(str, Enum):
     sixteen = "16"
     eight = "8"
+
+
+class DraftHeadBits(str, Enum):
+    sixteen = "16"
+    eight = "8"
+    four = "4"
 
 
 class QuantizerName(str, Enum):
@@ -45,7 +56,8 @@ class DtypeName(str, Enum):
 
 
 _MODEL_HELP = "A model directory, a GGUF file, a Hub id (org/name), or smollm2."
-_POLICY, _RIVER, _SAMPLING, _SYSTEM = "Exit policy", "Exit river", "Sampling", "Machine"
+_POLICY, _RIVER, _LOSSLESS = "Exit policy", "Exit river", "Lossless mode"
+_SAMPLING, _SYSTEM = "Sampling", "Machine"
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=True)]
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
@@ -90,6 +102,44 @@ Prefill = Annotated[
     typer.Option(
         help="How the prompt runs. \\[default: backbone; river with --policy always]",
         rich_help_panel=_POLICY,
+    ),
+]
+Mode = Annotated[
+    ModeName,
+    typer.Option(
+        help="river: tokens leave the backbone by the policy. lossless: the river drafts, the "
+        "backbone verifies, and every token is the backbone's.",
+        rich_help_panel=_LOSSLESS,
+    ),
+]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of every draft. \\[default: as many as are worth their time]",
+        rich_help_panel=_LOSSLESS,
+    ),
+]
+DraftExitLayer = Annotated[
+    int | None,
+    typer.Option(
+        help="Backbone layers that a drafted token runs. \\[default: what measures fastest]",
+        rich_help_panel=_LOSSLESS,
+    ),
+]
+DraftHead = Annotated[
+    DraftHeadBits | None,
+    typer.Option(
+        "--draft-lm-head-bits",
+        help="Of the LM head that drafts. \\[default: 8 on the native engine, 16 elsewhere]",
+        rich_help_panel=_LOSSLESS,
+    ),
+]
+Ngram = Annotated[
+    bool | None,
+    typer.Option(
+        "--ngram/--no-ngram",
+        help="Draft out of the text itself where it repeats. \\[default: ngram]",
+        rich_help_panel=_LOSSLESS,
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", rich_help_panel=_SAMPLING)]

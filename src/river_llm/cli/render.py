@@ -15,12 +15,16 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
-    from river_llm.generation import GenerationResult
+    from river_llm.generation import GenerationResponse, GenerationResult
+    from river_llm.lossless import LosslessStatistics, Origin
 
 # What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
 # that turn the direction of the text around them.
 _OBEYED = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _WITHOUT_OBEYED = dict.fromkeys(code for code in _OBEYED if chr(code) not in "\n\t")
+
+_NGRAM_STYLE = "#4aa3e6"
+_POSITIONS = 6  # of a draft that are shown
 
 stdout = Console(highlight=False, soft_wrap=True, markup=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -33,15 +37,40 @@ def exit_layer_style(exit_layer: int, num_layers: int) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def print_token(text: str, exit_layer: int, num_layers: int) -> None:
-    """A piece of the answer, at once: to a terminal in the colour of its exit layer and without
-    control characters, to a file as it is."""
+def print_token(text: str, exit_layer: int, num_layers: int, origin: Origin = "backbone") -> None:
+    """A piece of the answer, at once: to a terminal in the colour of its exit layer, in lossless
+    mode of what guessed it, and without control characters; to a file as it is."""
     if stdout.is_terminal:
         text = text.translate(_WITHOUT_OBEYED)
-        stdout.print(Text(text, exit_layer_style(exit_layer, num_layers), tab_size=8), end="")
+        style = _style(exit_layer, num_layers, origin)
+        stdout.print(Text(text, style, tab_size=8), end="")
     else:
         stdout.file.write(text)
     stdout.file.flush()
+
+
+def print_response(response: GenerationResponse, num_layers: int) -> None:
+    """The same, of a stream's next piece."""
+    print_token(response.text, response.exit_layer, num_layers, response.origin)
+
+
+def _style(exit_layer: int, num_layers: int, origin: Origin) -> str:
+    if origin == "ngram":
+        return _NGRAM_STYLE
+    return exit_layer_style(0 if origin == "river" else exit_layer, num_layers)
+
+
+def lossless_line(statistics: LosslessStatistics) -> str:
+    """One line about what drafting brought."""
+    if not statistics.verifications:
+        return "lossless: nothing was verified"
+    accepted = ", ".join(f"{share:.0%}" for share in statistics.acceptance_by_position[:_POSITIONS])
+    return (
+        f"lossless: {statistics.tokens_per_verification:.2f} tokens a verification, "
+        f"{statistics.draft_share:.0%} of the tokens drafted ({statistics.ngram_tokens} by the "
+        f"text itself), accepted by position: {accepted or 'no drafts'}; drafting "
+        f"{statistics.draft_seconds:.2f} s, verifying {statistics.verify_seconds:.2f} s"
+    )
 
 
 def statistics_line(result: GenerationResult) -> str:

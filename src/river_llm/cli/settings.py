@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.cli.options import PolicyName, PrefillName, QuantizerName
+from river_llm.cli.options import (
+    DraftHeadBits,
+    ModeName,
+    PolicyName,
+    PrefillName,
+    QuantizerName,
+)
 from river_llm.cli.usage import usage_error
-from river_llm.config import RiverConfig, SamplingConfig
+from river_llm.config import DraftConfig, Mode, RiverConfig, SamplingConfig
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +55,35 @@ def exit_policy(
             return ExitPolicy.fixed(exit_layer, **rules)
         tau = DEFAULT_THRESHOLD if threshold is None else threshold
         return ExitPolicy.similarity(tau, first_layer, **rules)
+    except ConfigError as error:
+        raise usage_error(str(error)) from error
+
+
+def decoding_mode(
+    mode: ModeName,
+    of_policy: Sequence[object],
+    tokens: int | None,
+    exit_layer: int | None,
+    lm_head_bits: DraftHeadBits | None,
+    ngram: bool | None,
+) -> tuple[Mode, DraftConfig | None]:
+    """The mode, and how lossless mode drafts.
+
+    Args:
+        of_policy: values of the options of the exit policy, None for those that weren't given.
+
+    Raises:
+        typer.Exit: an option is for the other mode, or out of its range.
+    """
+    if mode is ModeName.river:
+        if any(value is not None for value in (tokens, exit_layer, lm_head_bits, ngram)):
+            raise usage_error("the draft options go with --mode lossless")
+        return "river", None
+    if any(value is not None for value in of_policy):
+        raise usage_error("--mode lossless has no exit policy: every token is the backbone's")
+    bits = None if lm_head_bits is None else int(lm_head_bits.value)
+    try:
+        return "lossless", DraftConfig(tokens, exit_layer, bits, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
 

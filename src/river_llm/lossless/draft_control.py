@@ -13,6 +13,8 @@ n-gram drafts; seconds are measured.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +23,15 @@ from river_llm.engines.drafting import DraftRule
 MOST_DRAFTED = 12  # the tokens of one draft; with the token before them they are a small pass
 _MARGIN_PARTS = 10
 _MEMORY = 200.0  # trials that a chance remembers; the older half weighs less and less
+_KNOTS = (1, 2, 4, 6, 8, 12, 16, 32, 64)  # rows of a verification, and its time before it is known
+_FIRST_SHAPE = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.5, 7.0)
 _SLOW = 0.05  # weights of a new value in a running mean
 _QUICK = 0.15
+_SLOWEST = 0.01
+_USUAL = 3  # tokens of a draft, over which the price of a row is taken
 _FIRST_CHANCE = 0.6  # ends a draft as long as no time is measured
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # rounds without a draft, where drafts don't pay
+_SECOND_CHANCE = -0.1  # the value after a pause, which one good draft makes positive
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 64  # rounds without a draft, where drafts don't pay
 
 
 class Chances:
@@ -85,58 +92,72 @@ class Chances:
 
 
 class PassCost:
-    """Seconds of a verification by its rows, a straight line through what was measured."""
+    """Seconds of a verification by its rows: a scale, which follows the machine from pass to pass,
+    times a shape, which is 1 for one row and is learnt slowly."""
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5  # of weights, rows, rows squared, seconds, rows * seconds
+        self.scale = 0.0  # seconds of one row; 0 before the first pass
+        self._shape = list(_FIRST_SHAPE)
 
     def note(self, rows: int, seconds: float) -> None:
         """A pass over so many rows took so long."""
-        if self._sums[0] > 5:  # one that another process held up says nothing
-            seconds = min(seconds, 2 * self.seconds(rows))
-        new = (1.0, rows, rows * rows, seconds, rows * seconds)
-        self._sums = [(1 - _SLOW) * a + b for a, b in zip(self._sums, new, strict=True)]
+        if not self.scale:
+            self.scale = seconds / self._relative(rows)
+            return
+        seconds = min(seconds, 2 * self.seconds(rows))  # another process may have held it up
+        self.scale += _QUICK * (seconds / self._relative(rows) - self.scale)
+        low, share = self._between(rows)
+        error = seconds / self.scale - self._relative(rows)
+        for knot, weight in ((low, 1 - share), (low + 1, share)):
+            if 0 < knot < len(_KNOTS):
+                self._shape[knot] = max(1.0, self._shape[knot] + _SLOW * weight * error)
 
-    def to_list(self) -> list[float]:
-        """The sums, as plain JSON values."""
-        return self._sums
+    def seconds(self, rows: int) -> float:
+        """Of a pass over so many rows."""
+        return self.scale * self._relative(rows)
 
-    def restore(self, sums: Sequence[float]) -> None:
-        """The inverse of `to_list`.
+    def more_rows(self, count: int) -> float:
+        """Seconds that `count` rows take beyond one."""
+        return self.seconds(1 + count) - self.scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was learnt, as plain JSON values."""
+        return {"scale": self.scale, "shape": [round(value, 4) for value in self._shape]}
+
+    def restore(self, learnt: dict[str, Any]) -> None:
+        """The inverse of `to_dict`.
 
         Raises:
-            ValueError: these are no such sums.
+            KeyError, TypeError, ValueError: it is none.
         """
-        if len(sums) != len(self._sums) or not all(value >= 0 for value in sums):
+        scale, shape = float(learnt["scale"]), list(map(float, learnt["shape"]))
+        if len(shape) != len(_KNOTS) or shape[0] != 1 or not (scale >= 0 and min(shape) >= 1):
             raise ValueError("these are no times of verifications")
-        self._sums = list(map(float, sums))
+        self.scale, self._shape = scale, shape
 
-    @property
-    def slope(self) -> float:
-        """Seconds of one more row."""
-        weight, rows, squares, seconds, products = self._sums
-        spread = weight * squares - rows * rows
-        if spread <= 1e-6 * weight * squares:  # every pass had the same rows
-            return 0.03 * seconds / weight if weight else 0.0
-        return max(0.0, (weight * products - rows * seconds) / spread)
+    def _relative(self, rows: int) -> float:
+        low, share = self._between(rows)
+        high = min(low + 1, len(_KNOTS) - 1)
+        return self._shape[low] + share * (self._shape[high] - self._shape[low])
 
-    def seconds(self, rows: float) -> float:
-        """Of a pass over so many rows."""
-        weight, all_rows, _, seconds, _ = self._sums
-        if not weight:
-            return 0.0
-        return max(0.0, (seconds + self.slope * (rows * weight - all_rows)) / weight)
+    def _between(self, rows: int) -> tuple[int, float]:
+        """The knot below, and how far it is to the next; beyond the last knot the line goes on."""
+        low = min(bisect_right(_KNOTS, rows) - 1, len(_KNOTS) - 2)
+        return low, (rows - _KNOTS[low]) / (_KNOTS[low + 1] - _KNOTS[low])
 
 
 class Source:
     """One way to draft: whether it pays, and if not, when to try it again.
 
     Attributes:
-        value: tokens that one of its drafts brings beyond what its time is worth; a running mean.
+        value: tokens that one of its drafts brings beyond what its time is worth; a running mean
+            of the last few, by which it pauses.
+        worth: the same over many drafts, by which sources are compared.
     """
 
     def __init__(self) -> None:
-        self.value = 0.5
+        self.value = self.worth = 0.5
+        self._spread = 0.0  # running mean of squared deviations from the value
         self.drafts = 0
         self._pause = _FIRST_PAUSE
         self._waiting = 0
@@ -145,16 +166,21 @@ class Source:
         """Whether to draft in this round; to be asked once a round."""
         if self._waiting > 0:
             self._waiting -= 1
+            if self._waiting == 0:
+                self.value = max(self.value, _SECOND_CHANCE)
             return False
         return True
 
     def note(self, value: float) -> None:
         """A draft brought so much."""
         self.drafts += 1
+        self._spread += _QUICK * ((value - self.value) ** 2 - self._spread)
         self.value += _QUICK * (value - self.value)
+        self.worth += max(_SLOWEST, 1 / self.drafts) * (value - self.worth)
+        error = math.sqrt(self._spread * _QUICK / (2 - _QUICK))  # of the running mean
         if self.value > 0:
             self._pause = _FIRST_PAUSE
-        else:
+        elif self.value + error < 0:
             self._waiting = self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
@@ -169,10 +195,10 @@ class RiverSource(Source):
         self.chances = Chances([0.4 + 0.6 * middle for middle in middles])
         self.token_seconds = 0.0  # to draft one, a running mean
 
-    def rule(self, lm_head_bits: int, rate: float, row_seconds: float) -> DraftRule:
-        """When a draft ends, at `rate` tokens a second and so much time for a row to verify."""
+    def rule(self, lm_head_bits: int, rate: float, cost: PassCost) -> DraftRule:
+        """When a draft ends, at `rate` tokens a second."""
         if rate and self.token_seconds:
-            price = rate * (self.token_seconds + row_seconds)
+            price = rate * (self.token_seconds + cost.more_rows(_USUAL) / _USUAL)
             least = min(0.999, price / max(self.chances.mean(), 1e-3))
         else:
             least = _FIRST_CHANCE
@@ -197,6 +223,8 @@ class RiverSource(Source):
         """What was learnt, as plain JSON values."""
         return {
             "value": round(self.value, 3),
+            "worth": round(self.worth, 3),
+            "drafts": self.drafts,
             "token_seconds": round(self.token_seconds, 7),
             **self.chances.to_dict(),
         }
@@ -209,7 +237,8 @@ class RiverSource(Source):
         """
         self.chances.restore(learnt)
         self.token_seconds = max(0.0, float(learnt["token_seconds"]))
-        self.value = float(learnt["value"])
+        self.value, self.worth = float(learnt["value"]), float(learnt["worth"])
+        self.drafts = int(learnt["drafts"])
 
 
 class NgramSource:
@@ -218,22 +247,18 @@ class NgramSource:
     def __init__(self, longest_match: int) -> None:
         self.chances = Chances([min(0.9, 0.15 * length) for length in range(longest_match + 1)], 2)
 
-    def best_length(self, match: int, most: int, rate: float, row_seconds: float) -> int:
-        """How many tokens after a match of this length are worth a row each."""
-        chance = 1.0
-        for length in range(most):
-            chance *= self.chances.of(self._place(match, length))
-            if chance < rate * row_seconds:
-                return length
-        return most
-
-    def value(self, match: int, count: int, rate: float, row_seconds: float) -> float:
-        """Tokens that a draft of `count` tokens brings beyond what its time is worth."""
-        chance, value = 1.0, 0.0
-        for place in range(count):
-            chance *= self.chances.of(self._place(match, place))
-            value += chance - rate * row_seconds
-        return value
+    def best_length(self, match: int, most: int, rate: float, cost: PassCost) -> tuple[int, float]:
+        """The length at which a draft brings most tokens beyond what its time is worth, and how
+        many those are; (0, 0) where it brings none."""
+        best, best_value = 0, 0.0
+        chance, tokens = 1.0, 0.0
+        for length in range(1, most + 1):
+            chance *= self.chances.of(self._place(match, length - 1))
+            tokens += chance
+            value = tokens - rate * cost.more_rows(length)
+            if value > best_value:
+                best, best_value = length, value
+        return best, best_value
 
     def note(self, match: int, drafted: int, accepted: int) -> None:
         """The first `accepted` of so many drafted tokens were accepted, and no more."""

@@ -36,7 +36,7 @@ Origin = Literal["backbone", "river", "ngram"]
 
 _log = logging.getLogger(__name__)
 
-_TRIALS = 6  # drafts of each exit layer before the best one is chosen
+_TRIALS = 8  # drafts of each exit layer before the best one is chosen
 _TRIED_AGAIN = 48  # drafts after which another one has a turn
 _RATE_WEIGHT = 0.05  # of a round in the running mean of the speed
 
@@ -153,7 +153,6 @@ class LosslessDecoder:
     def _guess(self, growing: Sequence[bool]) -> list[_Guess]:
         """A draft for every answer that grows, as far as drafts are worth their time."""
         engine, fixed = self._engine, self.config.tokens
-        rate, row_seconds = self._rate, self._cost.slope
         most = [
             min(fixed or MOST_DRAFTED, answer.tokens_left - 1) if grows else 0
             for answer, grows in zip(self._answers, growing, strict=True)
@@ -162,22 +161,20 @@ class LosslessDecoder:
             free = engine.context_length - engine.length - 1
             most = [min(count, free) for count in most]
         river = self._choose_river()
-        river_is_due = fixed is not None or river.is_due()
         guesses = []
         for i, answer in enumerate(self._answers):
             guess = _Guess([])
             if self.config.ngram and most[i] > 0:
                 match, tokens = self._indexes[i].continuation(answer.token_ids, most[i])
                 if match:
-                    if fixed is None:
-                        count = self._ngrams.best_length(match, len(tokens), rate, row_seconds)
-                        tokens = tokens[:count]
-                    value = self._ngrams.value(match, len(tokens), rate, row_seconds)
-                    if tokens and value > (river.value if river_is_due else 0):
-                        guess = _Guess(tokens, match)
+                    count, value = self._ngrams.best_length(
+                        match, len(tokens), self._rate, self._cost
+                    )
+                    if value > (river.worth if river else 0):
+                        guess = _Guess(tokens if fixed else tokens[:count], match)
             guesses.append(guess)
         wanted = [0 if guess.tokens else count for guess, count in zip(guesses, most, strict=True)]
-        if river_is_due and any(count > 0 for count in wanted):
+        if river and any(count > 0 for count in wanted):
             for guess, draft in zip(guesses, self._draft(river, wanted), strict=True):
                 if draft.tokens:
                     guess.tokens, guess.margins, guess.river = draft.tokens, draft.margins, river
@@ -185,7 +182,7 @@ class LosslessDecoder:
 
     def _draft(self, river: RiverSource, most: list[int]) -> list[Draft]:
         if self.config.tokens is None:
-            rule = river.rule(self._head_bits, self._rate, self._cost.slope)
+            rule = river.rule(self._head_bits, self._rate, self._cost)
         else:
             rule = DraftRule(river.exit_layer, self._head_bits)
         choose = None
@@ -202,12 +199,18 @@ class LosslessDecoder:
         self._drafts += 1
         return drafts
 
-    def _choose_river(self) -> RiverSource:
-        """The exit layer whose drafts bring most; each has its trials, and others a turn."""
-        fewest = min(self._rivers, key=lambda river: river.drafts)
+    def _choose_river(self) -> RiverSource | None:
+        """The exit layer whose drafts bring most; each has its trials, and others a turn. None
+        while none pays."""
+        due = [river for river in self._rivers if river.is_due()]
+        if self.config.tokens is not None:
+            due = self._rivers
+        if not due:
+            return None
+        fewest = min(due, key=lambda river: river.drafts)
         if fewest.drafts < _TRIALS or self._drafts % _TRIED_AGAIN == _TRIED_AGAIN - 1:
             return fewest
-        return max(self._rivers, key=lambda river: river.value)
+        return max(due, key=lambda river: river.worth)
 
     # ---- verifying ----
 
@@ -249,15 +252,15 @@ class LosslessDecoder:
             if guess.match:
                 self._ngrams.note(guess.match, drafted, accepted)
             elif guess.river is not None:
-                price = guess.river.token_seconds + self._cost.slope
                 guess.river.note_margins(guess.margins, accepted)
-                guess.river.note(accepted - self._rate * price * drafted)
+                seconds = drafted * guess.river.token_seconds + self._cost.more_rows(drafted)
+                guess.river.note(accepted - self._rate * seconds)
 
     def learnt(self) -> dict[str, Any]:
         """What was learnt about drafts, as plain JSON values, for `restore` in another run."""
         return {
             "rate": round(self._rate, 3),
-            "verification": self._cost.to_list(),
+            "verification": self._cost.to_dict(),
             "ngrams": self._ngrams.chances.to_dict(),
             "rivers": {str(river.exit_layer): river.to_dict() for river in self._rivers},
         }

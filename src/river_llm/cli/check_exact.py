@@ -1,0 +1,175 @@
+"""`river-llm check-exact`: lossless mode beside the backbone, token for token."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from river_llm.cli import options
+from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.settings import decoding_mode, river_config, sampling_config
+from river_llm.cli.usage import usage_error
+
+if TYPE_CHECKING:
+    from river_llm.lossless.exactness import Difference, Exactness
+    from river_llm.river_lm import RiverLM
+    from river_llm.text import Prompt
+
+
+def check_exact(
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            help="One prompt a line; or .jsonl with objects that have messages, turns (the first "
+            "counts) or prompt.",
+        ),
+    ],
+    model: options.ModelArgument = "smollm2",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first so many prompts only.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 1,
+    river: options.RiverPath = None,
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    quantizer: options.Quantizer = options.QuantizerName.hqq,
+    draft_tokens: options.DraftTokens = None,
+    draft_exit_layer: options.DraftExitLayer = None,
+    draft_lm_head_bits: options.DraftHead = None,
+    ngram: options.Ngram = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give prompts to the model without chat template.")
+    ] = False,
+    json_output: options.Json = False,
+    engine: options.Engine = options.EngineName.auto,
+    backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
+    lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answer prompts by the backbone alone and in lossless mode, in turn: whether all tokens are
+    the same (else the exit code is 1), and how much faster lossless mode is."""
+    from river_llm.exit_policy import ExitPolicy
+
+    _, drafts = decoding_mode(
+        options.ModeName.lossless, (), draft_tokens, draft_exit_layer, draft_lm_head_bits, ngram
+    )
+    sampling = sampling_config(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, None
+    )
+    texts = read_prompts(prompts)[:limit]
+    lm = load(
+        LoadOptions(
+            model=model,
+            river=river_config(river, bits, group_size, quantizer),
+            policy=ExitPolicy.never(),
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            engine=engine,
+            backbone_bits=backbone_bits,
+            lm_head_bits=lm_head_bits,
+            mode=options.ModeName.lossless,
+        )
+    )
+    from river_llm.cli.render import LoadingProgress
+    from river_llm.lossless.exactness import check_exactness
+
+    with LoadingProgress("answering") as progress:
+        found = check_exactness(
+            lm,
+            texts,
+            raw=raw,
+            drafts=drafts,
+            batch_size=batch_size,
+            progress=progress.steps_done,
+            **asdict(sampling),
+        )
+    if json_output:
+        setting = {"model": model, "engine": lm.engine.name, "river": lm.river_config.to_dict()}
+        output = {**setting, "sampling": asdict(sampling), **asdict(found)}
+        print(json.dumps(output, ensure_ascii=False))
+    else:
+        _print(lm, found)
+    if found.differences:
+        sys.exit(1)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file.
+
+    Raises:
+        typer.Exit: it can't be read, or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise usage_error(f"{path} can't be read as text: {error}") from error
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise usage_error(f"{path} holds no prompt; put one on each line")
+    if path.suffix != ".jsonl":
+        return list(lines)
+    return [_prompt(line, f"{path}: object {number}") for number, line in enumerate(lines, 1)]
+
+
+def _prompt(line: str, name: str) -> Prompt:
+    try:
+        return _prompt_of(json.loads(line))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise usage_error(f"{name} is no prompt; give it messages, turns or prompt") from error
+
+
+def _prompt_of(entry: dict[str, Any]) -> Prompt:
+    if "messages" in entry:
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in entry["messages"]]
+    return str(entry["turns"][0] if "turns" in entry else entry["prompt"])
+
+
+def _print(lm: RiverLM, found: Exactness) -> None:
+    from river_llm.cli import render
+
+    for difference in found.differences:
+        render.stdout.print(_line(lm, difference))
+    same = found.prompts - len(found.differences)
+    quartiles = found.speed_up_quartiles
+    spread = f", quartiles {quartiles[0]:.2f} to {quartiles[-1]:.2f}" if quartiles else ""
+    render.stdout.print(
+        f"{same} of {found.prompts} prompts have the backbone's own tokens ({found.tokens} in all)"
+    )
+    render.stdout.print(
+        f"backbone {found.backbone_tokens_per_second:.1f} tokens/s, lossless "
+        f"{found.lossless_tokens_per_second:.1f}: {found.speed_up:.2f}x{spread}; "
+        f"{found.tokens_per_verification:.2f} tokens a verification, {found.draft_share:.0%} "
+        f"drafted ({found.ngram_share:.0%} by the text itself), {found.draft_time_share:.0%} of "
+        "the time in drafting"
+    )
+
+
+def _line(lm: RiverLM, difference: Difference) -> str:
+    def shown(token: int | None) -> str:
+        return "the end" if token is None else repr(lm.tokenizer.decode([token]))
+
+    line = (
+        f"prompt {difference.prompt + 1}, token {difference.place + 1}: the backbone has "
+        f"{shown(difference.backbone)}, lossless mode {shown(difference.lossless)}"
+    )
+    pairs = zip(difference.top_tokens, difference.top_logits, strict=True)
+    likeliest = ", ".join(f"{shown(token)} {logit:.4f}" for token, logit in pairs)
+    return f"{line}; likeliest there: {likeliest}" if likeliest else line
