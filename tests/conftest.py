@@ -14,6 +14,8 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from river_llm import RiverLM
+from river_llm.engines import StepResult
 from river_llm.loading import load_backbone
 
 # The workers, and the next run, read one copy of the default model in place of parsing its file.
@@ -70,3 +72,17 @@ def tiny_llama() -> PreTrainedModel:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def prefilled(lm: RiverLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each prefill of the test's `lm` ran since."""
+    counts: list[int] = []
+    prefill = lm.engine.prefill
+
+    def spy(token_ids: torch.Tensor, padding_mask: torch.Tensor | None = None) -> StepResult:
+        counts.append(token_ids.numel())
+        return prefill(token_ids, padding_mask)
+
+    monkeypatch.setattr(lm.engine, "prefill", spy)
+    return counts

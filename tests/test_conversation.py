@@ -9,7 +9,6 @@ from tiny_lm import interrupt_once, sharpened, tiny_lm
 from transformers import PreTrainedModel
 
 from river_llm import ConfigError, ContextFullError, Conversation, ExitPolicy, RiverLM
-from river_llm.engines import StepResult
 from river_llm.sampling import SamplingConfig
 from river_llm.text import Message, encode_prompt
 
@@ -21,20 +20,6 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 11
 def lm(tiny_llama: PreTrainedModel) -> RiverLM:
     """Float32, room for a few turns, some characters that end an answer."""
     return tiny_lm(sharpened(tiny_llama), context_length=256, stop_tokens=frozenset({50, 51}))
-
-
-@pytest.fixture
-def prefilled(lm: RiverLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each prefill since ran."""
-    counts: list[int] = []
-    prefill = lm.engine.prefill
-
-    def spy(token_ids: torch.Tensor, padding_mask: torch.Tensor | None = None) -> StepResult:
-        counts.append(token_ids.numel())
-        return prefill(token_ids, padding_mask)
-
-    monkeypatch.setattr(lm.engine, "prefill", spy)
-    return counts
 
 
 def test_turns_answer_as_the_whole_chat_at_once_would(lm: RiverLM) -> None:

@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
 LEARNT_NAME = "drafts.json"  # what lossless mode learns about drafts; goes where the river goes
+LEARNT_STAGING = ".drafts-"  # of what is being written there
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
@@ -268,8 +269,8 @@ def _replace(directory: Path, new: Path, replaced: Path) -> None:
 
 
 def _is_replaceable(directory: Path) -> bool:
-    return directory.is_dir() and {entry.name for entry in directory.iterdir()} <= {
-        MANIFEST_NAME,
-        TENSORS_NAME,
-        LEARNT_NAME,
-    }
+    return directory.is_dir() and all(
+        entry.name in (MANIFEST_NAME, TENSORS_NAME, LEARNT_NAME)
+        or entry.name.startswith(LEARNT_STAGING)
+        for entry in directory.iterdir()
+    )

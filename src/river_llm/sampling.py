@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -61,17 +63,18 @@ class Sampler:
     def choose(self, token_ids: list[int], logits: Tensor, place: int) -> int:
         """The token that follows `token_ids`, the answer's token number `place`, by its logits
         `[V]`. Places before one that was settled can't be asked for any more."""
-        return int(self._scores(token_ids, logits, place).argmax())
+        with _one_thread():
+            return int(self._scores(token_ids, logits, place).argmax())
 
     def choose_with_margin(
         self, token_ids: list[int], logits: Tensor, place: int
     ) -> tuple[int, float]:
         """The same token, and how far it is ahead of the second: 1 - (score of the second) /
         (score of the first), where a greedy score is the probability."""
-        scores = self._scores(token_ids, logits, place)
-        (first, second), tokens = scores.topk(2)
-        margin = 1 - float((second - first).exp() if self.is_greedy else second / first)
-        return int(tokens[0]), margin
+        with _one_thread():
+            (first, second), tokens = self._scores(token_ids, logits, place).topk(2)
+            margin = 1 - float((second - first).exp() if self.is_greedy else second / first)
+            return int(tokens[0]), margin
 
     def settle(self, places: int) -> None:
         """The first `places` tokens of the answer are chosen for good."""
@@ -85,7 +88,10 @@ class Sampler:
         logits = logits.float()
         if self._processors:
             seen = torch.tensor([token_ids], device=logits.device)
-            logits = self._processors(seen, logits.unsqueeze(0))[0]
+            logits = logits.unsqueeze(0)
+            for processor in self._processors:  # the list itself looks at each one's signature
+                logits = processor(seen, logits)
+            logits = logits[0]
         if self.is_greedy:
             return logits
         probabilities = logits.softmax(-1).cpu()
@@ -93,3 +99,15 @@ class Sampler:
             noise = self._random.standard_exponential(len(probabilities), dtype=np.float32)
             self._noise.append(torch.from_numpy(noise).clamp_(min=torch.finfo(torch.float32).tiny))
         return probabilities / self._noise[place - self._settled]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread: more gain nothing on one row of logits, and would go on spinning on
+    the cores that the native engine's next pass needs (that cost a fifth of the speed)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

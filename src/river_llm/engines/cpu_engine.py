@@ -332,6 +332,7 @@ class CpuEngine:
             return [Draft() for _ in token_ids]
         self._token_list(torch.tensor(token_ids))
         self._begin(batch, max(most), None)
+        self.prepare_drafts(rule.lm_head_bits)
         thresholds = list(ExitPolicy.fixed(rule.exit_layer).thresholds(self.num_layers))
         draft_head = rule.lm_head_bits != self.lm_head_bits
         if choose is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,8 +35,15 @@ class DraftRule:
 
     def chance(self, margin: float) -> float:
         """Of a token with this margin."""
-        place = int(margin * len(self.chances))
-        return self.chances[min(max(place, 0), len(self.chances) - 1)]
+        return self.chances[margin_class(margin, len(self.chances))]
+
+
+def margin_class(margin: float, parts: int) -> int:
+    """Into which of so many equal parts of [0, 1] a margin falls; one that is no number, into the
+    first."""
+    if math.isnan(margin):
+        return 0
+    return int(min(max(margin, 0.0) * parts, parts - 1))
 
 
 @dataclass(slots=True)

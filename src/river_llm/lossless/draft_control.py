@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from river_llm.engines.drafting import DraftRule
+from river_llm.engines.drafting import DraftRule, margin_class
 
 MOST_DRAFTED = 12  # the tokens of one draft; with the token before them they are a small pass
 _MARGIN_PARTS = 10
@@ -28,6 +28,7 @@ _FIRST_SHAPE = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.5, 7.0)
 _SLOW = 0.05  # weights of a new value in a running mean
 _QUICK = 0.15
 _SLOWEST = 0.01
+_LONGEST = 1e4  # seconds of a pass or a drafted token
 _USUAL = 3  # tokens of a draft, over which the price of a row is taken
 _FIRST_CHANCE = 0.6  # ends a draft as long as no time is measured
 _SECOND_CHANCE = -0.1  # the value after a pause, which one good draft makes positive
@@ -83,12 +84,13 @@ class Chances:
         Raises:
             ValueError: these are no such counts.
         """
-        tried, accepted = counts["tried"], counts["accepted"]
-        if not len(tried) == len(accepted) == len(self) or not all(
-            0 <= a <= t <= 2 * _MEMORY for a, t in zip(accepted, tried, strict=True)
+        tried = [number_within(value, 0, 2 * _MEMORY) for value in counts["tried"]]
+        accepted = [number_within(value, 0, 2 * _MEMORY) for value in counts["accepted"]]
+        if not len(tried) == len(accepted) == len(self) or any(
+            a > t for a, t in zip(accepted, tried, strict=True)
         ):
             raise ValueError("these are no counts of accepted drafts")
-        self.tried, self.accepted = list(map(float, tried)), list(map(float, accepted))
+        self.tried, self.accepted = tried, accepted
 
 
 class PassCost:
@@ -98,6 +100,7 @@ class PassCost:
     def __init__(self) -> None:
         self.scale = 0.0  # seconds of one row; 0 before the first pass
         self._shape = list(_FIRST_SHAPE)
+        self._seen = [0] * len(_KNOTS)
 
     def note(self, rows: int, seconds: float) -> None:
         """A pass over so many rows took so long."""
@@ -109,16 +112,18 @@ class PassCost:
         low, share = self._between(rows)
         error = seconds / self.scale - self._relative(rows)
         for knot, weight in ((low, 1 - share), (low + 1, share)):
-            if 0 < knot < len(_KNOTS):
-                self._shape[knot] = max(1.0, self._shape[knot] + _SLOW * weight * error)
+            if knot > 0 and weight > 0:
+                self._seen[knot] += 1
+                speed = max(_SLOW, 1 / self._seen[knot])
+                self._shape[knot] = max(1.0, self._shape[knot] + speed * weight * error)
 
     def seconds(self, rows: int) -> float:
         """Of a pass over so many rows."""
         return self.scale * self._relative(rows)
 
-    def more_rows(self, count: int) -> float:
-        """Seconds that `count` rows take beyond one."""
-        return self.seconds(1 + count) - self.scale
+    def more_rows(self, count: int, beside: int = 1) -> float:
+        """Seconds that `count` more rows take `beside` others."""
+        return self.seconds(beside + count) - self.seconds(beside)
 
     def to_dict(self) -> dict[str, Any]:
         """What was learnt, as plain JSON values."""
@@ -130,10 +135,12 @@ class PassCost:
         Raises:
             KeyError, TypeError, ValueError: it is none.
         """
-        scale, shape = float(learnt["scale"]), list(map(float, learnt["shape"]))
-        if len(shape) != len(_KNOTS) or shape[0] != 1 or not (scale >= 0 and min(shape) >= 1):
+        scale = number_within(learnt["scale"], 0, _LONGEST)
+        shape = [number_within(value, 1, 1e3) for value in learnt["shape"]]
+        if len(shape) != len(_KNOTS) or shape[0] != 1:
             raise ValueError("these are no times of verifications")
         self.scale, self._shape = scale, shape
+        self._seen = [round(1 / _SLOW)] * len(_KNOTS)
 
     def _relative(self, rows: int) -> float:
         low, share = self._between(rows)
@@ -195,10 +202,11 @@ class RiverSource(Source):
         self.chances = Chances([0.4 + 0.6 * middle for middle in middles])
         self.token_seconds = 0.0  # to draft one, a running mean
 
-    def rule(self, lm_head_bits: int, rate: float, cost: PassCost) -> DraftRule:
-        """When a draft ends, at `rate` tokens a second."""
+    def rule(self, lm_head_bits: int, rate: float, cost: PassCost, beside: int = 1) -> DraftRule:
+        """When a draft ends, at `rate` tokens a second, verified beside so many other rows."""
         if rate and self.token_seconds:
-            price = rate * (self.token_seconds + cost.more_rows(_USUAL) / _USUAL)
+            row_seconds = cost.more_rows(_USUAL, beside) / _USUAL
+            price = rate * (self.token_seconds + row_seconds)
             least = min(0.999, price / max(self.chances.mean(), 1e-3))
         else:
             least = _FIRST_CHANCE
@@ -207,8 +215,7 @@ class RiverSource(Source):
     def note_margins(self, margins: Sequence[float], accepted: int) -> None:
         """The first `accepted` of tokens with these margins were accepted, and no more."""
         for place, margin in enumerate(margins[: accepted + 1]):
-            part = min(max(int(margin * _MARGIN_PARTS), 0), _MARGIN_PARTS - 1)
-            self.chances.note(part, place < accepted)
+            self.chances.note(margin_class(margin, _MARGIN_PARTS), place < accepted)
 
     def note_time(self, tokens: int, seconds: float) -> None:
         """So many tokens took so long to draft."""
@@ -236,9 +243,10 @@ class RiverSource(Source):
             KeyError, TypeError, ValueError: it is none.
         """
         self.chances.restore(learnt)
-        self.token_seconds = max(0.0, float(learnt["token_seconds"]))
-        self.value, self.worth = float(learnt["value"]), float(learnt["worth"])
-        self.drafts = int(learnt["drafts"])
+        self.token_seconds = number_within(learnt["token_seconds"], 0, _LONGEST)
+        self.value = number_within(learnt["value"], -MOST_DRAFTED, MOST_DRAFTED)
+        self.worth = number_within(learnt["worth"], -MOST_DRAFTED, MOST_DRAFTED)
+        self.drafts = int(number_within(learnt["drafts"], 0, 1e12))
 
 
 class NgramSource:
@@ -247,7 +255,9 @@ class NgramSource:
     def __init__(self, longest_match: int) -> None:
         self.chances = Chances([min(0.9, 0.15 * length) for length in range(longest_match + 1)], 2)
 
-    def best_length(self, match: int, most: int, rate: float, cost: PassCost) -> tuple[int, float]:
+    def best_length(
+        self, match: int, most: int, rate: float, cost: PassCost, beside: int = 1
+    ) -> tuple[int, float]:
         """The length at which a draft brings most tokens beyond what its time is worth, and how
         many those are; (0, 0) where it brings none."""
         best, best_value = 0, 0.0
@@ -255,7 +265,7 @@ class NgramSource:
         for length in range(1, most + 1):
             chance *= self.chances.of(self._place(match, length - 1))
             tokens += chance
-            value = tokens - rate * cost.more_rows(length)
+            value = tokens - rate * cost.more_rows(length, beside)
             if value > best_value:
                 best, best_value = length, value
         return best, best_value
@@ -267,3 +277,10 @@ class NgramSource:
 
     def _place(self, match: int, place: int) -> int:
         return min(match + place, len(self.chances) - 1)
+
+
+def number_within(value: Any, least: float, most: float) -> float:
+    """A number out of a file, seen to be within its range, which NaN is not."""
+    if not least <= value <= most:
+        raise ValueError(f"{value!r} is not in [{least}, {most}]")
+    return float(value)

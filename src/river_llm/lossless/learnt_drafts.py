@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from river_llm.river import LEARNT_NAME
+from river_llm.river import LEARNT_NAME, LEARNT_STAGING, MANIFEST_NAME
 
 FORMAT_VERSION = 1
 
@@ -33,7 +34,7 @@ def write_learnt(directory: Path, key: str, learnt: dict[str, Any]) -> None:
     entries[key] = learnt
     text = json.dumps({"format_version": FORMAT_VERSION, "entries": entries}, indent=1) + "\n"
     try:
-        handle, name = tempfile.mkstemp(prefix=".drafts-", dir=directory)
+        handle, name = tempfile.mkstemp(prefix=LEARNT_STAGING, dir=directory)
     except OSError as error:
         _log.info("what was learnt about drafts can't be kept in %s: %s", directory, error)
         return
@@ -41,6 +42,8 @@ def write_learnt(directory: Path, key: str, learnt: dict[str, Any]) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as opened:
             opened.write(text)
+        with suppress(FileNotFoundError):  # the owner alone may read what mkstemp makes
+            staging.chmod((directory / MANIFEST_NAME).stat().st_mode)
         staging.replace(directory / LEARNT_NAME)
     except OSError as error:
         _log.info("what was learnt about drafts can't be kept in %s: %s", directory, error)

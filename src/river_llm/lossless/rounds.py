@@ -28,6 +28,7 @@ from river_llm.lossless.draft_control import (
     NgramSource,
     PassCost,
     RiverSource,
+    number_within,
 )
 from river_llm.lossless.ngram_drafts import LONGEST_MATCH, NgramIndex
 from river_llm.lossless.statistics import Counter, LosslessStatistics
@@ -87,10 +88,11 @@ class LosslessDecoder:
         self.begin([])
 
     def begin(self, answers: Sequence[Answer]) -> None:
-        """New answers, in the order of the engine's sequences."""
+        """New answers, in the order of the engine's sequences; their prompts are in its cache."""
         self._answers = list(answers)
         self._counters = [Counter() for _ in answers]
         self._indexes = [NgramIndex() for _ in answers]
+        self._cached = [len(answer.token_ids) for answer in answers]  # tokens in the engine's cache
         self._draft_seconds = self._verify_seconds = 0.0
 
     @property
@@ -116,6 +118,7 @@ class LosslessDecoder:
         """
         engine, answers = self._engine, self._answers
         growing = [answer.finish_reason is None for answer in answers]
+        self._forget_ended(growing)
         start = time.perf_counter()
         guesses = self._guess(growing)
         drafted_at = time.perf_counter()
@@ -136,6 +139,8 @@ class LosslessDecoder:
         rejected = [count - len(tokens) for count, tokens in zip(counts, verified, strict=True)]
         if any(rejected):
             engine.rewind(rejected)
+        for i, tokens in enumerate(verified):
+            self._cached[i] += len(tokens)
         end = time.perf_counter()
         self._draft_seconds += drafted_at - start
         self._verify_seconds += end - drafted_at
@@ -147,6 +152,15 @@ class LosslessDecoder:
             ]
             for guess, tokens in zip(guesses, verified, strict=True)
         ]
+
+    def _forget_ended(self, growing: Sequence[bool]) -> None:
+        """Leave one token of each answer that has ended: its length would bind the others."""
+        ended = [
+            0 if grows else cached - 1 for grows, cached in zip(growing, self._cached, strict=True)
+        ]
+        if any(ended):
+            self._engine.rewind(ended)
+            self._cached = [a - b for a, b in zip(self._cached, ended, strict=True)]
 
     # ---- guessing ----
 
@@ -168,21 +182,22 @@ class LosslessDecoder:
                 match, tokens = self._indexes[i].continuation(answer.token_ids, most[i])
                 if match:
                     count, value = self._ngrams.best_length(
-                        match, len(tokens), self._rate, self._cost
+                        match, len(tokens), self._rate, self._cost, sum(growing)
                     )
                     if value > (river.worth if river else 0):
                         guess = _Guess(tokens if fixed else tokens[:count], match)
             guesses.append(guess)
         wanted = [0 if guess.tokens else count for guess, count in zip(guesses, most, strict=True)]
         if river and any(count > 0 for count in wanted):
-            for guess, draft in zip(guesses, self._draft(river, wanted), strict=True):
+            drafts = self._draft(river, wanted, sum(growing))
+            for guess, draft in zip(guesses, drafts, strict=True):
                 if draft.tokens:
                     guess.tokens, guess.margins, guess.river = draft.tokens, draft.margins, river
         return guesses
 
-    def _draft(self, river: RiverSource, most: list[int]) -> list[Draft]:
+    def _draft(self, river: RiverSource, most: list[int], growing: int) -> list[Draft]:
         if self.config.tokens is None:
-            rule = river.rule(self._head_bits, self._rate, self._cost)
+            rule = river.rule(self._head_bits, self._rate, self._cost, growing)
         else:
             rule = DraftRule(river.exit_layer, self._head_bits)
         choose = None
@@ -253,7 +268,8 @@ class LosslessDecoder:
                 self._ngrams.note(guess.match, drafted, accepted)
             elif guess.river is not None:
                 guess.river.note_margins(guess.margins, accepted)
-                seconds = drafted * guess.river.token_seconds + self._cost.more_rows(drafted)
+                rows = self._cost.more_rows(drafted, sum(map(bool, counts)))
+                seconds = drafted * guess.river.token_seconds + rows
                 guess.river.note(accepted - self._rate * seconds)
 
     def learnt(self) -> dict[str, Any]:
@@ -267,15 +283,19 @@ class LosslessDecoder:
 
     def restore(self, learnt: dict[str, Any]) -> None:
         """Begin with what another run has learnt; what can't be read is left out."""
+        ngrams, cost = NgramSource(LONGEST_MATCH), PassCost()
+        rivers = [RiverSource(river.exit_layer) for river in self._rivers]
         try:
-            self._ngrams.chances.restore(learnt["ngrams"])
-            self._cost.restore(learnt["verification"])
-            self._rate = max(0.0, float(learnt["rate"]))
-            for river in self._rivers:
+            ngrams.chances.restore(learnt["ngrams"])
+            cost.restore(learnt["verification"])
+            rate = number_within(learnt["rate"], 0, 1e9)
+            for river in rivers:
                 if str(river.exit_layer) in learnt["rivers"]:
                     river.restore(learnt["rivers"][str(river.exit_layer)])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             _log.info("what was learnt about drafts is damaged and is learnt anew: %s", error)
+            return
+        self._ngrams, self._cost, self._rivers, self._rate = ngrams, cost, rivers, rate
 
 
 def _origin(guess: _Guess) -> Origin:
