@@ -421,7 +421,7 @@ class TestChances:
     )
     def test_refuse_what_are_no_counts(self, counts: dict[str, Any]) -> None:
         chances = Chances([0.5, 0.5])
-        with pytest.raises(ValueError, match="no counts|not in"):
+        with pytest.raises(ValueError, match=r"no counts|not in"):
             chances.restore(counts)
         assert chances.all() == (0.5, 0.5)
 

@@ -46,6 +46,12 @@ void threads_of_a_pass_take_no_memory();
 void passes_without_memory_change_nothing();
 void numbers_that_are_none_are_forgotten_with_their_tokens();
 
+// draft_test.cpp
+void drafts_are_single_steps();
+void drafts_leave_the_cache_as_it_was();
+void drafts_end_where_their_chance_falls();
+void wrong_drafts_are_refused();
+
 // team_test.cpp
 void what_is_written_before_a_barrier_is_seen_after();
 void runs_take_as_many_threads_as_they_are_told();

@@ -1,0 +1,113 @@
+// Drafts: what single steps give, and nothing left of them.
+#include <cmath>
+#include <stdexcept>
+
+#include "check.h"
+#include "tests.h"
+#include "tiny_decoder.h"
+
+namespace river::test {
+namespace {
+
+constexpr int kSequences = 3;
+const std::vector<Kind> kKinds = {{}, {16, 16, true}, {8, 8, false}};
+
+// Three sequences of different length.
+void fill(Subject& subject) {
+  subject.begin(kSequences);
+  for (int s = 0; s < kSequences; ++s) {
+    const std::vector<int> tokens = random_tokens(5 + 31 * s, 70 + static_cast<uint32_t>(s));
+    subject.run(tokens, std::vector<int>(tokens.size(), s), never());
+  }
+}
+
+Drafts drafts_of(std::vector<int> most) {
+  Drafts drafts;
+  drafts.sequences = {2, 0, 1};
+  drafts.tokens = {7, 8, 9};
+  drafts.most = std::move(most);
+  drafts.thresholds = always();
+  drafts.chances = {1.0f};
+  return drafts;
+}
+
+// 1 - p2 / p1 of the two largest logits.
+float margin(const std::vector<float>& logits, int best) {
+  float second = -INFINITY;
+  for (int i = 0; i < kVocabulary; ++i)
+    if (i != best) second = std::max(second, logits[static_cast<size_t>(i)]);
+  return 1 - std::exp(second - logits[static_cast<size_t>(best)]);
+}
+
+}  // namespace
+
+void drafts_are_single_steps() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    for (const Kind& kind : kKinds) {
+      Subject subject(kernels, 2, kind), steps(kernels, 1, kind);
+      fill(subject);
+      Drafts drafts = drafts_of({4, 1, 6});
+      subject.decoder.draft(drafts);
+      for (size_t i = 0; i < 3; ++i) {
+        fill(steps);
+        int token = drafts.tokens[i];
+        CHECK(drafts.drafted[i].size() == static_cast<size_t>(drafts.most[i]));
+        for (size_t place = 0; place < drafts.drafted[i].size(); ++place) {
+          const Result step = steps.run({token}, {drafts.sequences[i]}, always());
+          token = step.best_tokens[0];
+          CHECK(drafts.drafted[i][place] == token);
+          CHECK(std::abs(drafts.margins[i][place] - margin(step.logits, token)) < 1e-4f);
+        }
+      }
+    }
+  });
+}
+
+void drafts_leave_the_cache_as_it_was() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    Subject subject(kernels, 2, {16, 16, true}), other(kernels, 2, {16, 16, true});
+    fill(subject);
+    fill(other);
+    Drafts drafts = drafts_of({70, 3, 9});
+    subject.decoder.draft(drafts);
+    CHECK(subject.run({1, 2, 3}, {0, 1, 2}, never()) == other.run({1, 2, 3}, {0, 1, 2}, never()));
+  });
+}
+
+void drafts_end_where_their_chance_falls() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    Subject subject(kernels, 2);
+    fill(subject);
+    Drafts drafts = drafts_of({9, 9, 9});
+    drafts.chances = {0.5f};
+    drafts.least_chance = 0.2f;  // 0.5, 0.25, 0.125: the third is the last
+    subject.decoder.draft(drafts);
+    for (const auto& tokens : drafts.drafted) CHECK(tokens.size() == 3);
+  });
+}
+
+void wrong_drafts_are_refused() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    Subject subject(kernels, 1);
+    fill(subject);
+    const auto refused = [&](auto change) {
+      Drafts drafts = drafts_of({2, 2, 2});
+      change(drafts);
+      try {
+        subject.decoder.draft(drafts);
+      } catch (const std::invalid_argument&) {
+        return true;
+      }
+      return false;
+    };
+    CHECK(refused([](Drafts& d) { d.most = {2, 2}; }));
+    CHECK(refused([](Drafts& d) { d.most[1] = 0; }));
+    CHECK(refused([](Drafts& d) { d.chances.clear(); }));
+    CHECK(refused([](Drafts& d) { d.tokens[0] = kVocabulary; }));
+    CHECK(refused([](Drafts& d) { d.sequences[0] = kSequences; }));
+    CHECK(refused([](Drafts& d) { d.draft_head = true; }));
+    CHECK(!refused([](Drafts&) {}));
+  });
+}
+
+}  // namespace river::test
