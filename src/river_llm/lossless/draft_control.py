@@ -28,6 +28,7 @@ _FIRST_SHAPE = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.5, 7.0)
 _SLOW = 0.05  # weights of a new value in a running mean
 _QUICK = 0.15
 _SLOWEST = 0.01
+_ROUNDS = 30  # over which the rate is taken
 _LONGEST = 1e4  # seconds of a pass or a drafted token
 _USUAL = 3  # tokens of a draft, over which the price of a row is taken
 _FIRST_CHANCE = 0.6  # ends a draft as long as no time is measured
@@ -91,6 +92,30 @@ class Chances:
         ):
             raise ValueError("these are no counts of accepted drafts")
         self.tried, self.accepted = tried, accepted
+
+
+class Rate:
+    """Tokens a second of the last rounds: all their tokens over all their time, in which a quick
+    round counts for no more than its time."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        """`before` is that of an earlier run; 0 if there was none."""
+        self._before = before
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def value(self) -> float:
+        """0 before the first round."""
+        return self._tokens / self._seconds if self._seconds else self._before
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A round gave so many tokens."""
+        if not self._seconds and self._before:
+            self._seconds = _ROUNDS * seconds
+            self._tokens = self._before * self._seconds
+        kept = 1 - 1 / _ROUNDS
+        self._tokens = kept * self._tokens + tokens
+        self._seconds = kept * self._seconds + seconds
 
 
 class PassCost:

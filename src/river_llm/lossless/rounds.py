@@ -27,6 +27,7 @@ from river_llm.lossless.draft_control import (
     MOST_DRAFTED,
     NgramSource,
     PassCost,
+    Rate,
     RiverSource,
     number_within,
 )
@@ -39,7 +40,6 @@ _log = logging.getLogger(__name__)
 
 _TRIALS = 8  # drafts of each exit layer before the best one is chosen
 _TRIED_AGAIN = 48  # drafts after which another one has a turn
-_RATE_WEIGHT = 0.05  # of a round in the running mean of the speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class LosslessDecoder:
         self.config = config
         self._engine = engine
         self._cost = PassCost()
-        self._rate = 0.0  # tokens a second, a running mean
+        self._rate = Rate()
         self._ngrams = NgramSource(LONGEST_MATCH)
         config.check_layers(engine.num_layers)
         self._head_bits = config.lm_head_bits or engine.draft_head_bits[0]
@@ -182,7 +182,7 @@ class LosslessDecoder:
                 match, tokens = self._indexes[i].continuation(answer.token_ids, most[i])
                 if match:
                     count, value = self._ngrams.best_length(
-                        match, len(tokens), self._rate, self._cost, sum(growing)
+                        match, len(tokens), self._rate.value, self._cost, sum(growing)
                     )
                     if value > (river.worth if river else 0):
                         guess = _Guess(tokens if fixed else tokens[:count], match)
@@ -197,7 +197,7 @@ class LosslessDecoder:
 
     def _draft(self, river: RiverSource, most: list[int], growing: int) -> list[Draft]:
         if self.config.tokens is None:
-            rule = river.rule(self._head_bits, self._rate, self._cost, growing)
+            rule = river.rule(self._head_bits, self._rate.value, self._cost, growing)
         else:
             rule = DraftRule(river.exit_layer, self._head_bits)
         choose = None
@@ -256,9 +256,7 @@ class LosslessDecoder:
         verify_seconds: float,
     ) -> None:
         self._cost.note(sum(counts), verify_seconds)
-        tokens = sum(map(len, verified))
-        rate = tokens / (draft_seconds + verify_seconds)
-        self._rate += _RATE_WEIGHT * (rate - self._rate) if self._rate else rate
+        self._rate.note(sum(map(len, verified)), draft_seconds + verify_seconds)
         for i, (guess, kept) in enumerate(zip(guesses, verified, strict=True)):
             if not counts[i]:
                 continue
@@ -270,12 +268,12 @@ class LosslessDecoder:
                 guess.river.note_margins(guess.margins, accepted)
                 rows = self._cost.more_rows(drafted, sum(map(bool, counts)))
                 seconds = drafted * guess.river.token_seconds + rows
-                guess.river.note(accepted - self._rate * seconds)
+                guess.river.note(accepted - self._rate.value * seconds)
 
     def learnt(self) -> dict[str, Any]:
         """What was learnt about drafts, as plain JSON values, for `restore` in another run."""
         return {
-            "rate": round(self._rate, 3),
+            "rate": round(self._rate.value, 3),
             "verification": self._cost.to_dict(),
             "ngrams": self._ngrams.chances.to_dict(),
             "rivers": {str(river.exit_layer): river.to_dict() for river in self._rivers},
@@ -288,7 +286,7 @@ class LosslessDecoder:
         try:
             ngrams.chances.restore(learnt["ngrams"])
             cost.restore(learnt["verification"])
-            rate = number_within(learnt["rate"], 0, 1e9)
+            rate = Rate(number_within(learnt["rate"], 0, 1e9))
             for river in rivers:
                 if str(river.exit_layer) in learnt["rivers"]:
                     river.restore(learnt["rivers"][str(river.exit_layer)])
