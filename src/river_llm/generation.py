@@ -162,7 +162,7 @@ def generate_rows(
     step, prompt_tokens = _prefill(engine, answers, cached_tokens, lossless is not None)
     prefill_speed = prompt_tokens / (time.perf_counter() - start)
     if lossless is not None:
-        lossless.begin(answers)
+        lossless.begin(answers, stop_tokens)
 
     first_token_at = 0.0
     new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]

@@ -24,7 +24,7 @@ from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
 from river_llm.loading import DEFAULT_MODEL, load_backbone
-from river_llm.lossless import LosslessDecoder
+from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
@@ -277,6 +277,14 @@ class RiverLM:
             if len(text) > len(token_ids) and answer == self._answers:
                 self._cached_tokens = text[: self.engine.length]
                 self._keep_learnt(lossless)
+
+    def check_drafts(self, drafts: DraftConfig) -> None:
+        """See that the engine can draft so, without making what drafts need.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        check_drafts(self.engine, drafts)
 
     def _decoder(self, mode: Mode, drafts: DraftConfig | None) -> LosslessDecoder | None:
         """What runs lossless mode, with all that it has learnt so far.

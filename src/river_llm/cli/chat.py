@@ -85,7 +85,7 @@ def chat(
         engine=engine,
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
-        mode=mode,
+        drafts=drafts,
     )
     lm = load(loading)
     if not lm.tokenizer.chat_template:

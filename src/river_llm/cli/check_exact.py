@@ -14,6 +14,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.settings import decoding_mode, river_config, sampling_config
 from river_llm.cli.usage import usage_error
+from river_llm.errors import RiverError
 
 if TYPE_CHECKING:
     from river_llm.lossless.exactness import Difference, Exactness
@@ -85,25 +86,38 @@ def check_exact(
             engine=engine,
             backbone_bits=backbone_bits,
             lm_head_bits=lm_head_bits,
-            mode=options.ModeName.lossless,
+            drafts=drafts,
         )
     )
     from river_llm.cli.render import LoadingProgress
     from river_llm.lossless.exactness import check_exactness
 
-    with LoadingProgress("answering") as progress:
-        found = check_exactness(
-            lm,
-            texts,
-            raw=raw,
-            drafts=drafts,
-            batch_size=batch_size,
-            progress=progress.steps_done,
-            **asdict(sampling),
-        )
+    try:
+        with LoadingProgress("answering") as progress:
+            found = check_exactness(
+                lm,
+                texts,
+                raw=raw,
+                drafts=drafts,
+                batch_size=batch_size,
+                progress=progress.steps_done,
+                **asdict(sampling),
+            )
+    except KeyboardInterrupt:
+        raise RiverError("interrupted") from None
     if json_output:
-        setting = {"model": model, "engine": lm.engine.name, "river": lm.river_config.to_dict()}
-        output = {**setting, "sampling": asdict(sampling), **asdict(found)}
+        setting = {
+            "model": model,
+            "engine": lm.engine.name,
+            "dtype": dtype.value,
+            "backbone_bits": int(backbone_bits.value),
+            "lm_head_bits": int(lm_head_bits.value),
+            "river": lm.river_config.to_dict(),
+            "drafts": None if drafts is None else asdict(drafts),
+            "batch_size": batch_size,
+            "sampling": asdict(sampling),
+        }
+        output = {**setting, **asdict(found)}
         print(json.dumps(output, ensure_ascii=False))
     else:
         _print(lm, found)
@@ -118,7 +132,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         typer.Exit: it can't be read, or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
         raise usage_error(f"{path} can't be read as text: {error}") from error
     lines = [line for line in lines if line.strip()]
@@ -132,14 +146,28 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt(line: str, name: str) -> Prompt:
     try:
         return _prompt_of(json.loads(line))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise usage_error(f"{name} is no prompt; give it messages, turns or prompt") from error
 
 
 def _prompt_of(entry: dict[str, Any]) -> Prompt:
     if "messages" in entry:
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in entry["messages"]]
-    return str(entry["turns"][0] if "turns" in entry else entry["prompt"])
+        messages = [
+            {"role": _text(message["role"]), "content": _text(message["content"])}
+            for message in entry["messages"]
+        ]
+        if not messages:
+            raise ValueError("no message")
+        return messages
+    if "turns" in entry and not isinstance(entry["turns"], list):
+        raise TypeError("turns are a list")
+    return _text(entry["turns"][0] if "turns" in entry else entry["prompt"])
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError("no text")
+    return value
 
 
 def _print(lm: RiverLM, found: Exactness) -> None:

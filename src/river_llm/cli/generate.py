@@ -80,12 +80,12 @@ def generate(
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
-    if prompt == "-":
-        prompt = read_stdin()
-    if compare and mode is options.ModeName.lossless:
+    if compare and drafts is not None:
         raise usage_error(
             "--compare goes with --mode river; river-llm check-exact compares lossless"
         )
+    if prompt == "-":
+        prompt = read_stdin()
     check_text("the prompt", prompt)
     if not prompt.strip():
         raise usage_error("the prompt is empty; give some text, or - to read it from stdin")
@@ -103,7 +103,7 @@ def generate(
         engine=engine,
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
-        mode=mode,
+        drafts=drafts,
     )
     _answer(load(loading), prompt, raw, sampling, decoding, drafts, compare, json_output)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_llm.cli.imports import import_libraries
-from river_llm.cli.options import DtypeName, EngineName, ModeName, WeightBits
-from river_llm.config import RiverConfig
+from river_llm.cli.options import DtypeName, EngineName, WeightBits
+from river_llm.config import DraftConfig, RiverConfig
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class LoadOptions:
         device: by default CUDA where there is one.
         threads: that compute on a CPU; by default all.
         trust_remote_code: run code that comes with the model.
-        engine, backbone_bits, lm_head_bits, mode: what computes, for `load`.
+        engine, backbone_bits, lm_head_bits: what computes, for `load`.
+        drafts: how lossless mode drafts; None in river mode.
     """
 
     model: str
@@ -46,7 +47,7 @@ class LoadOptions:
     engine: EngineName = EngineName.auto
     backbone_bits: WeightBits = WeightBits.sixteen
     lm_head_bits: WeightBits = WeightBits.sixteen
-    mode: ModeName = ModeName.river
+    drafts: DraftConfig | None = None
 
 
 def load(options: LoadOptions) -> RiverLM:
@@ -74,6 +75,8 @@ def load(options: LoadOptions) -> RiverLM:
             trust_remote_code=options.trust_remote_code,
             progress=progress.layers_built,
         )
+    if options.drafts is not None:
+        lm.check_drafts(options.drafts)
     notes = []
     if lm.fallback_reason is not None:
         notes.append(f"PyTorch computes: {lm.fallback_reason}")
@@ -81,7 +84,7 @@ def load(options: LoadOptions) -> RiverLM:
         if bits is WeightBits.eight:
             notes.append(f"the {name} is in 8 bits: its answers are not exactly the model's")
     is_rounded = lm.engine.name == "torch" and options.dtype is not DtypeName.float32
-    if options.mode is ModeName.lossless and is_rounded:
+    if options.drafts is not None and is_rounded:
         notes.append(
             f"PyTorch in {options.dtype.value} rounds a pass over several tokens otherwise than "
             "single steps: where two tokens are nearly equal, the other one may be taken"

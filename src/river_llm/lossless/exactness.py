@@ -183,7 +183,7 @@ class _Tally:
             lossless_tokens_per_second=speeds[1],
             speed_up=speeds[1] / speeds[0] if speeds[0] else 0.0,
             speed_up_quartiles=tuple(
-                statistics.quantiles(self._ratios) if several else self._ratios
+                statistics.quantiles(self._ratios, method="inclusive") if several else self._ratios
             ),
             tokens_per_verification=self._tokens[1] / max(1, self._verifications),
             draft_share=self._accepted / decoded,

@@ -60,6 +60,21 @@ class _Guess:
     margins: Sequence[float] = ()
 
 
+def check_drafts(engine: Engine, config: DraftConfig) -> None:
+    """See that an engine can draft so.
+
+    Raises:
+        ConfigError: the model has fewer layers, or the engine no LM head of that width.
+    """
+    config.check_layers(engine.num_layers)
+    widths = engine.draft_head_bits
+    if config.lm_head_bits is not None and config.lm_head_bits not in widths:
+        raise ConfigError(
+            f"the {engine.name} engine has no LM head of {config.lm_head_bits} bits for drafts; "
+            f"choose {' or '.join(map(str, widths))}"
+        )
+
+
 class LosslessDecoder:
     """Runs the rounds, and keeps what it learns about drafts from one answer to the next."""
 
@@ -70,13 +85,8 @@ class LosslessDecoder:
         self._cost = PassCost()
         self._rate = Rate()
         self._ngrams = NgramSource(LONGEST_MATCH)
-        config.check_layers(engine.num_layers)
+        check_drafts(engine, config)
         self._head_bits = config.lm_head_bits or engine.draft_head_bits[0]
-        if self._head_bits not in engine.draft_head_bits:
-            raise ConfigError(
-                f"the {engine.name} engine has no LM head of {self._head_bits} bits for drafts; "
-                f"choose {' or '.join(map(str, engine.draft_head_bits))}"
-            )
         engine.prepare_drafts(self._head_bits)
         layers = (
             sorted({0, round(engine.num_layers / 10)})
@@ -87,8 +97,10 @@ class LosslessDecoder:
         self._drafts = 0
         self.begin([])
 
-    def begin(self, answers: Sequence[Answer]) -> None:
-        """New answers, in the order of the engine's sequences; their prompts are in its cache."""
+    def begin(self, answers: Sequence[Answer], stop_tokens: frozenset[int] = frozenset()) -> None:
+        """New answers, in the order of the engine's sequences; their prompts are in its cache.
+        `stop_tokens` end an answer."""
+        self._stop_tokens = stop_tokens
         self._answers = list(answers)
         self._counters = [Counter() for _ in answers]
         self._indexes = [NgramIndex() for _ in answers]
@@ -136,22 +148,25 @@ class LosslessDecoder:
             self._accept(i, result, guesses[i].tokens) if growing[i] else []
             for i in range(len(answers))
         ]
-        rejected = [count - len(tokens) for count, tokens in zip(counts, verified, strict=True)]
+        kept = [self._up_to_stop(tokens) for tokens in verified]
+        rejected = [count - len(tokens) for count, tokens in zip(counts, kept, strict=True)]
         if any(rejected):
             engine.rewind(rejected)
-        for i, tokens in enumerate(verified):
+        for i, tokens in enumerate(kept):
             self._cached[i] += len(tokens)
         end = time.perf_counter()
         self._draft_seconds += drafted_at - start
         self._verify_seconds += end - drafted_at
-        self._learn(guesses, counts, verified, drafted_at - start, end - drafted_at)
-        return [
-            [
-                VerifiedToken(token, _origin(guess) if place < len(tokens) - 1 else "backbone")
-                for place, token in enumerate(tokens)
-            ]
-            for guess, tokens in zip(guesses, verified, strict=True)
-        ]
+        agreed = [max(0, len(tokens) - 1) for tokens in verified]  # drafted tokens that are right
+        self._learn(guesses, counts, agreed, drafted_at - start, end - drafted_at)
+        new = []
+        for i, (guess, tokens) in enumerate(zip(guesses, kept, strict=True)):
+            if tokens:
+                accepted = min(agreed[i], len(tokens))
+                self._counters[i].note(len(guess.tokens), accepted, len(tokens), guess.match > 0)
+            origins = [_origin(guess)] * agreed[i] + ["backbone"]
+            new.append([VerifiedToken(*pair) for pair in zip(tokens, origins, strict=False)])
+        return new
 
     def _forget_ended(self, growing: Sequence[bool]) -> None:
         """Leave one token of each answer that has ended: its length would bind the others."""
@@ -245,28 +260,33 @@ class LosslessDecoder:
                 break
         return tokens
 
+    def _up_to_stop(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first that ends the answer."""
+        for place, token in enumerate(tokens):
+            if token in self._stop_tokens:
+                return tokens[: place + 1]
+        return tokens
+
     # ---- learning ----
 
     def _learn(
         self,
         guesses: Sequence[_Guess],
         counts: Sequence[int],
-        verified: Sequence[Sequence[int]],
+        agreed: Sequence[int],
         draft_seconds: float,
         verify_seconds: float,
     ) -> None:
         self._cost.note(sum(counts), verify_seconds)
-        self._rate.note(sum(map(len, verified)), draft_seconds + verify_seconds)
-        for i, (guess, kept) in enumerate(zip(guesses, verified, strict=True)):
-            if not counts[i]:
-                continue
-            drafted, accepted = len(guess.tokens), len(kept) - 1
-            self._counters[i].note(drafted, accepted, guess.match > 0)
+        growing = sum(map(bool, counts))
+        self._rate.note(sum(agreed) + growing, draft_seconds + verify_seconds)
+        for guess, accepted in zip(guesses, agreed, strict=True):
+            drafted = len(guess.tokens)
             if guess.match:
                 self._ngrams.note(guess.match, drafted, accepted)
             elif guess.river is not None:
                 guess.river.note_margins(guess.margins, accepted)
-                rows = self._cost.more_rows(drafted, sum(map(bool, counts)))
+                rows = self._cost.more_rows(drafted, growing)
                 seconds = drafted * guess.river.token_seconds + rows
                 guess.river.note(accepted - self._rate.value * seconds)
 
@@ -297,4 +317,5 @@ class LosslessDecoder:
 
 
 def _origin(guess: _Guess) -> Origin:
+    """What the drafted tokens came from."""
     return "ngram" if guess.match else "river"

@@ -42,10 +42,11 @@ class Counter:
         self._drafted: list[int] = []  # drafts that had a token there
         self._accepted: list[int] = []
 
-    def note(self, drafted: int, accepted: int, is_ngram: bool) -> None:
-        """A verification accepted so many of the drafted tokens, and gave one token more."""
+    def note(self, drafted: int, accepted: int, tokens: int, is_ngram: bool) -> None:
+        """A verification accepted so many of the drafted tokens, and gave so many tokens in all:
+        one more, unless the answer ended before."""
         self._verifications += 1
-        self._tokens += accepted + 1
+        self._tokens += tokens
         self._ngram_tokens += accepted if is_ngram else 0
         while len(self._drafted) < drafted:
             self._drafted.append(0)
