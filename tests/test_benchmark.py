@@ -56,6 +56,9 @@ class FakeEngine:
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
         raise NotImplementedError
 
+    def most_verified(self) -> int | None:
+        raise NotImplementedError
+
     def prepare_drafts(self, lm_head_bits: int) -> None:
         raise NotImplementedError
 

@@ -49,6 +49,16 @@ def test_a_row_of_a_batch_draws_as_a_prompt_alone_with_the_next_seed() -> None:
     assert draws(7, row=0) != draws(7, row=1)
 
 
+def test_a_token_of_no_weight_is_never_taken() -> None:
+    """Over a vocabulary of usual size, whose 49,151 other tokens together weigh 2e-13."""
+    logits = torch.full((49152,), -40.0)
+    logits[7] = 0
+    sampler = Sampler(SamplingConfig(temperature=1.0, seed=0))
+    for place in range(1500):
+        assert sampler.choose([0], logits, place) == 7
+        sampler.settle(place + 1)
+
+
 @given(logits=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20, unique=True))
 def test_greedy_takes_the_likeliest_whatever_the_other_settings(logits: list[float]) -> None:
     config = SamplingConfig(temperature=0, top_k=3, top_p=0.4, min_p=0.1, seed=1)

@@ -96,8 +96,9 @@ class Sampler:
             return logits
         probabilities = logits.softmax(-1).cpu()
         while len(self._noise) <= place - self._settled:
-            noise = self._random.standard_exponential(len(probabilities), dtype=np.float32)
-            self._noise.append(torch.from_numpy(noise).clamp_(min=torch.finfo(torch.float32).tiny))
+            # in float64: NumPy's float32 variates are 0 once in 2**23 times, which would be chosen
+            noise = self._random.standard_exponential(len(probabilities))
+            self._noise.append(torch.from_numpy(noise).float())
         return probabilities / self._noise[place - self._settled]
 
 

@@ -24,6 +24,7 @@ from river_llm.engines.llama_family import (
     query_scales,
     rotary_angles,
     rotary_layer_types,
+    rows_like_single_steps,
 )
 from river_llm.engines.weight_packer import (
     WeightPacker,
@@ -303,6 +304,9 @@ class CpuEngine:
                 shape=(batch, num_tokens),
                 places=places,
             )
+
+    def most_verified(self) -> int | None:
+        return rows_like_single_steps(self._model, self._length)
 
     @_in_turn
     def prepare_drafts(self, lm_head_bits: int) -> None:

@@ -114,6 +114,11 @@ class Engine(Protocol):
         """
         ...
 
+    def most_verified(self) -> int | None:
+        """How many tokens `verify` may append to each sequence now so that they are what single
+        steps give, 1 at least; None: any number that fits."""
+        ...
+
     def prepare_drafts(self, lm_head_bits: int) -> None:
         """Make what drafts with an LM head of this width need, where it isn't there yet."""
         ...

@@ -148,6 +148,24 @@ def longrope_limit(model: PreTrainedModel) -> int | None:
     return int(parameters["original_max_position_embeddings"])
 
 
+def rows_like_single_steps(model: PreTrainedModel, length: int) -> int | None:
+    """How many tokens after `length` can run in one pass with the rotary angles that single steps
+    would give them, 1 at least; None: any number.
+
+    Angles that depend on the length (longrope, dynamic NTK scaling) are, for all tokens of a pass,
+    those of its last one.
+    """
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type")
+    if kind == "dynamic":
+        limit = int(model.config.max_position_embeddings)
+        return max(1, limit - length)
+    limit_of_short = longrope_limit(model)
+    if limit_of_short is None or length >= limit_of_short:
+        return None
+    return limit_of_short - length
+
+
 def query_scales(model: PreTrainedModel, positions: int) -> Tensor | None:
     """What queries are multiplied with by position, float32 `[positions]`; None: nothing.
 

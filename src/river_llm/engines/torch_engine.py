@@ -19,6 +19,7 @@ from river_llm.engines.drafting import (
     likeliest_with_margin,
 )
 from river_llm.engines.engine import StepResult
+from river_llm.engines.llama_family import rows_like_single_steps
 from river_llm.errors import ContextFullError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
@@ -84,6 +85,9 @@ class TorchEngine:
         if counts is not None:
             self.rewind([token_ids.shape[1] - count for count in counts])
         return result
+
+    def most_verified(self) -> int | None:
+        return rows_like_single_steps(self.model, self._length)
 
     def prepare_drafts(self, lm_head_bits: int) -> None:
         del lm_head_bits

@@ -141,6 +141,7 @@ class PassCost:
                 self._seen[knot] += 1
                 speed = max(_SLOW, 1 / self._seen[knot])
                 self._shape[knot] = max(1.0, self._shape[knot] + speed * weight * error)
+                self._keep_rising(knot)
 
     def seconds(self, rows: int) -> float:
         """Of a pass over so many rows."""
@@ -167,6 +168,12 @@ class PassCost:
         self.scale, self._shape = scale, shape
         self._seen = [round(1 / _SLOW)] * len(_KNOTS)
 
+    def _keep_rising(self, knot: int) -> None:
+        """More rows never take less time: what others say gives way to what was just measured."""
+        value = self._shape[knot]
+        self._shape[:knot] = [min(before, value) for before in self._shape[:knot]]
+        self._shape[knot:] = [max(after, value) for after in self._shape[knot:]]
+
     def _relative(self, rows: int) -> float:
         low, share = self._between(rows)
         high = min(low + 1, len(_KNOTS) - 1)
@@ -188,7 +195,7 @@ class Source:
     """
 
     def __init__(self) -> None:
-        self.value = self.worth = 0.5
+        self.value = self.worth = 0.1
         self._spread = 0.0  # running mean of squared deviations from the value
         self.drafts = 0
         self._pause = _FIRST_PAUSE

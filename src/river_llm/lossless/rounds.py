@@ -189,6 +189,9 @@ class LosslessDecoder:
         if engine.context_length is not None:
             free = engine.context_length - engine.length - 1
             most = [min(count, free) for count in most]
+        exact = engine.most_verified()
+        if exact is not None:
+            most = [min(count, exact - 1) for count in most]
         river = self._choose_river()
         guesses = []
         for i, answer in enumerate(self._answers):
@@ -238,6 +241,8 @@ class LosslessDecoder:
         if not due:
             return None
         fewest = min(due, key=lambda river: river.drafts)
+        if self._rivers[0].drafts < _TRIALS and self._rivers[0] in due:
+            return self._rivers[0]  # others are tried where the first one pays
         if fewest.drafts < _TRIALS or self._drafts % _TRIED_AGAIN == _TRIED_AGAIN - 1:
             return fewest
         return max(due, key=lambda river: river.worth)
