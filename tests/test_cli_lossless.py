@@ -421,6 +421,7 @@ class TestWrongUsage:
             "--exit-layer 2",
             "--exit-layer 0",
             "--prefill backbone",
+            "--first-layer 3",
         ],
     )
     def test_an_exit_policy_in_lossless_mode(self, command: list[str], options: str) -> None:

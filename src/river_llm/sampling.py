@@ -42,7 +42,8 @@ class Sampler:
         self._noise: deque[Tensor] = deque()  # of the places from `_settled` on
         self._settled = 0
         self._processors = LogitsProcessorList()
-        if config.repetition_penalty != 1:
+        self._reads_text = config.repetition_penalty != 1
+        if self._reads_text:
             self._processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
         if self.is_greedy:
             return
@@ -87,7 +88,9 @@ class Sampler:
         """Of every token `[V]`: the largest is chosen. Logarithms if greedy."""
         logits = logits.float()
         if self._processors:
-            seen = torch.tensor([token_ids], device=logits.device)
+            # only the penalty looks at the text, and a long one takes its time to copy
+            text = token_ids if self._reads_text else []
+            seen = torch.tensor([text], dtype=torch.long, device=logits.device)
             logits = logits.unsqueeze(0)
             for processor in self._processors:  # the list itself looks at each one's signature
                 logits = processor(seen, logits)

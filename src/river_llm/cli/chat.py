@@ -64,7 +64,7 @@ def chat(
         check_text("--system", system)
     decoding, drafts = decoding_mode(
         mode,
-        (policy, threshold, exit_layer, prefill),
+        (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer),
         draft_tokens,
         draft_exit_layer,
         draft_lm_head_bits,

@@ -73,7 +73,7 @@ def generate(
     lossless mode of what guessed it: green the river, blue the text itself, red nothing."""
     decoding, drafts = decoding_mode(
         mode,
-        (policy, threshold, exit_layer, prefill),
+        (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer),
         draft_tokens,
         draft_exit_layer,
         draft_lm_head_bits,

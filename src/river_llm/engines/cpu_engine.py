@@ -350,7 +350,6 @@ class CpuEngine:
                     rule.least_chance,
                     draft_head,
                 )
-            self._passes += 1  # the logits of the pass before are gone
             drafts = [Draft() for _ in token_ids]
             for sequence, row, row_margins in zip(going, drafted, margins, strict=True):
                 drafts[sequence] = Draft(row, row_margins)
