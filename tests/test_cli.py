@@ -172,7 +172,9 @@ def test_policy_options_say_where_tokens_leave(
 
 def test_sampling_options_reach_the_sampler(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[SamplingConfig] = []
-    monkeypatch.setattr(RiverLM, "stream_tokens", lambda lm, ids, sampling: seen.append(sampling))
+    monkeypatch.setattr(
+        RiverLM, "stream_tokens", lambda lm, ids, sampling, **_: seen.append(sampling)
+    )
     options = "-n 3 --temperature 0.7 --top-p 0.8 --top-k 40 --min-p 0.05 --seed 9"
     others = "--repetition-penalty 1.2 --stop one --stop two"
     run("generate", PROMPT, "-m", model, *options.split(), *others.split())

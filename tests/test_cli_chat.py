@@ -172,7 +172,7 @@ class TestCtrlC:
         assert stderr == b""
         output = Outcome(process.returncode, stdout.decode(), "").json
         assert output["finish_reason"] == "interrupted"
-        assert 6 <= len(output["tokens"]) == len(output["exit_layers"]) < 50_000
+        assert 5 <= len(output["tokens"]) == len(output["exit_layers"]) < 50_000
         assert set(output["exit_layers"][1:]) == {1}
         assert output["text"]
 
