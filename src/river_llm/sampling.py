@@ -108,7 +108,7 @@ class Sampler:
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """PyTorch on one thread: more gain nothing on one row of logits, and would go on spinning on
-    the cores that the native engine's next pass needs (that cost a fifth of the speed)."""
+    the cores that the native engine's next pass needs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
