@@ -21,12 +21,13 @@ struct Pass {
   std::vector<int> logit_rows;      // rows that go through the LM head
   bool record_similarities = false;
   bool draft_head = false;   // logits of the drafts' LM head
+  int head_tokens = 0;       // logits of the vocabulary's first so many tokens only; 0: of all
   bool rank_second = false;  // margins are wanted
 
   // results
   std::vector<int> exit_layers;     // how many backbone layers a row ran
   std::vector<float> similarities;  // [L][rows], NaN where a row had left; empty unless recorded
-  std::vector<float> logits;        // [logit rows][logit_stride]
+  std::vector<float> logits;        // [logit rows][logit_stride], head_tokens of them
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
   std::vector<int> best_tokens;     // [logit rows] the first token of the largest logit
   std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two likeliest; if ranked
@@ -40,8 +41,12 @@ struct Drafts {
   std::vector<int> most;          // tokens to draft at most, 1 or more
   std::vector<float> thresholds;  // [L] as of a Pass
   std::vector<float> chances;     // that a token is accepted, by its margin in equal parts of [0, 1]
-  float least_chance = 0;         // a draft ends where the product of its chances falls below
+  // A draft ends where the product of its chances falls below: the entry [n - 1] counts while n
+  // sequences draft, the last one for more. Not by sequence.
+  std::vector<float> least_chances;
+  std::vector<int> stop_tokens;  // end a draft; not by sequence
   bool draft_head = false;
+  int head_tokens = 0;  // as of a Pass
 
   // results, each as long as the draft
   std::vector<std::vector<int>> drafted;

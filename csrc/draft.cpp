@@ -36,7 +36,8 @@ void Decoder::draft(Drafts& drafts) {
   const size_t count = drafts.sequences.size();
   if (drafts.tokens.size() != count || drafts.most.size() != count)
     throw std::invalid_argument("give a token and a length for each sequence");
-  if (drafts.chances.empty()) throw std::invalid_argument("there are no chances");
+  if (drafts.chances.empty() || drafts.least_chances.empty())
+    throw std::invalid_argument("there are no chances");
   for (const int most : drafts.most)
     if (most < 1) throw std::invalid_argument("a draft has a token or more");
   drafts.drafted.assign(count, {});
@@ -48,7 +49,12 @@ void Decoder::draft(Drafts& drafts) {
   Pass& pass = draft_pass_;
   pass.thresholds = drafts.thresholds;
   pass.draft_head = drafts.draft_head;
+  pass.head_tokens = drafts.head_tokens;
   pass.rank_second = true;
+  const auto ends_answer = [&](int token) {
+    return std::find(drafts.stop_tokens.begin(), drafts.stop_tokens.end(), token) !=
+           drafts.stop_tokens.end();
+  };
   while (!going.empty()) {
     pass.tokens.clear();
     pass.sequences.clear();
@@ -65,9 +71,11 @@ void Decoder::draft(Drafts& drafts) {
       drafts.margins[i].push_back(pass.margins[row]);
       product[i] *= chance(drafts.chances, pass.margins[row]);
     }
+    const float least =
+        drafts.least_chances[std::min(going.size(), drafts.least_chances.size()) - 1];
     std::erase_if(going, [&](size_t i) {
       return drafts.drafted[i].size() >= static_cast<size_t>(drafts.most[i]) ||
-             product[i] < drafts.least_chance;
+             product[i] < least || ends_answer(drafts.drafted[i].back());
     });
   }
 }

@@ -228,7 +228,7 @@ void Engine::set_query_scales(const FloatVector& scales) {
 nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
                           std::vector<float> thresholds, std::vector<int> logit_rows,
                           std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                          bool record_similarities, bool draft_head) {
+                          bool record_similarities, bool draft_head, int head_tokens) {
   Turn turn(*this);
   check_complete();
   Pass pass;
@@ -240,6 +240,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   pass.minimum_groups = std::move(minimum_groups);
   pass.record_similarities = record_similarities;
   pass.draft_head = draft_head;
+  pass.head_tokens = head_tokens;
   logit_count_ = 0;
   logits_.swap(pass.logits);  // use the memory of the last pass again
   {
@@ -249,6 +250,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   logits_.swap(pass.logits);
   logit_stride_ = pass.logit_stride;
   logit_count_ = pass.logit_rows.size();
+  logit_tokens_ = static_cast<size_t>(head_tokens > 0 ? head_tokens : model_.shape.vocab_size);
   const size_t rows = pass.tokens.size(), layers = static_cast<size_t>(model_.shape.num_layers);
   nb::object similarities = nb::none();
   if (record_similarities) similarities = numpy_array(std::move(pass.similarities), {layers, rows});
@@ -258,7 +260,8 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
 
 nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
                         std::vector<float> thresholds, std::vector<float> chances,
-                        float least_chance, bool draft_head) {
+                        std::vector<float> least_chances, std::vector<int> stop_tokens,
+                        bool draft_head, int head_tokens) {
   Turn turn(*this);
   check_complete();
   Drafts drafts;
@@ -267,8 +270,10 @@ nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std
   drafts.most = std::move(most);
   drafts.thresholds = std::move(thresholds);
   drafts.chances = std::move(chances);
-  drafts.least_chance = least_chance;
+  drafts.least_chances = std::move(least_chances);
+  drafts.stop_tokens = std::move(stop_tokens);
   drafts.draft_head = draft_head;
+  drafts.head_tokens = head_tokens;
   {
     nb::gil_scoped_release release;
     decoder_.draft(drafts);
@@ -278,11 +283,15 @@ nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std
 
 nb::object Engine::logits() {
   Turn turn(*this);
-  const size_t vocabulary = static_cast<size_t>(model_.shape.vocab_size);
-  std::vector<float> copy(logit_count_ * vocabulary);
+  std::vector<float> copy(logit_count_ * logit_tokens_);
   for (size_t i = 0; i < logit_count_; ++i)
-    std::copy_n(logits_.data() + i * logit_stride_, vocabulary, copy.data() + i * vocabulary);
-  return numpy_array(std::move(copy), {logit_count_, vocabulary});
+    std::copy_n(logits_.data() + i * logit_stride_, logit_tokens_, copy.data() + i * logit_tokens_);
+  return numpy_array(std::move(copy), {logit_count_, logit_tokens_});
+}
+
+nb::object Engine::packed_weights(nb::handle self) {
+  const size_t bytes = model_.packed_bytes();
+  return nb::cast(nb::ndarray<nb::numpy, uint8_t>(model_.packed(), {bytes}, self));
 }
 
 void Engine::resize(int sequences) {

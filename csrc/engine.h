@@ -41,12 +41,13 @@ class Engine {
   nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences,
                     std::vector<float> thresholds, std::vector<int> logit_rows,
                     std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                    bool record_similarities, bool draft_head);
+                    bool record_similarities, bool draft_head, int head_tokens);
   // The drafted tokens of each of some sequences, and their margins.
   nb::tuple draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
-                  std::vector<float> thresholds, std::vector<float> chances, float least_chance,
-                  bool draft_head);
-  // A copy of the last pass's logits [rows, V].
+                  std::vector<float> thresholds, std::vector<float> chances,
+                  std::vector<float> least_chances, std::vector<int> stop_tokens, bool draft_head,
+                  int head_tokens);
+  // A copy of the last pass's logits [rows, V], or of those that there are.
   nb::object logits();
 
   void resize(int sequences);
@@ -58,6 +59,8 @@ class Engine {
   size_t layer_bytes(int layer, int side);
   size_t head_bytes() const { return model_.head_bytes(); }
   size_t weight_bytes() const { return model_.weight_bytes(); }
+  // The packed weights [bytes], not a copy; the array keeps the engine, whose handle `self` is.
+  nb::object packed_weights(nb::handle self);
   size_t cache_bytes() const { return decoder_.cache.bytes(); }
   int positions() const { return model_.positions(); }
   int threads() const { return team_->size(); }
@@ -81,7 +84,7 @@ class Engine {
   std::atomic<bool> busy_{false};
   Matrix16 embedding_;
   std::vector<float> logits_;
-  size_t logit_stride_ = 0, logit_count_ = 0;
+  size_t logit_stride_ = 0, logit_count_ = 0, logit_tokens_ = 0;
 };
 
 }  // namespace river

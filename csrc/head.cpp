@@ -11,6 +11,7 @@ void Decoder::Run::head(Private& own, int thread) {
   const int total = static_cast<int>(pass_.logit_rows.size());
   const size_t input_size = input_bytes(head_);
   own.best.assign(size(total), Best{});
+  const int vocabulary = pass_.head_tokens > 0 ? pass_.head_tokens : shape_.vocab_size;
   for (int first = 0; first < total; first += kChunkRows) {
     const int count = std::min(kChunkRows, total - first);
     const Range rows = rows_of(count, thread);
@@ -30,7 +31,7 @@ void Decoder::Run::head(Private& own, int thread) {
       kernels_.matmul(head_, panels.begin, panels.end, input, input_size, count, logits,
                       pass_.logit_stride);
       const int token = panels.begin * kLanes;
-      const int tokens = std::min(panels.end * kLanes, shape_.vocab_size) - token;
+      const int tokens = std::min(panels.end * kLanes, vocabulary) - token;
       for (int i = 0; i < count; ++i) {
         float* part = logits + size(i) * pass_.logit_stride + token;
         Best& best = own.best[size(first + i)];
@@ -42,8 +43,8 @@ void Decoder::Run::head(Private& own, int thread) {
             part[j] = shape_.logit_cap * std::tanh(part[j] / shape_.logit_cap);
       }
     };
-    buffers_.panels->hand_out(head_.panels(), piece(head_, count), thread, own.turn++,
-                              multiply_and_rank);
+    buffers_.panels->hand_out((vocabulary + kLanes - 1) / kLanes, piece(head_, count), thread,
+                              own.turn++, multiply_and_rank);
     meet_unless_private(thread);
   }
 }

@@ -84,6 +84,7 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
         layer.projections[p][side] = place(plan(rows[p], columns[p], formats[side]));
   head = place(plan(s.vocab_size, s.hidden_size, head_format));
   weights_ = Buffer(bytes + kSlack);
+  packed_bytes_ = bytes;
   const auto settle = [&](PackedMatrix& matrix) {
     matrix.data = weights_.data() + reinterpret_cast<size_t>(matrix.data);
   };

@@ -28,6 +28,7 @@ struct Shape {
   bool tied_head;         // the LM head's bfloat16 weights are the embedding's
 };
 
+constexpr int kWeightLayout = 1;  // counts the changes of packing.h and of the order of weights
 constexpr int kMaxGroupedQueries = 64;  // query heads that share a key-value head
 
 // How one side's weights are stored.
@@ -86,9 +87,14 @@ class Model {
   size_t layer_bytes(int layer, Side side) const;
   size_t head_bytes() const { return head.panel_bytes * static_cast<size_t>(head.panels()); }
   size_t weight_bytes() const { return weights_.size() + draft_weights_.size(); }
+  // The packed weights of backbone, river and head, to be kept and to be written again in a model
+  // of the same shape and formats, where kWeightLayout is the same.
+  uint8_t* packed() const { return weights_.data(); }
+  size_t packed_bytes() const { return packed_bytes_; }
 
  private:
   Buffer weights_;  // backbone, river, head, each in the order of use
+  size_t packed_bytes_;
   Buffer draft_weights_;
 };
 

@@ -31,6 +31,7 @@ NB_MODULE(_core, m) {
   // an engine may live as long as the interpreter; what is left then is no leak to report
   nb::set_leak_warnings(false);
   m.attr("__doc__") = "The native core of River-LLM; see river_llm.engines.cpu_engine.";
+  m.attr("weight_layout") = river::kWeightLayout;
   m.def("kernel_names", &river::kernel_names, "Kernel sets that this processor can run, best first.");
   m.def("usable_threads", &river::usable_threads,
         "Threads that this process may use: its affinity mask and its control group's limit.");
@@ -57,9 +58,10 @@ NB_MODULE(_core, m) {
       .def("set_rotary", &Engine::set_rotary, "table"_a, "first"_a, "cosines"_a, "sines"_a)
       .def("set_query_scales", &Engine::set_query_scales, "scales"_a)
       .def("forward", &Engine::forward, "tokens"_a, "sequences"_a, "thresholds"_a, "logit_rows"_a,
-           "mean_groups"_a, "minimum_groups"_a, "record_similarities"_a, "draft_head"_a = false)
+           "mean_groups"_a, "minimum_groups"_a, "record_similarities"_a, "draft_head"_a = false,
+           "head_tokens"_a = 0)
       .def("draft", &Engine::draft, "sequences"_a, "tokens"_a, "most"_a, "thresholds"_a,
-           "chances"_a, "least_chance"_a, "draft_head"_a)
+           "chances"_a, "least_chances"_a, "stop_tokens"_a, "draft_head"_a, "head_tokens"_a)
       .def("logits", &Engine::logits)
       .def("resize", &Engine::resize, "sequences"_a)
       .def("truncate", &Engine::truncate, "sequence"_a, "length"_a)
@@ -68,6 +70,8 @@ NB_MODULE(_core, m) {
       .def("layer_bytes", &Engine::layer_bytes, "layer"_a, "side"_a)
       .def_prop_ro("head_bytes", &Engine::head_bytes)
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+      .def_prop_ro("packed_weights",
+                   [](nb::handle self) { return nb::cast<Engine&>(self).packed_weights(self); })
       .def_prop_ro("cache_bytes", &Engine::cache_bytes)
       .def_prop_ro("positions", &Engine::positions)
       .def_prop_ro("threads", &Engine::threads)

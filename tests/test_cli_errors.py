@@ -12,6 +12,7 @@ from command_line import run, run_process
 from transformers import AutoTokenizer
 
 from river_llm import River, RiverLM
+from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.cli.loading import check_device
 from river_llm.engines import CpuEngine, TorchEngine
 
@@ -206,6 +207,7 @@ class TestFailure:
         def fail(*args: object) -> None:
             raise error
 
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")  # or the river may be there already
         monkeypatch.setattr(*where, fail)
         engine = getattr(where[0], "name", "auto")
         outcome = run("generate", PROMPT, "-m", model, "--engine", engine)

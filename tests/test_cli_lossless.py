@@ -38,19 +38,19 @@ from river_llm.cli.check_exact import read_prompts
 from river_llm.config import Mode
 from river_llm.engines import CpuEngine, TorchEngine
 from river_llm.lossless import LosslessDecoder, LosslessStatistics, Origin
-from river_llm.lossless.draft_control import NgramSource
 from river_llm.lossless.exactness import Difference, Exactness, check_exactness
 from river_llm.lossless.rounds import VerifiedToken
+from river_llm.lossless.sources import NgramSource
 
 pytest_plugins = ["cli_models"]
 
-NUM_LAYERS = 4
+NUM_LAYERS, VOCABULARY = 4, 49152
 LOSSLESS = ("--mode", "lossless")
 BACKBONE = ("--policy", "never")
 FLOAT32 = ("--engine", "torch", "--dtype", "float32")
 # Drafts of two tokens by the backbone itself: all are accepted, so a round gives three tokens.
 PERFECT = (*LOSSLESS, "--draft-tokens", 2, "--draft-exit-layer", NUM_LAYERS, "--no-ngram")
-PERFECT += ("--draft-lm-head-bits", 16)
+PERFECT += ("--draft-lm-head-bits", 16, "--draft-vocabulary", VOCABULARY)
 SAMPLING = ["--temperature=0.8", "--seed=3", "--top-k=50", "--top-p=0.95", "--min-p=0.01"]
 DRAFTS = [
     "",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from river_llm import ExitPolicy, RiverConfig
 from river_llm.engines import CpuEngine
+from river_llm.engines.native_model import RotaryTable
 
 POLICY = ExitPolicy.fixed(2)
 ids = torch.tensor
@@ -129,7 +130,7 @@ def test_before_other_angles_were_set_it_leaves_none_of_them(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("river_llm.engines.cpu_engine.rotary_angles", interrupt)
+        patched.setattr(RotaryTable, "angles", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.prefill(more)
     assert engine.length == 10

@@ -1,12 +1,9 @@
-"""What lossless mode is made of: the engines' drafts, verifications and rewinds, what is learnt
-about drafts, and drafts out of the text."""
+"""The engines' verbs for lossless mode: draft, verify, rewind."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,23 +18,13 @@ from native_engines import (
     random_tokens,
     subject_of,
 )
+from tiny_models import VOCABULARY
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from river_llm import ContextFullError, DraftConfig, ExitPolicy, River, RiverConfig, RiverError
+from river_llm import ContextFullError, DraftConfig, ExitPolicy, RiverError
 from river_llm.engines import CpuEngine, DraftRule, Engine, TorchEngine
 from river_llm.engines.drafting import likeliest_with_margin
 from river_llm.lossless import LosslessDecoder
-from river_llm.lossless.draft_control import (
-    MOST_DRAFTED,
-    Chances,
-    NgramSource,
-    PassCost,
-    RiverSource,
-    Source,
-)
-from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
-from river_llm.lossless.ngram_drafts import LONGEST_MATCH, NgramIndex
 
 CONTEXT = 128
 NUM_LAYERS = 4
@@ -47,6 +34,9 @@ LENGTHS = [9, 4, 12]  # of the prompts of a batch
 
 both_engines = pytest.mark.parametrize("kind", ["torch", "cpu"])
 every_case = pytest.mark.parametrize("case", CASES)
+either_choice = pytest.mark.parametrize(
+    "choose", [None, likeliest_with_margin], ids=["natively", "by a function"]
+)
 unit = st.floats(0, 1)
 
 
@@ -55,7 +45,7 @@ class TestDraft:
 
     @both_engines
     @every_case
-    @pytest.mark.parametrize("choose", [None, likeliest_with_margin])
+    @either_choice
     @pytest.mark.parametrize("exit_layer", [0, 2, NUM_LAYERS])
     def test_leaves_the_cache_exactly_as_it_was(
         self, kind: str, case: str, choose: Any, exit_layer: int
@@ -91,13 +81,29 @@ class TestDraft:
 
     @every_case
     @pytest.mark.parametrize("lm_head_bits", [16, 8, 4])
-    def test_of_the_native_core_is_that_of_single_steps(self, case: str, lm_head_bits: int) -> None:
-        engine = subject_of(case).engine(MIXED)
-        engine.prepare_drafts(lm_head_bits)
+    @given(
+        most=st.lists(st.integers(0, 8), min_size=3, max_size=3),
+        least=st.lists(unit, min_size=1, max_size=4),
+        vocabulary=st.integers(2, VOCABULARY) | st.none(),
+        stop_tokens=st.frozensets(st.integers(0, VOCABULARY - 1), max_size=40),
+    )
+    @settings(max_examples=15)
+    def test_of_the_native_core_is_that_of_single_steps(
+        self,
+        case: str,
+        lm_head_bits: int,
+        most: list[int],
+        least: list[float],
+        vocabulary: int | None,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        engine = _engine("cpu", case)
         tokens = _prefill(engine).tolist()
-        rule = DraftRule(1, lm_head_bits, 0.3, (0.5, 0.7, 0.9, 1.0))
-        drafts = engine.draft(tokens, [8, 3, 6], rule)
-        steps = engine.draft(tokens, [8, 3, 6], rule, likeliest_with_margin)
+        rule = DraftRule(
+            1, lm_head_bits, vocabulary, tuple(least), (0.5, 0.7, 0.9, 1.0), stop_tokens
+        )
+        drafts = engine.draft(tokens, most, rule)
+        steps = engine.draft(tokens, most, rule, likeliest_with_margin)
         for native, slow in zip(drafts, steps, strict=True):
             assert native.tokens == slow.tokens
             assert native.margins == pytest.approx(slow.margins, abs=1e-5)
@@ -132,29 +138,99 @@ class TestDraft:
         again = engine.draft(tokens, [6, 6, 6], DraftRule(0, 8))
         assert [draft.margins for draft in again] == [draft.margins for draft in before]
 
+    @either_choice
     @both_engines
     @given(
         most=st.lists(st.integers(0, 7), min_size=3, max_size=3),
         chances=st.lists(unit, min_size=1, max_size=8),
-        least=unit,
+        least=st.lists(unit, min_size=1, max_size=4),
     )
+    @settings(max_examples=25)
     def test_ends_where_the_product_of_its_chances_falls_below_the_least(
-        self, kind: str, most: list[int], chances: list[float], least: float
+        self, kind: str, choose: Any, most: list[int], chances: list[float], least: list[float]
     ) -> None:
+        """The least that counts is that of as many sequences as still draft."""
         engine = _engine(kind, "llama")
         tokens = _prefill(engine).tolist()
         whole = engine.draft(tokens, [7, 7, 7], DraftRule(1))
-        rule = DraftRule(1, 16, least, tuple(chances))
-        drafts = engine.draft(tokens, most, rule)
+        rule = DraftRule(1, least_chances=tuple(least), chances=tuple(chances))
+        drafts = engine.draft(tokens, most, rule, choose)
+        lengths, products = [0, 0, 0], [1.0, 1.0, 1.0]
+        going = {row for row in range(3) if most[row]}
+        while going:
+            least_now = (least + [least[-1]] * 3)[len(going) - 1]
+            for row in sorted(going):
+                products[row] *= rule.chance(whole[row].margins[lengths[row]])
+                lengths[row] += 1
+            if any(abs(products[row] - least_now) < 1e-6 for row in going):
+                return  # float32 may see it otherwise
+            going = {
+                row for row in going if lengths[row] < most[row] and products[row] >= least_now
+            }
         for row, draft in enumerate(drafts):
-            product, length = 1.0, 0
-            while length < most[row] and product >= least:
-                product *= rule.chance(whole[row].margins[length])
-                length += 1
-                if abs(product - least) < 1e-6:  # float32 may see it otherwise
-                    return
-            assert draft.tokens == whole[row].tokens[:length]
-            assert draft.margins == pytest.approx(whole[row].margins[:length], abs=1e-5)
+            assert draft.tokens == whole[row].tokens[: lengths[row]]
+            assert draft.margins == pytest.approx(whole[row].margins[: lengths[row]], abs=1e-5)
+
+    @either_choice
+    @both_engines
+    @pytest.mark.parametrize("exit_layer", [0, 2])
+    def test_ends_with_a_stop_token(self, kind: str, choose: Any, exit_layer: int) -> None:
+        engine = _engine(kind, "llama")
+        tokens = _prefill(engine).tolist()
+        whole = [row.tokens for row in engine.draft(tokens, [8, 8, 8], DraftRule(exit_layer))]
+        seen = set(itertools.chain(*whole))
+        assert len(seen) > 3
+        for stop in seen:
+            rule = DraftRule(exit_layer, stop_tokens=frozenset({stop, VOCABULARY + 1}))
+            drafts = engine.draft(tokens, [8, 8, 8], rule, choose)
+            ends = [row.index(stop) + 1 if stop in row else 8 for row in whole]
+            expected = [row[:end] for row, end in zip(whole, ends, strict=True)]
+            assert [draft.tokens for draft in drafts] == expected
+
+    @either_choice
+    @both_engines
+    @every_case
+    @pytest.mark.parametrize("vocabulary", [2, 16, 50, VOCABULARY])
+    def test_of_a_part_of_the_vocabulary_is_the_likeliest_of_it(
+        self, kind: str, case: str, choose: Any, vocabulary: int
+    ) -> None:
+        engine = _engine(kind, case)
+        tokens = _prefill(engine)
+        drafts = engine.draft(
+            tokens.tolist(), [4, 4, 4], DraftRule(1, vocabulary=vocabulary), choose
+        )
+        engine.policy = ExitPolicy.fixed(1)
+        for place in range(4):
+            logits = engine.decode(tokens).logits.float()[:, :vocabulary]
+            for row, draft in enumerate(drafts):
+                chances = logits[row].softmax(-1).sort(descending=True).values.tolist()
+                assert draft.tokens[place] == int(logits[row].argmax())
+                margin = 1 - chances[1] / chances[0]
+                assert draft.margins[place] == pytest.approx(margin, abs=1e-4)
+            tokens = torch.tensor([draft.tokens[place] for draft in drafts])
+
+    @both_engines
+    def test_chooses_by_the_logits_of_its_part_of_the_vocabulary(self, kind: str) -> None:
+        engine = _engine(kind, "llama")
+        tokens = _prefill(engine).tolist()
+        sizes = []
+
+        def choose(sequence: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
+            sizes.append(logits.shape)
+            return likeliest_with_margin(sequence, drafted, logits)
+
+        for vocabulary in (50, None):
+            engine.draft(tokens, [1, 1, 1], DraftRule(0, vocabulary=vocabulary), choose)
+        assert sizes == [(50,)] * 3 + [(VOCABULARY,)] * 3
+
+    @both_engines
+    def test_of_a_part_of_the_vocabulary_leaves_all_to_the_next_pass(self, kind: str) -> None:
+        engine, untouched = _engine(kind, "llama"), _engine(kind, "llama", spare=True)
+        tokens = _prefill(engine)
+        _prefill(untouched)
+        for choose in (None, likeliest_with_margin):
+            engine.draft(tokens.tolist(), [3, 3, 3], DraftRule(0, vocabulary=20), choose)
+        assert torch.equal(engine.decode(tokens).logits, untouched.decode(tokens).logits)
 
     @both_engines
     def test_of_no_tokens_is_empty(self, kind: str) -> None:
@@ -215,6 +291,30 @@ class TestDraft:
     def test_takes_the_chance_of_the_margins_part(self, margin: float, place: int) -> None:
         chances = (0.1, 0.2, 0.3, 0.4)
         assert DraftRule(chances=chances).chance(margin) == chances[place]
+
+
+class TestVocabularies:
+    """Of which drafts may be made."""
+
+    @both_engines
+    def test_of_a_small_one_are_all(self, kind: str) -> None:
+        assert _engine(kind, "llama").draft_vocabularies == (VOCABULARY,)
+
+    def test_of_a_large_one_are_a_part_and_all(self) -> None:
+        subject = Subject("Llama", {"vocab_size": 20_000, "num_hidden_layers": 1})
+        engine = subject.engine()
+        part, whole = engine.draft_vocabularies
+        assert 1000 < part < whole == 20_000
+        engine.prefill(random_tokens(1, 5, seed=1))
+        (draft,) = engine.draft([5], [8], DraftRule(0, vocabulary=part))
+        assert max(draft.tokens) < part
+        assert subject.reference().draft_vocabularies == (whole,)
+
+    def test_beyond_the_models_are_an_error(self) -> None:
+        engine = _engine("cpu", "llama")
+        tokens = _prefill(engine).tolist()
+        with pytest.raises(RiverError, match="there are fewer tokens"):
+            engine.draft(tokens, [1, 1, 1], DraftRule(0, vocabulary=VOCABULARY + 1))
 
 
 class TestVerify:
@@ -367,338 +467,14 @@ class TestNumbersThatAreNone:
     """A river may overflow where the backbone doesn't: its drafts are wrong then, no more."""
 
     @both_engines
-    @pytest.mark.parametrize("choose", [None, likeliest_with_margin])
+    @either_choice
     def test_in_a_draft_end_nothing(self, kind: str, choose: Any) -> None:
         engine = _engine(kind, _without_numbers())
         tokens = _prefill(engine).tolist()
-        rule = DraftRule(0, 16, 0.5, (0.2, 0.4, 0.6, 0.8))
+        rule = DraftRule(0, least_chances=(0.5,), chances=(0.2, 0.4, 0.6, 0.8))
         drafts = engine.draft(tokens, [4, 4, 4], rule, choose)
         assert all(1 <= len(draft.tokens) <= 4 for draft in drafts)
-
-    def test_in_margins_count_as_some_class(self) -> None:
-        source = RiverSource(0)
-        source.note_margins([0.5, math.nan], 1)
-        assert sum(source.chances.tried) == 2
-        rule = source.rule(16, 10.0, PassCost())
         assert rule.chance(math.nan) == rule.chances[0]  # as the native core has it
-
-
-class TestChances:
-    @given(
-        trials=st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=600),
-        guesses=st.lists(unit, min_size=3, max_size=3),
-    )
-    def test_are_chances(self, trials: list[tuple[int, bool]], guesses: list[float]) -> None:
-        chances = Chances(guesses)
-        assert chances.all() == pytest.approx(guesses)
-        for place, is_accepted in trials:
-            chances.note(place, is_accepted)
-        assert all(0 <= chance <= 1 for chance in chances.all())
-        assert 0 <= chances.mean() <= 1
-        other = Chances(guesses)
-        other.restore(chances.to_dict())
-        assert other.all() == pytest.approx(chances.all(), abs=1e-3)
-
-    def test_come_to_what_is_seen_and_then_to_what_is_seen_now(self) -> None:
-        chances = Chances([0.5, 0.5])
-        pattern = random.Random(0)
-        for accepted in (0.9, 0.2):
-            for _ in range(1500):
-                chances.note(0, pattern.random() < accepted)
-            assert chances.of(0) == pytest.approx(accepted, abs=0.1)
-        assert chances.of(1) == 0.5
-
-    @pytest.mark.parametrize(
-        "counts",
-        [
-            {"tried": [1.0], "accepted": [0.0]},
-            {"tried": [1.0, 1.0], "accepted": [2.0, 0.0]},
-            {"tried": [1.0, 1.0], "accepted": [-1.0, 0.0]},
-            {"tried": [1e9, 1.0], "accepted": [1.0, 0.0]},
-            {"tried": [math.nan, 1.0], "accepted": [0.0, 0.0]},
-            {"tried": [1.0, 1.0], "accepted": [math.nan, 0.0]},
-        ],
-    )
-    def test_refuse_what_are_no_counts(self, counts: dict[str, Any]) -> None:
-        chances = Chances([0.5, 0.5])
-        with pytest.raises(ValueError, match=r"no counts|not in"):
-            chances.restore(counts)
-        assert chances.all() == (0.5, 0.5)
-
-
-class TestPassCost:
-    def test_is_nothing_before_the_first_pass(self) -> None:
-        cost = PassCost()
-        assert [cost.seconds(rows) for rows in (1, 5, 100)] == [0, 0, 0]
-        assert cost.more_rows(4) == 0
-
-    @pytest.mark.parametrize(("first", "each"), [(0.01, 0.0003), (0.5, 0.1), (1e-4, 0.0)])
-    def test_comes_to_the_line_through_what_is_measured(self, first: float, each: float) -> None:
-        cost = PassCost()
-        _measure(cost, first, each, passes=5000)
-        for rows in (1, 2, 5, 9, 13):
-            expected = first + each * (rows - 1)
-            assert cost.seconds(rows) == pytest.approx(expected, rel=0.1), rows
-        assert cost.more_rows(8) == pytest.approx(8 * each, abs=0.15 * (first + 8 * each))
-
-    def test_of_more_rows_is_never_less_than_nothing(self) -> None:
-        cost = PassCost()
-        for rows, seconds in [(1, 0.5), (9, 0.1), (1, 0.5), (13, 0.001), (4, 0.0)] * 50:
-            cost.note(rows, seconds)
-            assert all(cost.more_rows(count) >= 0 for count in range(20))
-
-    def test_is_little_changed_by_a_pass_that_was_held_up(self) -> None:
-        cost = PassCost()
-        _measure(cost, 0.01, 0.0003, passes=300)
-        before = cost.seconds(1)
-        cost.note(1, 100.0)
-        assert cost.seconds(1) < 1.3 * before
-        _measure(cost, 0.01, 0.0003, passes=50)
-        assert cost.seconds(1) == pytest.approx(before, rel=0.05)
-
-    def test_goes_on_from_what_was_kept(self) -> None:
-        cost, other = PassCost(), PassCost()
-        _measure(cost, 0.01, 0.0003, passes=100)
-        other.restore(cost.to_dict())
-        for rows in (1, 3, 8, 40, 500):
-            assert other.seconds(rows) == pytest.approx(cost.seconds(rows), rel=1e-3)
-
-
-class TestSource:
-    def test_pauses_ever_longer_while_it_brings_nothing(self) -> None:
-        source = Source()
-        assert source.is_due()
-        pauses = [_bring(source, -1.0) for _ in range(8)]
-        assert pauses[0] >= 8
-        assert pauses == sorted(pauses)
-        assert pauses[1] == 2 * pauses[0]
-        assert pauses[-1] == pauses[-2] <= 300
-
-    def test_never_pauses_while_it_brings_something(self) -> None:
-        source = Source()
-        for _ in range(200):
-            assert source.is_due()
-            source.note(0.3)
-        assert source.value == pytest.approx(0.3, abs=0.05)
-        assert source.drafts == 200
-
-    def test_that_pays_again_is_asked_again_soon(self) -> None:
-        source = Source()
-        longest = [_bring(source, -1.0) for _ in range(6)][-1]
-        while source.value <= 0:
-            _bring(source, 2.0)
-        for _ in range(20):
-            assert source.is_due()
-            source.note(2.0)
-        assert _bring(source, -30.0) < longest
-
-    def test_stays_away_from_few_rounds_only_where_one_bad_draft_came(self) -> None:
-        source = Source()
-        for _ in range(50):
-            source.note(1.0)
-        source.note(-1.0)
-        assert source.is_due()
-
-
-class TestRiverSource:
-    @given(
-        trials=st.lists(st.tuples(unit, st.booleans()), max_size=80),
-        token_seconds=st.floats(1e-5, 1),
-        pass_seconds=st.floats(1e-4, 10),
-        rates=st.tuples(st.floats(0.1, 1e4), st.floats(0.1, 1e4)).map(sorted),
-    )
-    def test_drafts_shorter_where_time_is_worth_more(
-        self,
-        trials: list[tuple[float, bool]],
-        token_seconds: float,
-        pass_seconds: float,
-        rates: list[float],
-    ) -> None:
-        source, cost = RiverSource(2), PassCost()
-        for margin, is_accepted in trials:
-            source.note_margins([margin], int(is_accepted))
-        source.note_time(3, 3 * token_seconds)
-        cost.note(1, pass_seconds)
-        low, high = (source.rule(8, rate, cost) for rate in rates)
-        assert 0 < low.least_chance <= high.least_chance < 1
-        assert low.chances == high.chances == source.chances.all()
-        assert (low.exit_layer, low.lm_head_bits) == (2, 8)
-        dearer = RiverSource(2)
-        dearer.restore({**source.to_dict(), "token_seconds": 2 * token_seconds})
-        assert dearer.rule(8, rates[0], cost).least_chance >= 0.999 * low.least_chance
-
-    def test_has_a_rule_before_anything_is_measured(self) -> None:
-        rule = RiverSource(0).rule(16, 0.0, PassCost())
-        assert 0 < rule.least_chance < 1
-        assert list(rule.chances) == sorted(rule.chances)
-
-    def test_counts_a_token_only_where_those_before_were_accepted(self) -> None:
-        source = RiverSource(0)
-        source.note_margins([0.95, 0.55, 0.15, 0.05], 2)
-        assert sum(source.chances.tried) == 3
-        assert sum(source.chances.accepted) == 2
-        before = RiverSource(0).chances
-        assert source.chances.of(9) > before.of(9)
-        assert source.chances.of(5) > before.of(5)
-        assert source.chances.of(1) < before.of(1)
-        assert source.chances.of(0) == before.of(0)
-
-    def test_is_little_changed_by_a_draft_that_was_held_up(self) -> None:
-        source = RiverSource(0)
-        for _ in range(20):
-            source.note_time(4, 0.04)
-        source.note_time(1, 60.0)
-        assert source.token_seconds < 0.012
-
-    def test_goes_on_from_what_was_kept(self) -> None:
-        source, other = RiverSource(1), RiverSource(1)
-        for _ in range(30):
-            source.note_margins([0.9, 0.4], 1)
-            source.note_time(2, 0.02)
-            source.note(0.25)
-        other.restore(source.to_dict())
-        assert other.to_dict() == source.to_dict()
-        assert other.token_seconds == pytest.approx(0.01)
-
-
-class TestNgramSource:
-    def test_drafts_all_where_rows_cost_nothing(self) -> None:
-        source = NgramSource(LONGEST_MATCH)
-        assert source.best_length(2, MOST_DRAFTED, 100.0, PassCost())[0] == MOST_DRAFTED
-
-    def test_drafts_nothing_where_rows_cost_more_than_they_bring(self) -> None:
-        source, cost = NgramSource(LONGEST_MATCH), PassCost()
-        _measure(cost, 0.02, 0.002, passes=5000)
-        assert source.best_length(LONGEST_MATCH, MOST_DRAFTED, 2000.0, cost) == (0, 0)
-
-    @given(match=st.integers(2, LONGEST_MATCH), most=st.integers(0, 64), rate=st.floats(0, 50))
-    def test_drafts_longer_after_a_longer_match(self, match: int, most: int, rate: float) -> None:
-        source, cost = NgramSource(LONGEST_MATCH), PassCost()
-        _measure(cost, 0.02, 0.002, passes=50)
-        length, value = source.best_length(match, most, rate, cost)
-        assert 0 <= length <= most
-        assert (value > 0) == (length > 0)
-        longer_length, longer_value = source.best_length(match + 1, most, rate, cost)
-        assert longer_length >= length
-        assert longer_value >= value
-
-    def test_drafts_less_after_drafts_that_failed(self) -> None:
-        source, cost = NgramSource(LONGEST_MATCH), PassCost()
-        _measure(cost, 0.02, 0.002, passes=50)
-        before = source.best_length(3, MOST_DRAFTED, 40.0, cost)
-        for _ in range(50):
-            source.note(3, 4, 0)
-        after = source.best_length(3, MOST_DRAFTED, 40.0, cost)
-        assert after[0] <= before[0]
-        assert after[1] < before[1]
-        assert source.chances.of(4) == NgramSource(LONGEST_MATCH).chances.of(4)
-
-
-class TestNgramIndex:
-    @given(
-        pieces=st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=6),
-        most=st.integers(0, 20),
-    )
-    @settings(max_examples=200)
-    def test_continues_as_the_text_did_where_its_end_stood_last(
-        self, pieces: list[list[int]], most: int
-    ) -> None:
-        index = NgramIndex()
-        text: list[int] = []
-        for piece in pieces:
-            text += piece
-            assert index.continuation(text, most) == _continuation(text, most)
-
-    @given(
-        unit=st.lists(st.integers(0, 5), min_size=1, max_size=5),
-        repeats=st.integers(3, 8),
-        most=st.integers(1, 30),
-    )
-    def test_goes_on_with_what_repeats_itself(
-        self, unit: list[int], repeats: int, most: int
-    ) -> None:
-        text = unit * repeats
-        _, tokens = NgramIndex().continuation(text, most)
-        assert tokens == (unit * most)[:most]
-
-    def test_says_how_long_the_match_is(self) -> None:
-        assert NgramIndex().continuation([1, 2, 3, 4, 9, 1, 2, 3], 3) == (3, [4, 9, 1])
-        assert NgramIndex().continuation([1, 2, 3, 4, 9, 7, 2, 3], 2) == (2, [4, 9])
-        long = list(range(40))
-        assert NgramIndex().continuation(long + long[:30], 2) == (LONGEST_MATCH, [30, 31])
-
-    @pytest.mark.parametrize("text", [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 2, 1]])
-    def test_of_what_never_stood_there_is_nothing(self, text: list[int]) -> None:
-        assert NgramIndex().continuation(text, 5) == (0, [])
-
-
-class TestLearntDrafts:
-    def test_come_back_under_their_key(self, tmp_path: Path) -> None:
-        assert read_learnt(tmp_path, "a") is None
-        write_learnt(tmp_path, "a", {"rate": 1.5})
-        write_learnt(tmp_path, "b", {"rate": 2.5})
-        write_learnt(tmp_path, "a", {"rate": 3.5})
-        assert read_learnt(tmp_path, "a") == {"rate": 3.5}
-        assert read_learnt(tmp_path, "b") == {"rate": 2.5}
-        assert read_learnt(tmp_path, "c") is None
-        assert [path.name for path in tmp_path.iterdir()] == ["drafts.json"]
-
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            b"",
-            b"{",
-            b"\xff\xfe",
-            b"null",
-            b"[]",
-            b'{"format_version": 2, "entries": {"a": {"rate": 1}}}',
-            b'{"format_version": 1, "entries": [5]}',
-            b'{"format_version": 1, "entries": {"a": 7}}',
-            b'{"entries": {"a": {"rate": 1}}}',
-        ],
-    )
-    def test_out_of_a_damaged_file_are_none_and_are_written_anew(
-        self, tmp_path: Path, damage: bytes
-    ) -> None:
-        (tmp_path / "drafts.json").write_bytes(damage)
-        assert read_learnt(tmp_path, "a") is None
-        write_learnt(tmp_path, "a", {"rate": 1.5})
-        assert read_learnt(tmp_path, "a") == {"rate": 1.5}
-
-    def test_stay_as_they_were_where_nothing_can_be_written(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        write_learnt(tmp_path, "a", {"rate": 1.5})
-
-        def refuse(*args: object, **kwargs: object) -> None:
-            raise PermissionError("read-only file system")
-
-        for name in ("tempfile.mkstemp", "pathlib.Path.replace"):
-            with monkeypatch.context() as patched:
-                patched.setattr(name, refuse)
-                write_learnt(tmp_path, "a", {"rate": 2.5})
-            assert read_learnt(tmp_path, "a") == {"rate": 1.5}
-            assert [path.name for path in tmp_path.iterdir()] == ["drafts.json"]
-        write_learnt(tmp_path / "nowhere", "a", {"rate": 2.5})
-        assert not (tmp_path / "nowhere").exists()
-
-    def test_go_where_the_river_goes(self, tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-        river = River.build(tiny_llama, RiverConfig(group_size=32, quantizer="rtn"))
-        river.save(tmp_path / "river")
-        write_learnt(tmp_path / "river", "a", {"rate": 1.5})
-        River.load(tmp_path / "river")
-        river.save(tmp_path / "river")
-        assert read_learnt(tmp_path / "river", "a") is None
-        assert len(River.load(tmp_path / "river").exit_layers) == NUM_LAYERS
-
-    def test_are_readable_by_those_who_can_read_the_river(
-        self, tiny_llama: PreTrainedModel, tmp_path: Path
-    ) -> None:
-        river = River.build(tiny_llama, RiverConfig(group_size=32, quantizer="rtn"))
-        river.save(tmp_path / "river")
-        write_learnt(tmp_path / "river", "a", {"rate": 1.5})
-        modes = {path.stat().st_mode for path in (tmp_path / "river").iterdir()}
-        assert len(modes) == 1
 
 
 def _engine(
@@ -750,38 +526,3 @@ def _check(kind: str, actual: Tensor, expected: Tensor) -> None:
         assert torch.equal(actual, expected)
     else:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def _measure(cost: PassCost, first: float, each: float, passes: int) -> None:
-    """Passes of one row and a few more, that take so long, and as long again for each more row."""
-    rows = random.Random(1)
-    for _ in range(passes):
-        count = rows.randint(1, 13)
-        cost.note(count, (first + each * (count - 1)) * rows.uniform(0.97, 1.03))
-
-
-def _bring(source: Source, value: float) -> int:
-    """Drafts that bring so much until there is a pause; how long that is. At most 20."""
-    for _ in range(20):
-        source.note(value)
-        pause = 0
-        while not source.is_due():
-            pause += 1
-        if pause:
-            return pause
-    return 0
-
-
-def _continuation(text: list[int], most: int) -> tuple[int, list[int]]:
-    """What `NgramIndex` says, by looking everywhere."""
-    end = len(text)
-    places = [place for place in range(2, end) if text[place - 2 : place] == text[end - 2 :]]
-    if not places or most < 1:
-        return 0, []
-    place = places[-1]
-    lengths = range(2, min(LONGEST_MATCH, place) + 1)
-    match = max(n for n in lengths if text[place - n : place] == text[end - n :])
-    longer = list(text)
-    for i in range(most):
-        longer.append(longer[place + i])
-    return match, longer[end:]

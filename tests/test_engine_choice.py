@@ -23,6 +23,7 @@ from river_llm import (
     RiverLM,
     UnsupportedModelError,
 )
+from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.engines import CpuEngine, EngineChoice, TorchEngine, make_engine
 from river_llm.engines.choice import check_engine_options, why_not_native
 
@@ -187,6 +188,7 @@ class TestRiverLM:
     def test_what_the_native_engine_cannot_run_is_refused_before_a_river_is_built(
         self, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")  # or files are asked for
         loaded = _model(hidden_act="relu").to(settings.get("device", "cpu")), None
         monkeypatch.setattr("river_llm.river_lm.load_backbone", lambda *_: loaded)
         built: list[tuple[int, int]] = []

@@ -11,14 +11,20 @@ from tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_llm import gguf_cache
-from river_llm.converted_copy import MANIFEST_NAME, ConvertedCopy
+from river_llm.cache import (
+    ENVIRONMENT_VARIABLE,
+    MANIFEST_NAME,
+    CachedFolder,
+    cache_directory,
+    cached_folders,
+)
 from river_llm.loading import load_backbone
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "cache"
-    monkeypatch.setenv(gguf_cache.ENVIRONMENT_VARIABLE, str(directory))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(directory))
     return directory
 
 
@@ -59,7 +65,7 @@ def test_the_second_load_reads_the_copy(
     assert second.dtype == torch.bfloat16
     assert again("ab").input_ids == tokenizer("ab").input_ids
     assert again.chat_template == tokenizer.chat_template
-    assert [copy.source for copy in gguf_cache.cached_copies()] == [file]
+    assert [copy.source for copy in cached_folders()] == [file]
 
 
 def test_another_file_or_dtype_is_parsed(
@@ -74,7 +80,7 @@ def test_another_file_or_dtype_is_parsed(
     assert len(parsed) == 3
     assert not _same(before, after)
     # the copy of the file as it was is gone, that in float32 stays
-    assert sorted(copy.dtype for copy in gguf_cache.cached_copies()) == ["bfloat16", "float32"]
+    assert sorted(copy.form for copy in cached_folders()) == ["bfloat16", "float32"]
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "no manifest", "a bad manifest"])
@@ -83,7 +89,7 @@ def test_a_damaged_copy_is_made_anew(
 ) -> None:
     parsed = _count_parses(monkeypatch)
     whole, _ = load_backbone(file)
-    (copy,) = gguf_cache.cached_copies()
+    (copy,) = cached_folders()
     weights, manifest = copy.directory / "model.safetensors", copy.directory / MANIFEST_NAME
     content = weights.read_bytes()
     if damage == "cut short":
@@ -97,7 +103,7 @@ def test_a_damaged_copy_is_made_anew(
     again, _ = load_backbone(file)
     assert len(parsed) == 2
     assert _same(whole, again)
-    assert ConvertedCopy.at(copy.directory).is_whole()
+    assert CachedFolder.at(copy.directory).is_whole()
 
 
 def test_a_copy_that_cannot_be_read_is_removed(
@@ -105,12 +111,12 @@ def test_a_copy_that_cannot_be_read_is_removed(
 ) -> None:
     load_backbone(file)
 
-    def fail(copy: ConvertedCopy) -> None:
+    def fail(directory: Path, dtype: str) -> None:
         raise ValueError("unreadable")
 
     parsed = _count_parses(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(ConvertedCopy, "read", fail)
+        patch.setattr(gguf_cache, "_read", fail)
         load_backbone(file)
     assert len(parsed) == 1
 
@@ -120,11 +126,10 @@ def test_without_a_copy_the_file_is_parsed(
     cache: Path, file: Path, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason == "off":
-        monkeypatch.setenv(gguf_cache.ENVIRONMENT_VARIABLE, "off")
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
     elif reason == "no space":
-        monkeypatch.setattr(
-            gguf_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})
-        )
+        usage = type("Usage", (), {"free": 10})
+        monkeypatch.setattr("river_llm.cache.shutil.disk_usage", lambda _: usage)
     else:
         cache.write_text("a file where the folder should be")
     parsed = _count_parses(monkeypatch)
@@ -147,9 +152,9 @@ def test_what_a_killed_process_left_is_swept_after_a_day(cache: Path, file: Path
 def test_the_folder_is_the_users_unless_said_otherwise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(gguf_cache.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert gguf_cache.cache_directory() == tmp_path / "river-llm"
-    monkeypatch.setenv(gguf_cache.ENVIRONMENT_VARIABLE, "off")
-    assert gguf_cache.cache_directory() is None
-    assert gguf_cache.cached_copies() == []
+    assert cache_directory() == tmp_path / "river-llm"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
+    assert cache_directory() is None
+    assert cached_folders() == []

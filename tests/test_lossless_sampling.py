@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from lossless_lm import Clock
 from native_engines import Subject
-from test_lossless import Clock
 from test_sampling import distribution, p_value
 from tiny_lm import character_tokenizer
 from torch import Tensor

@@ -1,4 +1,5 @@
 // Drafts: what single steps give, and nothing left of them.
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -28,6 +29,7 @@ Drafts drafts_of(std::vector<int> most) {
   drafts.most = std::move(most);
   drafts.thresholds = always();
   drafts.chances = {1.0f};
+  drafts.least_chances = {0.0f};
   return drafts;
 }
 
@@ -80,9 +82,65 @@ void drafts_end_where_their_chance_falls() {
     fill(subject);
     Drafts drafts = drafts_of({9, 9, 9});
     drafts.chances = {0.5f};
-    drafts.least_chance = 0.2f;  // 0.5, 0.25, 0.125: the third is the last
+    drafts.least_chances = {0.2f};  // 0.5, 0.25, 0.125: the third is the last
     subject.decoder.draft(drafts);
     for (const auto& tokens : drafts.drafted) CHECK(tokens.size() == 3);
+  });
+}
+
+void the_chance_that_counts_is_that_of_the_sequences_still_drafting() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    Subject subject(kernels, 2);
+    fill(subject);
+    Drafts drafts = drafts_of({1, 9, 9});
+    drafts.chances = {0.5f};
+    drafts.least_chances = {0.9f, 0.2f};  // of one sequence, and of two or more
+    subject.decoder.draft(drafts);
+    CHECK(drafts.drafted[0].size() == 1 && drafts.drafted[1].size() == 3);
+    drafts = drafts_of({1, 1, 9});
+    drafts.chances = {0.5f};
+    drafts.least_chances = {0.9f, 0.2f};
+    subject.decoder.draft(drafts);  // three in the first step, one in the second
+    CHECK(drafts.drafted[2].size() == 2);
+  });
+}
+
+void drafts_end_with_a_stop_token() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    Subject subject(kernels, 2);
+    fill(subject);
+    Drafts free = drafts_of({6, 6, 6});
+    subject.decoder.draft(free);
+    Drafts drafts = drafts_of({6, 6, 6});
+    drafts.stop_tokens = {free.drafted[1][2], kVocabulary + 1};
+    subject.decoder.draft(drafts);
+    for (size_t i = 0; i < 3; ++i) {
+      std::vector<int> expected = free.drafted[i];
+      const auto stop = std::find(expected.begin(), expected.end(), drafts.stop_tokens[0]);
+      if (stop != expected.end()) expected.erase(stop + 1, expected.end());
+      CHECK(drafts.drafted[i] == expected);
+    }
+  });
+}
+
+void drafts_keep_to_the_tokens_they_are_given() {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    for (const Kind& kind : kKinds) {
+      Subject subject(kernels, 2, kind), steps(kernels, 1, kind);
+      fill(subject);
+      fill(steps);
+      for (const int tokens : {1, 33, 64, kVocabulary}) {
+        Drafts drafts = drafts_of({1, 1, 1});
+        drafts.head_tokens = tokens;
+        subject.decoder.draft(drafts);
+        fill(steps);
+        const Result step = steps.run(drafts.tokens, drafts.sequences, always());
+        for (size_t i = 0; i < 3; ++i) {
+          const auto logits = step.logits.begin() + static_cast<ptrdiff_t>(i * kVocabulary);
+          CHECK(drafts.drafted[i][0] == std::max_element(logits, logits + tokens) - logits);
+        }
+      }
+    }
   });
 }
 
@@ -103,6 +161,9 @@ void wrong_drafts_are_refused() {
     CHECK(refused([](Drafts& d) { d.most = {2, 2}; }));
     CHECK(refused([](Drafts& d) { d.most[1] = 0; }));
     CHECK(refused([](Drafts& d) { d.chances.clear(); }));
+    CHECK(refused([](Drafts& d) { d.least_chances.clear(); }));
+    CHECK(refused([](Drafts& d) { d.head_tokens = kVocabulary + 1; }));
+    CHECK(refused([](Drafts& d) { d.head_tokens = -1; }));
     CHECK(refused([](Drafts& d) { d.tokens[0] = kVocabulary; }));
     CHECK(refused([](Drafts& d) { d.sequences[0] = kSequences; }));
     CHECK(refused([](Drafts& d) { d.draft_head = true; }));

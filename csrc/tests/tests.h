@@ -50,6 +50,9 @@ void numbers_that_are_none_are_forgotten_with_their_tokens();
 void drafts_are_single_steps();
 void drafts_leave_the_cache_as_it_was();
 void drafts_end_where_their_chance_falls();
+void the_chance_that_counts_is_that_of_the_sequences_still_drafting();
+void drafts_end_with_a_stop_token();
+void drafts_keep_to_the_tokens_they_are_given();
 void wrong_drafts_are_refused();
 
 // team_test.cpp

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Codes = tuple[NDArray[uint8], NDArray[uint16], NDArray[uint16]]
 
+weight_layout: int
+
 def kernel_names() -> list[str]: ...
 def usable_threads() -> int: ...
 def read_bandwidth(buffer_bytes: int, threads: int) -> float: ...
@@ -48,8 +50,10 @@ class Engine:
         most: list[int],
         thresholds: list[float],
         chances: Sequence[float],
-        least_chance: float,
+        least_chances: Sequence[float],
+        stop_tokens: Sequence[int],
         draft_head: bool,
+        head_tokens: int,
     ) -> tuple[list[list[int]], list[list[float]]]: ...
     def forward(
         self,
@@ -61,6 +65,7 @@ class Engine:
         minimum_groups: list[int],
         record_similarities: bool,
         draft_head: bool = False,
+        head_tokens: int = 0,
     ) -> tuple[NDArray[int64], NDArray[int64], NDArray[float32] | None]: ...
     def logits(self) -> NDArray[float32]: ...
     def resize(self, sequences: int) -> None: ...
@@ -72,6 +77,8 @@ class Engine:
     def head_bytes(self) -> int: ...
     @property
     def weight_bytes(self) -> int: ...
+    @property
+    def packed_weights(self) -> NDArray[uint8]: ...
     @property
     def cache_bytes(self) -> int: ...
     @property

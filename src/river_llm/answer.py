@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from river_llm.sampling import Sampler, SamplingConfig
 from river_llm.text import IncrementalDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 
@@ -43,6 +45,11 @@ class Answer:
         self._sampler = Sampler(sampling, index)
         self.takes_best = self._sampler.takes_best_token
         self._decoder = IncrementalDecoder(tokenizer, sampling.stop)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it takes no more tokens."""
+        return self.finish_reason is not None
 
     @property
     def tokens_left(self) -> int:

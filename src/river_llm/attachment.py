@@ -10,12 +10,11 @@ layers; the module tree, the parameters and the model's own `generate()` stay as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from river_llm.backbone import (
     DecoderLayer,
@@ -30,6 +29,9 @@ from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.exit_router import ExitRouter, Phase, Route
 from river_llm.kernels import Kernel, KernelChoice, make_kernel
 from river_llm.river import Progress, River
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATTRIBUTE = "_river_attachment"
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from river_llm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FINGERPRINT_SAMPLES = 1024  # values of each weight that enter the fingerprint
 _FINGERPRINT_STRIDE = 2654435761  # a prime near 2**32 / golden ratio: no matrix's width divides it

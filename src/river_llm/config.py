@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from river_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 
 Quantizer = Literal["hqq", "rtn"]
 Mode = Literal["river", "lossless"]
@@ -77,6 +83,10 @@ class SamplingConfig:
         repetition_penalty: above 1 makes tokens that stand in the text already less likely.
         seed: of the random numbers; sequence i of a batch uses seed + i. None draws a new one.
         stop: a string, or several, that end the text where one first appears; not part of it.
+        processors: more logits processors of `transformers`, or functions like them of (token ids
+            `[1, T]`, logits `[1, V]`) that give logits; after the penalty, before the temperature.
+            In lossless mode they are asked about drafted text too, so their answer may depend on
+            nothing but what they are given.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -90,10 +100,16 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] | str = ()
+    processors: tuple[LogitsFunction, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.processors, list | tuple):
+            raise ConfigError(
+                f"processors is {self.processors!r}; it must be functions of (token ids, logits)"
+            )
+        object.__setattr__(self, "processors", tuple(self.processors))
         ranges = (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             (
@@ -105,6 +121,11 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            (
+                "processors",
+                all(map(callable, self.processors)),
+                "functions of (token ids, logits)",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("stop", all(self.stop), "no empty string"),
         )
@@ -125,6 +146,8 @@ class DraftConfig:
             alone; None: the ones with which the run is fastest.
         lm_head_bits: of the LM head that drafts, 16, 8 or 4; None: those that the engine drafts
             best with.
+        vocabulary: drafted tokens are among the first so many, which in most tokenizers are the
+            most frequent; None: those with which the run is fastest.
         ngram: draft what followed the last tokens where they stood in the text before, too.
 
     Raises:
@@ -134,6 +157,7 @@ class DraftConfig:
     tokens: int | None = None
     exit_layer: int | None = None
     lm_head_bits: int | None = None
+    vocabulary: int | None = None
     ngram: bool = True
 
     def __post_init__(self) -> None:
@@ -146,8 +170,11 @@ class DraftConfig:
                 f"the drafts' LM head has {self.lm_head_bits} bits; choose 16, 8 or 4"
             )
 
-    def check_layers(self, num_layers: int) -> None:
-        """See that the model has the layers that a draft is to run.
+        if self.vocabulary is not None and self.vocabulary < 2:
+            raise ConfigError(f"drafts of {self.vocabulary} tokens' vocabulary; give 2 or more")
+
+    def check_fits(self, num_layers: int, vocab_size: int) -> None:
+        """See that the model has the layers and the tokens that drafts are to have.
 
         Raises:
             ConfigError: it has fewer.
@@ -156,6 +183,10 @@ class DraftConfig:
             raise ConfigError(
                 f"the draft's exit layer is {self.exit_layer}, but the model has {num_layers} "
                 f"layers; choose one in [0, {num_layers}]"
+            )
+        if self.vocabulary is not None and self.vocabulary > vocab_size:
+            raise ConfigError(
+                f"drafts of the first {self.vocabulary} tokens, but the model has {vocab_size}"
             )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from river_llm.answer import Answer, FinishReason
 from river_llm.config import Mode, SamplingConfig
@@ -17,6 +16,9 @@ from river_llm.errors import ConfigError, ContextFullError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.lossless import LosslessDecoder, LosslessStatistics, Origin
 from river_llm.memory import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +167,28 @@ def generate_rows(
         lossless.begin(answers, stop_tokens)
 
     first_token_at = 0.0
+    memory = peak_memory_bytes(engine.device)
     new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]
     while True:
         now = time.perf_counter()
         first_token_at = first_token_at or now
-        memory = peak_memory_bytes(engine.device)
-        drafting = lossless.statistics() if lossless is not None else [None] * len(answers)
+        drafting: Sequence[LosslessStatistics | None] = [None] * len(answers)
+        if lossless is not None:
+            drafting = lossless.statistics()
         for place in range(max(map(len, new_tokens))):
             responses: list[GenerationResponse | None] = []
-            for answer, chosen, statistics in zip(answers, new_tokens, drafting, strict=True):
-                if answer.finish_reason is not None or place >= len(chosen):
+            for i, (answer, chosen) in enumerate(zip(answers, new_tokens, strict=True)):
+                had_ended = answer.has_ended
+                if had_ended or place >= len(chosen):
                     responses.append(None)
                     continue
                 new = chosen[place]
                 text = answer.take(new.token, new.exit_layer, stop_tokens)
+                if answer.has_ended:
+                    memory = peak_memory_bytes(engine.device)
+                    if lossless is not None:
+                        lossless.drop(i, len(chosen) - 1 - place)
+                        drafting = lossless.statistics()
                 decoded = len(answer.exit_layers) - 1
                 responses.append(
                     GenerationResponse(
@@ -196,11 +206,11 @@ def generate_rows(
                         mean_exit_layer=sum(answer.exit_layers) / len(answer.exit_layers),
                         peak_memory_bytes=memory,
                         origin=new.origin,
-                        lossless=statistics,
+                        lossless=drafting[i],
                     )
                 )
             yield responses
-            if all(answer.finish_reason is not None for answer in answers):
+            if all(answer.has_ended for answer in answers):
                 return
         if lossless is not None:
             new_tokens = [
@@ -245,11 +255,14 @@ def _prefill(
 def _choose(answers: Sequence[Answer], step: StepResult) -> Iterator[tuple[int, int]]:
     """The next token of each answer and its exit layer; of one that has ended, any token, to keep
     its place."""
+    layers = step.exit_layers.tolist()
+    # the engine knows it without handing out the logits
+    best = step.best_tokens.tolist() if any(answer.takes_best for answer in answers) else layers
     for i, answer in enumerate(answers):
-        if answer.finish_reason is not None:
+        if answer.has_ended:
             token = answer.token_ids[-1]
-        elif answer.takes_best:  # the engine knows it without handing out the logits
-            token = int(step.best_tokens[i])
+        elif answer.takes_best:
+            token = best[i]
         else:
             token = answer.choose(step.logits[i])
-        yield token, int(step.exit_layers[i])
+        yield token, layers[i]

@@ -1,76 +1,37 @@
 """The converted copies of GGUF files, so that each is parsed once and not at every load.
 
 transformers takes ten seconds to parse and dequantise a GGUF file of 135M parameters, and a
-fraction of one to read its copy (`converted_copy`). The cache only ever saves time: where a copy
-can't be written, read or trusted, the GGUF file is parsed.
+fraction of one to read its copy, which is what `save_pretrained` writes of model and tokeniser.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import shutil
-import time
+import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.converted_copy import MANIFEST_NAME, STAGING_PREFIX, ConvertedCopy, file_digest
+from river_llm.cache import CachedFolder, file_digest, folder_for
+from river_llm.model_source import COMPANIONS
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ENVIRONMENT_VARIABLE = "RIVER_LLM_CACHE"
-FORMAT_VERSION = 1
-_STAGING_LIFETIME = 24 * 60 * 60  # seconds; what is older was left by a process that was killed
-# What transformers reads beside a GGUF file, where it is there.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-
-_log = logging.getLogger(__name__)
+FORMAT_VERSION = 2
 
 
-def cache_directory() -> Path | None:
-    """Where the copies are: `$RIVER_LLM_CACHE`, or `river-llm` in `$XDG_CACHE_HOME` or `~/.cache`.
-
-    None where `RIVER_LLM_CACHE=off`, or where there is no home directory.
-    """
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen == "off":
-        return None
-    try:
-        if chosen:
-            return Path(chosen).expanduser().absolute()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "river-llm"
-    except RuntimeError:  # there is no home directory
-        return None
-
-
-def copy_of(file: Path, dtype: torch.dtype) -> ConvertedCopy | None:
-    """The copy that belongs to a GGUF file as it is now, whether it is there or not.
-
-    None where the cache is off. Its folder is named after the file and a digest of what decides
-    over the copy: the file, what lies beside it, the dtype, the version of transformers.
+def copy_of(file: Path, dtype: torch.dtype) -> CachedFolder | None:
+    """The copy that belongs to a GGUF file as it is now, by the file, what lies beside it, the
+    dtype and the version of transformers; None where the cache is off.
 
     Raises:
         OSError: the file can't be read.
     """
     import transformers
 
-    parent = cache_directory()
-    if parent is None:
-        return None
     name = str(dtype).removeprefix("torch.")
-    companions = [path for path in map(file.with_name, _COMPANIONS) if path.is_file()]
+    companions = [path for path in map(file.with_name, COMPANIONS) if path.is_file()]
     origin = {
         "format_version": FORMAT_VERSION,
         "transformers": transformers.__version__,
@@ -78,56 +39,47 @@ def copy_of(file: Path, dtype: torch.dtype) -> ConvertedCopy | None:
         "modified": file.stat().st_mtime_ns,
         "digests": {path.name: file_digest(path) for path in [file, *companions]},
     }
-    key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-    return ConvertedCopy(parent / f"{file.stem[:100]}-{name}-{key}", file.resolve(), name)
+    return folder_for("converted", file.stem, file, name, origin)
 
 
-def read_copy(copy: ConvertedCopy) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """Model and tokeniser; None where there is no copy, or a damaged one, which is removed."""
-    if not copy.is_whole():
-        return None
-    try:
-        return copy.read()
-    except Exception as error:  # whatever is wrong with it, the source is still there
-        _log.info("removing the copy %s, which can't be read: %s", copy.directory, error)
-        copy.remove()
-        return None
+def read_copy(folder: CachedFolder) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """Model, its weights mapped from the file, and tokeniser; None where there is no copy, or a
+    damaged one, which is removed."""
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = folder.read(
+        partial(_read, dtype=folder.form)
+    )
+    if loaded is not None:
+        name = str(folder.source.parent)  # as if it had been parsed
+        model, tokenizer = loaded
+        model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    return loaded
 
 
 def keep_copy(
-    copy: ConvertedCopy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    folder: CachedFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write the copy, and remove those of the file's earlier states.
+    """Write the copy; where that can't be done, there is none."""
 
-    Never fails: without a copy the next load takes longer, and that is all.
-    """
-    parent = copy.directory.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for path in parent.glob(f"{STAGING_PREFIX}*"):
-            if time.time() - path.stat().st_mtime > _STAGING_LIFETIME:
-                shutil.rmtree(path, ignore_errors=True)
-        weight_bytes = sum(weight.nbytes for weight in model.parameters())
-        if shutil.disk_usage(parent).free < 2 * weight_bytes:
-            raise OSError("it would take more than half of the space that is left")
-        copy.write(model, tokenizer)
-        for other in cached_copies():
-            if (other.source, other.dtype) == (copy.source, copy.dtype) and other != copy:
-                other.remove()
-    except Exception as error:
-        _log.info("no copy of %s is kept in %s: %s", copy.source, parent, error)
+    def fill(directory: Path) -> None:
+        config = model.config
+        try:
+            model.config = copy.deepcopy(config)  # save_pretrained changes it
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        finally:
+            model.config = config
+
+    folder.keep(sum(weight.nbytes for weight in model.parameters()), fill)
 
 
-def cached_copies() -> list[ConvertedCopy]:
-    """All copies in the cache by name, the damaged ones that still have a manifest too."""
-    parent = cache_directory()
-    paths = sorted(parent.glob(f"[!.]*/{MANIFEST_NAME}")) if parent is not None else ()
-    copies = (_copy_at(path.parent) for path in paths)
-    return [copy for copy in copies if copy is not None]
+def _read(directory: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-def _copy_at(directory: Path) -> ConvertedCopy | None:
-    try:
-        return ConvertedCopy.at(directory)
-    except (OSError, ValueError):
-        return None
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"{directory} lacks {sorted(info['missing_keys'])[0]}")
+    return model, tokenizer

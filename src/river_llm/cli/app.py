@@ -10,6 +10,7 @@ import typer
 
 from river_llm.cli.bench import bench
 from river_llm.cli.build import build
+from river_llm.cli.cache import cache
 from river_llm.cli.chat import chat
 from river_llm.cli.check_exact import check_exact
 from river_llm.cli.generate import generate
@@ -36,6 +37,7 @@ app.command()(chat)
 app.command()(inspect)
 app.command()(bench)
 app.command()(check_exact)
+app.command()(cache)
 
 
 def main() -> None:

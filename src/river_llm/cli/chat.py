@@ -41,6 +41,7 @@ def chat(
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
+    draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -68,6 +69,7 @@ def chat(
         draft_tokens,
         draft_exit_layer,
         draft_lm_head_bits,
+        draft_vocabulary,
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)

@@ -43,6 +43,7 @@ def check_exact(
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
+    draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
@@ -68,11 +69,19 @@ def check_exact(
     from river_llm.exit_policy import ExitPolicy
 
     _, drafts = decoding_mode(
-        options.ModeName.lossless, (), draft_tokens, draft_exit_layer, draft_lm_head_bits, ngram
+        options.ModeName.lossless,
+        (),
+        draft_tokens,
+        draft_exit_layer,
+        draft_lm_head_bits,
+        draft_vocabulary,
+        ngram,
     )
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, None
     )
+    settings = asdict(sampling)
+    del settings["processors"]  # there are none
     texts = read_prompts(prompts)[:limit]
     lm = load(
         LoadOptions(
@@ -101,7 +110,7 @@ def check_exact(
                 drafts=drafts,
                 batch_size=batch_size,
                 progress=progress.steps_done,
-                **asdict(sampling),
+                **settings,
             )
     except KeyboardInterrupt:
         raise RiverError("interrupted") from None
@@ -115,7 +124,7 @@ def check_exact(
             "river": lm.river_config.to_dict(),
             "drafts": None if drafts is None else asdict(drafts),
             "batch_size": batch_size,
-            "sampling": asdict(sampling),
+            "sampling": settings,
         }
         output = {**setting, **asdict(found)}
         print(json.dumps(output, ensure_ascii=False))

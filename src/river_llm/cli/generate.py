@@ -40,6 +40,7 @@ def generate(
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
+    draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -77,6 +78,7 @@ def generate(
         draft_tokens,
         draft_exit_layer,
         draft_lm_head_bits,
+        draft_vocabulary,
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)

@@ -65,6 +65,7 @@ def decoding_mode(
     tokens: int | None,
     exit_layer: int | None,
     lm_head_bits: DraftHeadBits | None,
+    vocabulary: int | None,
     ngram: bool | None,
 ) -> tuple[Mode, DraftConfig | None]:
     """The mode, and how lossless mode drafts.
@@ -76,14 +77,15 @@ def decoding_mode(
         typer.Exit: an option is for the other mode, or out of its range.
     """
     if mode is ModeName.river:
-        if any(value is not None for value in (tokens, exit_layer, lm_head_bits, ngram)):
+        given = (tokens, exit_layer, lm_head_bits, vocabulary, ngram)
+        if any(value is not None for value in given):
             raise usage_error("the draft options go with --mode lossless")
         return "river", None
     if any(value is not None for value in of_policy):
         raise usage_error("--mode lossless has no exit policy: every token is the backbone's")
     bits = None if lm_head_bits is None else int(lm_head_bits.value)
     try:
-        return "lossless", DraftConfig(tokens, exit_layer, bits, ngram is not False)
+        return "lossless", DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
 

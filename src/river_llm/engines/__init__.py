@@ -6,7 +6,7 @@ from river_llm.engines.choice import (
     choose_engine,
     make_engine,
 )
-from river_llm.engines.cpu_engine import CpuEngine
+from river_llm.engines.cpu_engine import CpuEngine, weight_layout
 from river_llm.engines.drafting import Draft, DraftRule
 from river_llm.engines.engine import Engine, StepResult
 from river_llm.engines.torch_engine import TorchEngine
@@ -22,4 +22,5 @@ __all__ = [
     "check_engine_options",
     "choose_engine",
     "make_engine",
+    "weight_layout",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from transformers import PreTrainedModel
 
 from river_llm.attachment import attach_river
 from river_llm.engines.cpu_engine import CpuEngine, check_built, is_built
@@ -16,6 +15,9 @@ from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.river import River
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EngineChoice = Literal["auto", "cpu", "torch"]
 

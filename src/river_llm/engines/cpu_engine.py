@@ -8,34 +8,28 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from river_llm.backbone import decoder_layers
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.engine import StepResult
-from river_llm.engines.llama_family import (
-    check_supported,
-    longrope_limit,
-    model_shape,
-    query_scales,
-    rotary_angles,
-    rotary_layer_types,
-    rows_like_single_steps,
-)
+from river_llm.engines.llama_family import check_supported, describe
+from river_llm.engines.native_model import NativeModel, WeightFormats
 from river_llm.engines.weight_packer import (
     WeightPacker,
     check_weights,
     give_up,
-    group_size_of,
     quantized_head,
 )
 from river_llm.errors import ConfigError, ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.river import River
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 try:
     from river_llm import _core
@@ -45,6 +39,7 @@ except ImportError:  # installed without a compiler
 _BACKBONE, _RIVER = 0, 1
 _PREFILL_ROWS = 1024  # rows of one native call, between which Ctrl-C is heard
 _ROTARY_BLOCK = 2048  # positions whose angles are computed at a time
+_LARGE_VOCABULARY, _VOCABULARY_STEP = 16384, 1024
 _KERNELS_VARIABLE = "RIVER_LLM_CPU"
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -53,6 +48,11 @@ _Result = TypeVar("_Result")
 def is_built() -> bool:
     """Whether the native core was compiled when the package was installed."""
     return _core is not None
+
+
+def weight_layout() -> int | None:
+    """The version of how the core packs weights; None where it isn't built."""
+    return None if _core is None else int(_core.weight_layout)
 
 
 def check_built() -> None:
@@ -102,6 +102,8 @@ class CpuEngine:
     One thread at a time: a second one gets a RiverError, and nothing changes.
 
     Attributes:
+        model, formats: what it computes, and how its weights are held.
+        embedding: bfloat16 in uint16 `[V, C]`, where its rows can't be read from the LM head.
         kernels: the instruction set in use: amx, avx512bf16, avx512, avx2, neon or portable.
         threads: how many compute.
         backbone_bits, lm_head_bits: 16 (bfloat16) or 8.
@@ -138,65 +140,123 @@ class CpuEngine:
             RiverError: the native core was not built.
         """
         check_built()
-        for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
-            if bits not in (8, 16):
-                raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
         check_weights(model)
         check_supported(model)
         layers = decoder_layers(model)
         river.check_fits(layers)
-        self.num_layers = len(layers)
-        self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.backbone_bits, self.lm_head_bits = backbone_bits, lm_head_bits
-        self.record_similarities = False
-        self.policy = policy
-        self._model = model
-        self._longrope_limit = longrope_limit(model)
-        self._uses_long_angles: bool | None = False  # None: some positions have other ones
-        self._padding: list[int] = []
-        self._length = 0
-        self._passes = 0
-        self._turn = threading.RLock()  # held by the thread that is in a verb, see `_in_turn`
-
-        shape = model_shape(model)
-        self._vocab_size: int = shape["vocab_size"]
-        self._position_bytes = 4 * shape["num_kv_heads"] * shape["head_dim"]  # key and value
-        self._windows: list[int] = []
-        code_group = group_size_of(shape)
-        river_bits = 4 if river.config.bits <= 4 else 8
-        try:
-            self._core = _core.Engine(
-                shape,
-                backbone=(backbone_bits, code_group if backbone_bits == 8 else 0),
-                river=(river_bits, river.config.group_size),
-                head=(lm_head_bits, code_group if lm_head_bits == 8 else 0),
-                rotary_tables=len(rotary_layer_types(model)),
-                threads=threads or _core.usable_threads(),
-                kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
-            )
-        except ValueError as error:
-            raise ConfigError(f"native engine: {error}") from error
-        # 64 or 32, whichever divides the model dim
-        self._head_group = 64 if shape["hidden_size"] % 64 == 0 else 32
-        self._prepared_head_bits: int | None = None  # of the drafts' LM head
-        self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if lm_head_bits == 16 else (8,)
-        self.kernels, self.threads = self._core.kernels, self._core.threads
-        packer = WeightPacker(self._core, model, backbone_bits, lm_head_bits, code_group)
-        packer.pack_head(shape["tied_head"])
+        formats = WeightFormats(
+            backbone_bits, lm_head_bits, river.config.bits, river.config.group_size
+        )
+        self._prepare(describe(model), formats, policy, threads, kernels)
+        packer = WeightPacker(self._core, model, self.model, formats)
+        embedding = packer.pack_head()
         for index in range(self.num_layers):
-            described = packer.pack_layer(index, river.exit_layers[index])
-            self._windows.append(described.parts["window"])
+            packer.pack_layer(index, river.exit_layers[index])
             if free_model:
                 for linear in layers[index].linears.values():
                     give_up(linear)
         if free_model:
             give_up(model.get_output_embeddings())
             give_up(model.get_input_embeddings())
+        self._complete(embedding)
+
+    @classmethod
+    def of_packed(
+        cls,
+        model: NativeModel,
+        formats: WeightFormats,
+        fill: Callable[[Any], Any],
+        policy: ExitPolicy,
+        *,
+        threads: int | None = None,
+        kernels: str | None = None,
+    ) -> CpuEngine:
+        """An engine with weights that another one has packed, of the same model and formats.
+
+        Args:
+            fill: writes them into the uint8 array that it is given, as `packed_weights` held them,
+                and returns the embedding, see `embedding`.
+            policy, threads, kernels: as for a new one.
+
+        Raises:
+            ConfigError, RiverError: see above.
+        """
+        check_built()
+        engine = cls.__new__(cls)
+        engine._prepare(model, formats, policy, threads, kernels)
+        engine._complete(fill(engine.packed_weights))
+        return engine
+
+    def _prepare(
+        self,
+        model: NativeModel,
+        formats: WeightFormats,
+        policy: ExitPolicy,
+        threads: int | None,
+        kernels: str | None,
+    ) -> None:
+        """All but the weights."""
+        self.backbone_bits, self.lm_head_bits = formats.backbone_bits, formats.lm_head_bits
+        for name, bits in (("backbone", self.backbone_bits), ("LM head", self.lm_head_bits)):
+            if bits not in (8, 16):
+                raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
+        self.model, self.formats = model, formats
+        shape = model.shape
+        self.num_layers: int = shape["num_layers"]
+        self.context_length = model.context_length
+        self.record_similarities = False
+        self.policy = policy
+        self._uses_long_angles: bool | None = False  # None: some positions have other ones
+        self._padding: list[int] = []
+        self._length = 0
+        self._passes = 0
+        self._turn = threading.RLock()  # held by the thread that is in a verb, see `_in_turn`
+        self._vocab_size: int = shape["vocab_size"]
+        self._position_bytes = 4 * shape["num_kv_heads"] * shape["head_dim"]  # key and value
+        self._windows: list[int] = [parts["window"] for parts in model.layers]
+        river_bits = 4 if formats.river_bits <= 4 else 8
+        try:
+            self._core = _core.Engine(
+                shape,
+                backbone=(
+                    self.backbone_bits,
+                    model.code_group_size if self.backbone_bits == 8 else 0,
+                ),
+                river=(river_bits, formats.river_group_size),
+                head=(self.lm_head_bits, model.head_group_size if self.lm_head_bits == 8 else 0),
+                rotary_tables=len(model.rotary),
+                threads=threads or _core.usable_threads(),
+                kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
+            )
+        except ValueError as error:
+            raise ConfigError(f"native engine: {error}") from error
+        for index, parts in enumerate(model.layers):
+            self._core.set_layer(index, parts)
+        self._core.set_final_norm(model.final_norm)
+        self._prepared_head_bits: int | None = None  # of the drafts' LM head
+        self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if self.lm_head_bits == 16 else (8,)
+        self.draft_vocabularies = _draft_vocabularies(self._vocab_size)
+        self.kernels, self.threads = self._core.kernels, self._core.threads
+        self.setting = (
+            f"cpu {self.kernels}, {self.threads} threads, "
+            f"backbone {self.backbone_bits} bits, LM head {self.lm_head_bits}"
+        )
+
+    def _complete(self, embedding: Any) -> None:
+        self.embedding = embedding
+        if embedding is not None:
+            self._core.set_embedding(embedding)
         self._set_positions(min(_ROTARY_BLOCK, self.context_length or _ROTARY_BLOCK))
+
+    @property
+    def packed_weights(self) -> Any:
+        """The packed weights, a uint8 array that is not a copy."""
+        return self._core.packed_weights
 
     def _set_positions(self, end: int) -> None:
         """Have rotary angles up to position `end`, those that a pass ending there takes."""
-        is_long = self._longrope_limit is not None and end > self._longrope_limit
+        limit_of_short = self._longrope_limit
+        is_long = limit_of_short is not None and end > limit_of_short
         have = self._core.positions
         if is_long != self._uses_long_angles:
             have = 0
@@ -204,17 +264,22 @@ class CpuEngine:
             return
         # round up, but not over the place where the angles change
         limit = self.context_length or end
-        if self._longrope_limit is not None and not is_long:
-            limit = min(limit, self._longrope_limit)
+        if limit_of_short is not None and not is_long:
+            limit = min(limit, limit_of_short)
         end = max(end, min(-(-end // _ROTARY_BLOCK) * _ROTARY_BLOCK, limit))
         self._uses_long_angles = None
-        for table, layer_type in enumerate(rotary_layer_types(self._model)):
-            cosines, sines = rotary_angles(self._model, layer_type, have, end)
-            self._core.set_rotary(table, have, cosines.numpy(), sines.numpy())
-        scales = query_scales(self._model, end)
+        for place, table in enumerate(self.model.rotary):
+            cosines, sines = table.angles(have, end, is_long)
+            self._core.set_rotary(place, have, cosines.numpy(), sines.numpy())
+        scales = self.model.query_scales(end)
         if scales is not None:
             self._core.set_query_scales(scales.numpy())
         self._uses_long_angles = is_long
+
+    @property
+    def _longrope_limit(self) -> int | None:
+        limit = self.model.angle_limit
+        return None if limit is None or limit.keep_changing else limit.positions
 
     # ---- verbs ----
 
@@ -306,13 +371,14 @@ class CpuEngine:
             )
 
     def most_verified(self) -> int | None:
-        return rows_like_single_steps(self._model, self._length)
+        limit = self.model.angle_limit
+        return None if limit is None else limit.rows_like_single_steps(self._length)
 
     @_in_turn
     def prepare_drafts(self, lm_head_bits: int) -> None:
         if lm_head_bits in (self.lm_head_bits, self._prepared_head_bits):
             return
-        group = self._head_group
+        group = self.model.head_group_size
         codes = quantized_head(self._core, self._vocab_size, lm_head_bits, group)
         self._core.set_draft_head(codes, lm_head_bits, group)
         self._prepared_head_bits = lm_head_bits
@@ -339,6 +405,7 @@ class CpuEngine:
         self.prepare_drafts(rule.lm_head_bits)
         thresholds = list(ExitPolicy.fixed(rule.exit_layer).thresholds(self.num_layers))
         draft_head = rule.lm_head_bits != self.lm_head_bits
+        vocabulary = rule.vocabulary or 0
         if choose is None:
             with _one_clear_line():
                 drafted, margins = self._core.draft(
@@ -347,8 +414,10 @@ class CpuEngine:
                     [most[sequence] for sequence in going],
                     thresholds,
                     rule.chances,
-                    rule.least_chance,
+                    rule.least_chances,
+                    list(rule.stop_tokens),
                     draft_head,
+                    vocabulary,
                 )
             drafts = [Draft() for _ in token_ids]
             for sequence, row, row_margins in zip(going, drafted, margins, strict=True):
@@ -357,8 +426,9 @@ class CpuEngine:
 
         def decode(sequences: list[int], tokens: list[int]) -> Tensor:
             rows = list(range(len(tokens)))
-            step = self._forward(tokens, sequences, thresholds, rows, draft_head=draft_head)
-            return step.logits
+            return self._forward(
+                tokens, sequences, thresholds, rows, draft_head=draft_head, vocabulary=vocabulary
+            ).logits
 
         try:
             return draft_step_by_step(decode, token_ids, most, rule, choose)
@@ -470,6 +540,7 @@ class CpuEngine:
         shape: tuple[int, ...] | None = None,
         places: list[int] | None = None,
         draft_head: bool = False,
+        vocabulary: int = 0,
     ) -> StepResult:
         """One pass over rows. The result has the rows of logits, in `shape`, in which they stand at
         `places`; by default one after the other."""
@@ -483,16 +554,19 @@ class CpuEngine:
                 list(minimum_groups),
                 self.record_similarities,
                 draft_head,
+                vocabulary,
             )
         self._passes += 1
-        shape = shape or (len(logit_rows),)
         if len(logit_rows) < len(tokens):
             exits = exits[logit_rows]
             if similarities is not None:
                 similarities = similarities[:, logit_rows]
 
-        def arranged(values: Tensor) -> Tensor:
+        def arranged(array: Any) -> Tensor:
             """`[..., rows]` in the shape of the result."""
+            values = torch.from_numpy(array)
+            if shape is None:
+                return values
             if places is not None and len(places) < math.prod(shape):
                 rows = values.new_zeros(*values.shape[:-1], math.prod(shape))
                 rows[..., places] = values
@@ -500,10 +574,10 @@ class CpuEngine:
             return values.view(*values.shape[:-1], *shape)
 
         return StepResult(
-            exit_layers=arranged(torch.from_numpy(exits)),
-            logits=partial(self._logits, self._passes, shape, places),
-            best_tokens=arranged(torch.from_numpy(best)),
-            similarities=None if similarities is None else arranged(torch.from_numpy(similarities)),
+            exit_layers=arranged(exits),
+            logits=partial(self._logits, self._passes, shape or (len(logit_rows),), places),
+            best_tokens=arranged(best),
+            similarities=None if similarities is None else arranged(similarities),
         )
 
     @_in_turn
@@ -528,6 +602,13 @@ class CpuEngine:
     def _cut(self, length: int) -> None:
         for sequence, padding in enumerate(self._padding):
             self._core.truncate(sequence, max(0, length - padding))
+
+
+def _draft_vocabularies(vocab_size: int) -> tuple[int, ...]:
+    """All tokens, and where that saves time, a third: tokenizers number their merges by frequency,
+    so that most text is in the first ones (Zhao et al. 2025, FR-Spec)."""
+    part = vocab_size // 3 // _VOCABULARY_STEP * _VOCABULARY_STEP
+    return (part, vocab_size) if vocab_size >= _LARGE_VOCABULARY else (vocab_size,)
 
 
 @contextmanager

@@ -18,20 +18,25 @@ class DraftRule:
 
     The margin of a token is 1 - p2 / p1, with the probabilities of the likeliest token and of the
     second. `chances` says how likely a token of some margin is what the backbone would choose too,
-    and a draft ends with the token at which the product of its chances falls below `least_chance`:
-    the uncertain token is still drafted.
+    and a draft ends with the token at which the product of its chances falls below the least one
+    wanted: the uncertain token is still drafted.
 
     Attributes:
         exit_layer: backbone layers that a drafted token runs before it leaves.
         lm_head_bits: of the LM head, one of the engine's `draft_head_bits`.
-        least_chance: in [0, 1]; 0 ends no draft.
+        vocabulary: drafted tokens are among the first so many; None: among all.
+        least_chances: in [0, 1]; 0 ends no draft. The first counts while one sequence of a batch
+            drafts, the second while two do, and so on; the last one counts for more, too.
         chances: of margins in equal parts of [0, 1].
+        stop_tokens: end a draft.
     """
 
     exit_layer: int = 0
     lm_head_bits: int = 16
-    least_chance: float = 0.0
+    vocabulary: int | None = None
+    least_chances: tuple[float, ...] = (0.0,)
     chances: tuple[float, ...] = (1.0,)
+    stop_tokens: frozenset[int] = frozenset()
 
     def chance(self, margin: float) -> float:
         """Of a token with this margin."""
@@ -76,8 +81,8 @@ def draft_step_by_step(
     """Drafts made one step at a time.
 
     Args:
-        decode: (sequences, the next token of each) -> logits `[sequences, V]`, one step of these
-            sequences through the layers that draft.
+        decode: (sequences, the next token of each) -> logits `[sequences, V]`, or of the rule's
+            vocabulary; one step of these sequences through the layers that draft.
     """
     drafts = [Draft() for _ in token_ids]
     chances = [1.0] * len(drafts)
@@ -90,7 +95,12 @@ def draft_step_by_step(
             drafts[i].tokens.append(token)
             drafts[i].margins.append(margin)
             chances[i] *= rule.chance(margin)
+        least = rule.least_chances[min(len(going), len(rule.least_chances)) - 1]
         going = [
-            i for i in going if len(drafts[i].tokens) < most[i] and chances[i] >= rule.least_chance
+            i
+            for i in going
+            if len(drafts[i].tokens) < most[i]
+            and chances[i] >= least
+            and drafts[i].tokens[-1] not in rule.stop_tokens
         ]
     return drafts

@@ -67,6 +67,9 @@ class Engine(Protocol):
         policy: when tokens leave the backbone; may be set between passes.
         record_similarities: whether results carry similarities; may be set between passes.
         draft_head_bits: widths of the LM head that drafts may take, the fastest first.
+        draft_vocabularies: drafts may be made of the first so many tokens; the likely best first,
+            the last is all of them.
+        setting: what its speed depends on, in words.
     """
 
     name: str
@@ -76,6 +79,10 @@ class Engine(Protocol):
     policy: ExitPolicy
     record_similarities: bool
     draft_head_bits: tuple[int, ...]
+    draft_vocabularies: tuple[int, ...]
+
+    @property
+    def setting(self) -> str: ...
 
     @property
     def length(self) -> int:

@@ -7,14 +7,16 @@ rotary embedding and defaults are what `transformers` makes of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable
 from river_llm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PRE_NORM = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _POST_NORM = {
@@ -46,21 +48,6 @@ SUPPORTED_MODEL_TYPES = tuple(_NORMS)
 PROJECTIONS = ("qkv", "output", "gate_up", "down")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerParts:
-    """One decoder layer.
-
-    Attributes:
-        projections: for each of `PROJECTIONS` the names of the linear layers whose outputs stand
-            below each other, and the rows of theirs to take (None: all).
-        parts: norms and biases as float32 arrays, window and rotary table, as
-            `_core.Engine.set_layer` takes them.
-    """
-
-    projections: tuple[tuple[tuple[str, slice | None], ...], ...]
-    parts: dict[str, Any]
-
-
 def check_supported(model: PreTrainedModel) -> None:
     """See that the native engine knows the model's architecture and sizes.
 
@@ -77,12 +64,31 @@ def check_supported(model: PreTrainedModel) -> None:
         raise _unsupported("has no cap on attention scores")
     if getattr(config, "use_bidirectional_attention", False):
         raise _unsupported("attends to earlier tokens only")
-    shape = model_shape(model)
+    shape = _shape(model)
     for name in ("hidden_size", "intermediate_size", "head_dim"):
         if shape[name] % _LANES:
             raise _unsupported(f"needs a {name} that is a multiple of {_LANES}, not {shape[name]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise _unsupported("knows no bias of the LM head")
+
+
+def describe(model: PreTrainedModel) -> NativeModel:
+    """All of a model but its matrices.
+
+    Raises:
+        UnsupportedModelError: see `check_supported`.
+    """
+    check_supported(model)
+    rotary = [_rotary_table(model, layer_type) for layer_type in _rotary_layer_types(model)]
+    return NativeModel(
+        shape={**_shape(model), "rotary_dim": 2 * len(rotary[0].frequencies)},
+        layers=[_layer_parts(model, index) for index in range(model.config.num_hidden_layers)],
+        final_norm=_norm_weight(model, model.model.norm),
+        rotary=rotary,
+        angle_limit=angle_limit(model),
+        query_scaling=_query_scaling(model),
+        context_length=getattr(model.config, "max_position_embeddings", None),
+    )
 
 
 def activation(model: PreTrainedModel) -> str:
@@ -91,8 +97,8 @@ def activation(model: PreTrainedModel) -> str:
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
-def model_shape(model: PreTrainedModel) -> dict[str, Any]:
-    """The sizes and constants that `_core.Engine` takes."""
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    """The sizes and constants that `_core.Engine` takes, but for `rotary_dim`."""
     config = model.config
     attention = model.model.layers[0].self_attn
     embedding = model.get_input_embeddings()
@@ -106,7 +112,6 @@ def model_shape(model: PreTrainedModel) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "intermediate_size": config.intermediate_size,
         "vocab_size": head.weight.shape[0],
-        "rotary_dim": 2 * rotary_angles(model, rotary_layer_types(model)[0], 0, 1)[0].shape[1],
         "norm_epsilon": config.rms_norm_eps,
         "attention_scale": float(attention.scaling),
         # the model multiplies by the scale as its own dtype holds it
@@ -117,72 +122,74 @@ def model_shape(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def rotary_layer_types(model: PreTrainedModel) -> list[str | None]:
+def angle_limit(model: PreTrainedModel) -> AngleLimit | None:
+    """Above how many positions the model's rotary angles change; None: never."""
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type")
+    if kind == "dynamic":
+        return AngleLimit(int(model.config.max_position_embeddings), keep_changing=True)
+    if kind == "longrope":
+        return AngleLimit(int(parameters["original_max_position_embeddings"]), keep_changing=False)
+    return None
+
+
+def _rotary_layer_types(model: PreTrainedModel) -> list[str | None]:
     """The kinds of layer that have rotary angles of their own; `[None]` where all share them."""
     types = getattr(model.model.rotary_emb, "layer_types", None)
     return list(types) if types else [None]
 
 
 @torch.no_grad()
-def rotary_angles(
-    model: PreTrainedModel, layer_type: str | None, first: int, end: int
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 `[positions, rotary_dim / 2]`, of the positions [first, end).
+def _rotary_table(model: PreTrainedModel, layer_type: str | None) -> RotaryTable:
+    """What the model's own rotary embedding computes with, whatever scaling it has.
 
-    They come from the model's own rotary embedding, with whatever scaling it has.
+    Raises:
+        UnsupportedModelError: it computes otherwise.
     """
     rotary = model.model.rotary_emb
-    positions = torch.arange(first, end).unsqueeze(0)
-    dtype = torch.zeros(1, dtype=torch.float32)
+    prefix = "" if layer_type is None else f"{layer_type}_"
     arguments = () if layer_type is None else (layer_type,)
-    cosines, sines = rotary(dtype, positions, *arguments)
-    half = cosines.shape[-1] // 2
-    return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
+    limit = angle_limit(model)
+    changes = limit is not None and not limit.keep_changing
+
+    def own(end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the last 32 positions before `end`, in a text that ends there."""
+        positions = torch.arange(max(0, end - 32), end).unsqueeze(0)
+        cosines, sines = rotary(torch.zeros(1), positions, *arguments)
+        half = cosines.shape[-1] // 2
+        return cosines[0, :, :half], sines[0, :, :half]
+
+    ends = {False: limit.positions if limit is not None else model.config.max_position_embeddings}
+    frequencies, long = {}, None
+    if changes and limit is not None:
+        ends[True] = limit.positions + 1
+    for is_long, end in ends.items():
+        own(end)  # it sets its frequencies by the end of the text
+        frequencies[is_long] = getattr(rotary, f"{prefix}inv_freq").detach().float().clone()
+    long = frequencies.get(True)
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling"))
+    table = RotaryTable(frequencies[False], scaling, long)
+    for is_long, end in ends.items():
+        expected = table.angles(max(0, end - 32), end, is_long)
+        if not all(map(torch.equal, own(end), expected)):
+            raise _unsupported("computes rotary angles otherwise than this model")
+    own(1)  # as it was
+    return table
 
 
-def longrope_limit(model: PreTrainedModel) -> int | None:
-    """Above this many positions the model's rotary angles change for all of them; None: never."""
-    parameters = getattr(model.config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") != "longrope":
-        return None
-    return int(parameters["original_max_position_embeddings"])
-
-
-def rows_like_single_steps(model: PreTrainedModel, length: int) -> int | None:
-    """How many tokens after `length` can run in one pass with the rotary angles that single steps
-    would give them, 1 at least; None: any number.
-
-    Angles that depend on the length (longrope, dynamic NTK scaling) are, for all tokens of a pass,
-    those of its last one.
-    """
-    parameters = getattr(model.config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type")
-    if kind == "dynamic":
-        limit = int(model.config.max_position_embeddings)
-        return max(1, limit - length)
-    limit_of_short = longrope_limit(model)
-    if limit_of_short is None or length >= limit_of_short:
-        return None
-    return limit_of_short - length
-
-
-def query_scales(model: PreTrainedModel, positions: int) -> Tensor | None:
-    """What queries are multiplied with by position, float32 `[positions]`; None: nothing.
-
-    Ministral 3 (after Llama 4) scales by 1 + beta * log(1 + floor(position / original context)).
-    """
+def _query_scaling(model: PreTrainedModel) -> tuple[float, int] | None:
     parameters = getattr(model.config, "rope_parameters", None) or {}
     beta = parameters.get("llama_4_scaling_beta")
     if beta is None or model.config.model_type != "ministral3":
         return None
-    places = torch.arange(positions, dtype=torch.float32)
-    original = parameters["original_max_position_embeddings"]
-    scales: Tensor = 1 + beta * torch.log(1 + torch.floor(places / original))
-    return scales
+    return float(beta), int(parameters["original_max_position_embeddings"])
 
 
-def layer_parts(model: PreTrainedModel, index: int) -> LayerParts:
-    """Where the parts of decoder layer `index` are."""
+def layer_projections(
+    model: PreTrainedModel, index: int
+) -> tuple[tuple[tuple[str, slice | None], ...], ...]:
+    """For each of `PROJECTIONS` the names of the linear layers in decoder layer `index` whose
+    outputs stand below each other, and the rows of theirs to take (None: all)."""
     layer = model.model.layers[index]
     attention, mlp = layer.self_attn, layer.mlp
     inner = model.config.intermediate_size
@@ -198,7 +205,13 @@ def layer_parts(model: PreTrainedModel, index: int) -> LayerParts:
         )
     else:
         gate_up = (("mlp.gate_proj", None), ("mlp.up_proj", None))
-    projections = (qkv, (("self_attn.o_proj", None),), gate_up, (("mlp.down_proj", None),))
+    return qkv, (("self_attn.o_proj", None),), gate_up, (("mlp.down_proj", None),)
+
+
+def _layer_parts(model: PreTrainedModel, index: int) -> dict[str, Any]:
+    """What `_core.Engine.set_layer` takes."""
+    layer = model.model.layers[index]
+    attention = layer.self_attn
     parts: dict[str, Any] = {
         name: _norm_weight(model, getattr(layer, attribute))
         for name, attribute in _NORMS[model.config.model_type].items()
@@ -207,13 +220,13 @@ def layer_parts(model: PreTrainedModel, index: int) -> LayerParts:
         norm = getattr(attention, attribute, None)
         if norm is not None:
             parts[name] = _norm_weight(model, norm)
-    for name, pieces in zip(PROJECTIONS, projections, strict=True):
+    for name, pieces in zip(PROJECTIONS, layer_projections(model, index), strict=True):
         bias = _bias(layer, pieces, interleaved=name == "gate_up")
         if bias is not None:
             parts[f"{name}_bias"] = bias
     parts["window"] = _window(model, index) or 0
-    parts["rope"] = _rotary_table(model, index)
-    return LayerParts(projections, parts)
+    parts["rope"] = _rotary_table_of(model, index)
+    return parts
 
 
 def _norm_weight(model: PreTrainedModel, norm: nn.Module) -> Any:
@@ -244,11 +257,11 @@ def _window(model: PreTrainedModel, index: int) -> int | None:
     return window
 
 
-def _rotary_table(model: PreTrainedModel, index: int) -> int:
+def _rotary_table_of(model: PreTrainedModel, index: int) -> int:
     attention = model.model.layers[index].self_attn
     if not getattr(attention, "use_rope", True):
         return -1
-    types = rotary_layer_types(model)
+    types = _rotary_layer_types(model)
     return 0 if types == [None] else types.index(attention.layer_type)
 
 

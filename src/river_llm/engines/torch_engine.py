@@ -19,7 +19,7 @@ from river_llm.engines.drafting import (
     likeliest_with_margin,
 )
 from river_llm.engines.engine import StepResult
-from river_llm.engines.llama_family import rows_like_single_steps
+from river_llm.engines.llama_family import angle_limit
 from river_llm.errors import ContextFullError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
@@ -45,9 +45,17 @@ class TorchEngine:
         self._takes_position_ids = "position_ids" in parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.device = self.model.device
+        self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
+        self._limit = angle_limit(self.model)
         self._cache = DynamicCache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
         self._length = 0
+
+    @property
+    def setting(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"torch {self.device} {dtype}{threads}"
 
     @property
     def policy(self) -> ExitPolicy:
@@ -87,7 +95,7 @@ class TorchEngine:
         return result
 
     def most_verified(self) -> int | None:
-        return rows_like_single_steps(self.model, self._length)
+        return None if self._limit is None else self._limit.rows_like_single_steps(self._length)
 
     def prepare_drafts(self, lm_head_bits: int) -> None:
         del lm_head_bits
@@ -105,7 +113,8 @@ class TorchEngine:
         def decode(sequences: list[int], tokens: list[int]) -> Tensor:
             for sequence, token in zip(sequences, tokens, strict=True):
                 last[sequence] = token
-            return self.decode(torch.tensor(last)).logits[sequences]  # the others run idle
+            logits = self.decode(torch.tensor(last)).logits[sequences]  # the others run idle
+            return logits[:, : rule.vocabulary]
 
         self.policy = ExitPolicy.fixed(rule.exit_layer)
         try:

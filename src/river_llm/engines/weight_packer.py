@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from river_llm.backbone import linear_weight
 from river_llm.bit_packing import pack_codes, unpack_codes
 from river_llm.config import RiverConfig
-from river_llm.engines.llama_family import PROJECTIONS, LayerParts, layer_parts
+from river_llm.engines.llama_family import PROJECTIONS, layer_projections
+from river_llm.engines.native_model import NativeModel, WeightFormats
 from river_llm.errors import RiverError
 from river_llm.quantization import QuantizedMatrix, quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _BACKBONE, _RIVER = 0, 1
 _HEAD_ROWS = 8192  # of the LM head that are quantised at a time
@@ -27,23 +30,23 @@ class WeightPacker:
         self,
         core: Any,
         model: PreTrainedModel,
-        backbone_bits: int,
-        lm_head_bits: int,
-        group_size: int,
+        described: NativeModel,
+        formats: WeightFormats,
     ) -> None:
-        """`core` is a `_core.Engine`; `group_size` is that of 8-bit backbone and LM head."""
+        """`core` is a `_core.Engine` for this model and these formats."""
         self._core = core
         self._model = model
-        self._backbone_bits, self._lm_head_bits = backbone_bits, lm_head_bits
-        self._eight_bits = RiverConfig(bits=8, group_size=group_size, quantizer="rtn")
+        self._tied_head = described.shape["tied_head"]
+        self._formats = formats
+        self._backbone = RiverConfig(8, described.code_group_size, "rtn")  # if it is in codes
+        self._head = RiverConfig(8, described.head_group_size, "rtn")
 
-    def pack_layer(self, index: int, exit_layer: dict[str, QuantizedMatrix]) -> LayerParts:
-        """Both sides of a decoder layer; returns what it is made of."""
+    def pack_layer(self, index: int, exit_layer: dict[str, QuantizedMatrix]) -> None:
+        """Both sides of a decoder layer."""
         layer = self._model.model.layers[index]
-        described = layer_parts(self._model, index)
-        self._core.set_layer(index, described.parts)
+        projections = layer_projections(self._model, index)
         for projection in range(len(PROJECTIONS)):
-            pieces = described.projections[projection]
+            pieces = projections[projection]
             weights = [
                 weight if rows is None else weight[rows]
                 for weight, rows in (
@@ -51,29 +54,26 @@ class WeightPacker:
                     for name, rows in pieces
                 )
             ]
-            if self._backbone_bits == 16:
+            if self._formats.backbone_bits == 16:
                 self._core.set_weights(index, projection, [_bfloat16_bits(w) for w in weights])
             else:
-                codes = [_codes(quantize(w, self._eight_bits)) for w in weights]
+                codes = [_codes(quantize(w, self._backbone)) for w in weights]
                 self._core.set_codes(index, projection, _BACKBONE, codes)
             exits = [_codes(exit_layer[name], rows) for name, rows in pieces]
             self._core.set_codes(index, projection, _RIVER, exits)
-        return described
 
-    def pack_head(self, tied: bool) -> None:
-        """Final norm, LM head, and the embedding where its rows can't be read from the head."""
+    def pack_head(self) -> Any:
+        """LM head; returns the embedding as bfloat16 in uint16 `[V, C]` where its rows can't be
+        read from the head, else None."""
         model = self._model
         weight = model.get_output_embeddings().weight.detach()
-        if self._lm_head_bits == 16:
+        if self._formats.lm_head_bits == 16:
             self._core.set_head_weights(_bfloat16_bits(weight))
         else:
-            self._core.set_head_codes(_codes(quantize(weight, self._eight_bits)))
-        if not tied or self._lm_head_bits != 16:
-            self._core.set_embedding(_bfloat16_bits(model.get_input_embeddings().weight.detach()))
-        norm = model.model.norm.weight.detach().float()
-        if model.config.model_type.startswith("gemma"):
-            norm = 1 + norm
-        self._core.set_final_norm(norm.contiguous().numpy())
+            self._core.set_head_codes(_codes(quantize(weight, self._head)))
+        if self._tied_head and self._formats.lm_head_bits == 16:
+            return None
+        return _bfloat16_bits(model.get_input_embeddings().weight.detach())
 
 
 def quantized_head(core: Any, vocab_size: int, bits: int, group_size: int) -> Any:
@@ -94,16 +94,6 @@ def check_weights(model: PreTrainedModel) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RiverError("the model's weights were given up to an engine; load it again")
-
-
-def group_size_of(shape: dict[str, Any]) -> int:
-    """64, or 32 where a width is no multiple of 64."""
-    widths = (
-        shape["hidden_size"],
-        shape["intermediate_size"],
-        shape["num_heads"] * shape["head_dim"],
-    )
-    return 64 if all(width % 64 == 0 for width in widths) else 32
 
 
 def _bfloat16_bits(weight: Tensor) -> Any:

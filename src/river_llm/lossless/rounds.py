@@ -21,25 +21,16 @@ from torch import Tensor
 
 from river_llm.answer import Answer
 from river_llm.config import DraftConfig
-from river_llm.engines import Draft, DraftRule, Engine, StepResult
+from river_llm.engines import Engine, StepResult
 from river_llm.errors import ConfigError
-from river_llm.lossless.draft_control import (
-    MOST_DRAFTED,
-    NgramSource,
-    PassCost,
-    Rate,
-    RiverSource,
-    number_within,
-)
-from river_llm.lossless.ngram_drafts import LONGEST_MATCH, NgramIndex
+from river_llm.lossless.draft_control import DraftControl, Guess
+from river_llm.lossless.ngram_drafts import NgramIndex
+from river_llm.lossless.sources import MOST_DRAFTED
 from river_llm.lossless.statistics import Counter, LosslessStatistics
 
 Origin = Literal["backbone", "river", "ngram"]
 
 _log = logging.getLogger(__name__)
-
-_TRIALS = 8  # drafts of each exit layer before the best one is chosen
-_TRIED_AGAIN = 48  # drafts after which another one has a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +41,13 @@ class VerifiedToken:
     origin: Origin
 
 
-@dataclass(slots=True)
-class _Guess:
-    """What one sequence has to be verified."""
-
-    tokens: list[int]
-    match: int = 0  # n-gram drafts: length of the match
-    river: RiverSource | None = None  # that drafted it, and the margins of its tokens
-    margins: Sequence[float] = ()
-
-
 def check_drafts(engine: Engine, config: DraftConfig) -> None:
     """See that an engine can draft so.
 
     Raises:
         ConfigError: the model has fewer layers, or the engine no LM head of that width.
     """
-    config.check_layers(engine.num_layers)
+    config.check_fits(engine.num_layers, engine.draft_vocabularies[-1])
     widths = engine.draft_head_bits
     if config.lm_head_bits is not None and config.lm_head_bits not in widths:
         raise ConfigError(
@@ -80,21 +61,12 @@ class LosslessDecoder:
 
     def __init__(self, engine: Engine, config: DraftConfig) -> None:
         """Raises ConfigError where the engine can't draft so."""
+        check_drafts(engine, config)
         self.config = config
         self._engine = engine
-        self._cost = PassCost()
-        self._rate = Rate()
-        self._ngrams = NgramSource(LONGEST_MATCH)
-        check_drafts(engine, config)
         self._head_bits = config.lm_head_bits or engine.draft_head_bits[0]
         engine.prepare_drafts(self._head_bits)
-        layers = (
-            sorted({0, round(engine.num_layers / 10)})
-            if config.exit_layer is None
-            else [config.exit_layer]
-        )
-        self._rivers = [RiverSource(layer) for layer in layers]
-        self._drafts = 0
+        self._controls: dict[str, DraftControl] = {}
         self.begin([])
 
     def begin(self, answers: Sequence[Answer], stop_tokens: frozenset[int] = frozenset()) -> None:
@@ -106,15 +78,17 @@ class LosslessDecoder:
         self._indexes = [NgramIndex() for _ in answers]
         self._cached = [len(answer.token_ids) for answer in answers]  # tokens in the engine's cache
         self._draft_seconds = self._verify_seconds = 0.0
+        kind = "greedy" if all(answer.takes_best for answer in answers) else "sampled"
+        if len(answers) > 1:
+            kind += ", together"
+        if kind not in self._controls:
+            self._controls[kind] = self._new_control()
+        self._control = self._controls[kind]
 
     @property
     def key(self) -> str:
         """Of what is learnt: it holds for this engine and these drafts only."""
-        config, engine = self.config, self._engine
-        how = getattr(engine, "kernels", str(engine.device))
-        return (
-            f"{engine.name} {how} head {self._head_bits} exit {config.exit_layer} {config.tokens}"
-        )
+        return f"{self._engine.setting}; {self.config} of {self._head_bits} bits"
 
     def statistics(self) -> list[LosslessStatistics]:
         """So far, of each answer."""
@@ -128,50 +102,42 @@ class LosslessDecoder:
 
         The last token of every answer isn't in the engine's cache yet, before and after the round.
         """
-        engine, answers = self._engine, self._answers
-        growing = [answer.finish_reason is None for answer in answers]
-        self._forget_ended(growing)
+        answers = self._answers
+        going = [i for i, answer in enumerate(answers) if not answer.has_ended]
+        self._forget_ended()
+        self._control.begin_round(len(going))
         start = time.perf_counter()
-        guesses = self._guess(growing)
+        guesses = self._guess(going)
         drafted_at = time.perf_counter()
-        width = 1 + max(len(guess.tokens) for guess in guesses)
-        token_ids = torch.zeros(len(answers), width, dtype=torch.long)
-        counts = [
-            1 + len(g.tokens) if grows else 0 for g, grows in zip(guesses, growing, strict=True)
-        ]
-        for i, guess in enumerate(guesses):
-            row = [answers[i].token_ids[-1], *guess.tokens]
-            token_ids[i, : len(row)] = torch.tensor(row)
-        is_ragged = any(count != width for count in counts)
-        result = engine.verify(token_ids, counts if is_ragged else None)
-        verified = [
-            self._accept(i, result, guesses[i].tokens) if growing[i] else []
-            for i in range(len(answers))
-        ]
-        kept = [self._up_to_stop(tokens) for tokens in verified]
-        rejected = [count - len(tokens) for count, tokens in zip(counts, kept, strict=True)]
-        if any(rejected):
-            engine.rewind(rejected)
-        for i, tokens in enumerate(kept):
-            self._cached[i] += len(tokens)
+        verified = self._verify(guesses)
         end = time.perf_counter()
         self._draft_seconds += drafted_at - start
         self._verify_seconds += end - drafted_at
-        agreed = [max(0, len(tokens) - 1) for tokens in verified]  # drafted tokens that are right
-        self._learn(guesses, counts, agreed, drafted_at - start, end - drafted_at)
+        # drafted tokens that are right, whether or not the answer has ended before
+        agreed = [max(0, len(tokens) - 1) for tokens in verified]
+        self._control.note_round(
+            [guesses[i] for i in going], [agreed[i] for i in going], end - drafted_at
+        )
         new = []
-        for i, (guess, tokens) in enumerate(zip(guesses, kept, strict=True)):
+        for i, guess in enumerate(guesses):
+            tokens = self._up_to_stop(verified[i])
+            accepted = min(agreed[i], len(tokens))
             if tokens:
-                accepted = min(agreed[i], len(tokens))
                 self._counters[i].note(len(guess.tokens), accepted, len(tokens), guess.match > 0)
-            origins = [_origin(guess)] * agreed[i] + ["backbone"]
+            origin: Origin = "ngram" if guess.match else "river"
+            origins = [origin] * accepted + ["backbone"]
             new.append([VerifiedToken(*pair) for pair in zip(tokens, origins, strict=False)])
         return new
 
-    def _forget_ended(self, growing: Sequence[bool]) -> None:
+    def drop(self, answer: int, count: int) -> None:
+        """An answer has ended before the last `count` tokens of its round, at a stop string."""
+        self._counters[answer].drop(count)
+
+    def _forget_ended(self) -> None:
         """Leave one token of each answer that has ended: its length would bind the others."""
         ended = [
-            0 if grows else cached - 1 for grows, cached in zip(growing, self._cached, strict=True)
+            cached - 1 if answer.has_ended else 0
+            for answer, cached in zip(self._answers, self._cached, strict=True)
         ]
         if any(ended):
             self._engine.rewind(ended)
@@ -179,88 +145,95 @@ class LosslessDecoder:
 
     # ---- guessing ----
 
-    def _guess(self, growing: Sequence[bool]) -> list[_Guess]:
-        """A draft for every answer that grows, as far as drafts are worth their time."""
-        engine, fixed = self._engine, self.config.tokens
-        most = [
-            min(fixed or MOST_DRAFTED, answer.tokens_left - 1) if grows else 0
-            for answer, grows in zip(self._answers, growing, strict=True)
-        ]
-        if engine.context_length is not None:
-            free = engine.context_length - engine.length - 1
-            most = [min(count, free) for count in most]
-        exact = engine.most_verified()
-        if exact is not None:
-            most = [min(count, exact - 1) for count in most]
-        river = self._choose_river()
-        guesses = []
-        for i, answer in enumerate(self._answers):
-            guess = _Guess([])
-            if self.config.ngram and most[i] > 0:
-                match, tokens = self._indexes[i].continuation(answer.token_ids, most[i])
-                if match:
-                    count, value = self._ngrams.best_length(
-                        match, len(tokens), self._rate.value, self._cost, sum(growing)
-                    )
-                    if value > (river.worth if river else 0):
-                        guess = _Guess(tokens if fixed else tokens[:count], match)
-            guesses.append(guess)
+    def _guess(self, going: Sequence[int]) -> list[Guess]:
+        """A draft for every answer that goes on, as far as drafts are worth their time."""
+        most = self._most_tokens(going)
+        guesses = [Guess() for _ in self._answers]
+        if self.config.ngram:
+            for i in going:
+                guesses[i] = self._guess_from_text(i, most[i])
         wanted = [0 if guess.tokens else count for guess, count in zip(guesses, most, strict=True)]
-        if river and any(count > 0 for count in wanted):
-            drafts = self._draft(river, wanted, sum(growing))
-            for guess, draft in zip(guesses, drafts, strict=True):
-                if draft.tokens:
-                    guess.tokens, guess.margins, guess.river = draft.tokens, draft.margins, river
+        if self._control.way is not None and any(wanted):
+            self._guess_with_river(guesses, wanted)
         return guesses
 
-    def _draft(self, river: RiverSource, most: list[int], growing: int) -> list[Draft]:
-        if self.config.tokens is None:
-            rule = river.rule(self._head_bits, self._rate.value, self._cost, growing)
-        else:
-            rule = DraftRule(river.exit_layer, self._head_bits)
+    def _most_tokens(self, going: Sequence[int]) -> list[int]:
+        """How many tokens of each answer there may be to verify, beside its last one."""
+        engine = self._engine
+        most = self.config.tokens or MOST_DRAFTED
+        if engine.context_length is not None:
+            most = min(most, engine.context_length - engine.length - 1)
+        exact = engine.most_verified()
+        if exact is not None:
+            most = min(most, exact - 1)
+        lengths = [0] * len(self._answers)
+        for i in going:
+            lengths[i] = max(0, min(most, self._answers[i].tokens_left - 1))
+        return lengths
+
+    def _guess_from_text(self, i: int, most: int) -> Guess:
+        match, tokens = self._indexes[i].continuation(self._answers[i].token_ids, most)
+        if not match:
+            return Guess()
+        tokens = self._up_to_stop(tokens)
+        count = self._control.ngram_length(match, len(tokens))
+        return Guess(tokens[:count], match) if count else Guess()
+
+    def _guess_with_river(self, guesses: list[Guess], most: Sequence[int]) -> None:
+        answers = self._answers
         choose = None
-        if not self._answers[0].takes_best:
+        if not answers[0].takes_best:
 
             def choose(i: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
-                return self._answers[i].choose_with_margin(logits, drafted)
+                return answers[i].choose_with_margin(logits, drafted)
 
+        rule = self._control.rule(self._head_bits, self._stop_tokens)
+        last = [answer.token_ids[-1] for answer in answers]
         start = time.perf_counter()
-        last = [answer.token_ids[-1] for answer in self._answers]
         drafts = self._engine.draft(last, most, rule, choose)
-        tokens = sum(len(draft.tokens) for draft in drafts)
-        river.note_time(tokens, time.perf_counter() - start)
-        self._drafts += 1
-        return drafts
-
-    def _choose_river(self) -> RiverSource | None:
-        """The exit layer whose drafts bring most; each has its trials, and others a turn. None
-        while none pays."""
-        due = [river for river in self._rivers if river.is_due()]
-        if self.config.tokens is not None:
-            due = self._rivers
-        if not due:
-            return None
-        fewest = min(due, key=lambda river: river.drafts)
-        if self._rivers[0].drafts < _TRIALS and self._rivers[0] in due:
-            return self._rivers[0]  # others are tried where the first one pays
-        if fewest.drafts < _TRIALS or self._drafts % _TRIED_AGAIN == _TRIED_AGAIN - 1:
-            return fewest
-        return max(due, key=lambda river: river.worth)
+        seconds = time.perf_counter() - start
+        self._control.note_draft_time([len(draft.tokens) for draft in drafts], seconds)
+        for i, draft in enumerate(drafts):
+            if draft.tokens:
+                guesses[i] = Guess(draft.tokens, margins=draft.margins)
 
     # ---- verifying ----
 
-    def _accept(self, i: int, result: StepResult, drafted: list[int]) -> list[int]:
-        """The backbone's choices up to the first that wasn't drafted."""
-        answer = self._answers[i]
-        if answer.takes_best:
-            best: list[int] = result.best_tokens[i].tolist()
-            agreeing = 0
-            while agreeing < len(drafted) and drafted[agreeing] == best[agreeing]:
-                agreeing += 1
-            return best[: agreeing + 1]
+    def _verify(self, guesses: Sequence[Guess]) -> list[list[int]]:
+        """The backbone's tokens of each answer; only those that it keeps, without the last one, are
+        in the engine's cache."""
+        answers = self._answers
+        width = 1 + max(len(guess.tokens) for guess in guesses)
+        rows, counts = [], []
+        for answer, guess in zip(answers, guesses, strict=True):
+            tokens = [answer.token_ids[-1], *guess.tokens]
+            counts.append(0 if answer.has_ended else len(tokens))
+            rows.append(tokens + [0] * (width - len(tokens)))
+        is_ragged = any(count != width for count in counts)
+        result = self._engine.verify(torch.tensor(rows), counts if is_ragged else None)
+        best = result.best_tokens.tolist() if answers[0].takes_best else []
+        verified: list[list[int]] = []
+        for i, guess in enumerate(guesses):
+            if counts[i] == 0:
+                verified.append([])
+            elif best:
+                verified.append(_agreeing(best[i], guess.tokens))
+            else:
+                verified.append(self._choose(i, result, guess.tokens))
+        kept = [len(self._up_to_stop(tokens)) for tokens in verified]
+        rejected = [count - length for count, length in zip(counts, kept, strict=True)]
+        if any(rejected):
+            self._engine.rewind(rejected)
+        for i, length in enumerate(kept):
+            self._cached[i] += length
+        return verified
+
+    def _choose(self, i: int, result: StepResult, drafted: Sequence[int]) -> list[int]:
+        """The answer's own choices up to the first that wasn't drafted."""
         tokens: list[int] = []
         for place in range(len(drafted) + 1):
-            tokens.append(answer.choose(result.logits[i, place], drafted[:place]))
+            logits = result.logits[i, place]
+            tokens.append(self._answers[i].choose(logits, list(drafted[:place])))
             if place < len(drafted) and tokens[place] != drafted[place]:
                 break
         return tokens
@@ -274,53 +247,39 @@ class LosslessDecoder:
 
     # ---- learning ----
 
-    def _learn(
-        self,
-        guesses: Sequence[_Guess],
-        counts: Sequence[int],
-        agreed: Sequence[int],
-        draft_seconds: float,
-        verify_seconds: float,
-    ) -> None:
-        self._cost.note(sum(counts), verify_seconds)
-        growing = sum(map(bool, counts))
-        self._rate.note(sum(agreed) + growing, draft_seconds + verify_seconds)
-        for guess, accepted in zip(guesses, agreed, strict=True):
-            drafted = len(guess.tokens)
-            if guess.match:
-                self._ngrams.note(guess.match, drafted, accepted)
-            elif guess.river is not None:
-                guess.river.note_margins(guess.margins, accepted)
-                rows = self._cost.more_rows(drafted, growing)
-                seconds = drafted * guess.river.token_seconds + rows
-                guess.river.note(accepted - self._rate.value * seconds)
+    def _new_control(self) -> DraftControl:
+        config, engine = self.config, self._engine
+        if config.exit_layer is None:
+            layers = sorted({0, round(engine.num_layers / 10), round(engine.num_layers / 3)})
+        else:
+            layers = [config.exit_layer]
+        vocabularies = (
+            engine.draft_vocabularies if config.vocabulary is None else [config.vocabulary]
+        )
+        ways = [(layer, vocabularies[0]) for layer in layers]
+        ways += [(layers[0], vocabulary) for vocabulary in vocabularies[1:]]
+        return DraftControl(ways, engine.num_layers, config.tokens)
 
     def learnt(self) -> dict[str, Any]:
         """What was learnt about drafts, as plain JSON values, for `restore` in another run."""
-        return {
-            "rate": round(self._rate.value, 3),
-            "verification": self._cost.to_dict(),
-            "ngrams": self._ngrams.chances.to_dict(),
-            "rivers": {str(river.exit_layer): river.to_dict() for river in self._rivers},
-        }
+        return {kind: control.to_dict() for kind, control in self._controls.items()}
 
     def restore(self, learnt: dict[str, Any]) -> None:
         """Begin with what another run has learnt; what can't be read is left out."""
-        ngrams, cost = NgramSource(LONGEST_MATCH), PassCost()
-        rivers = [RiverSource(river.exit_layer) for river in self._rivers]
-        try:
-            ngrams.chances.restore(learnt["ngrams"])
-            cost.restore(learnt["verification"])
-            rate = Rate(number_within(learnt["rate"], 0, 1e9))
-            for river in rivers:
-                if str(river.exit_layer) in learnt["rivers"]:
-                    river.restore(learnt["rivers"][str(river.exit_layer)])
-        except (KeyError, TypeError, ValueError) as error:
-            _log.info("what was learnt about drafts is damaged and is learnt anew: %s", error)
-            return
-        self._ngrams, self._cost, self._rivers, self._rate = ngrams, cost, rivers, rate
+        for kind, of_kind in learnt.items():
+            control = self._new_control()
+            try:
+                control.restore(of_kind)
+            except (KeyError, TypeError, ValueError) as error:
+                _log.info("what was learnt about drafts is damaged and is learnt anew: %s", error)
+            else:
+                self._controls[kind] = control
+        self.begin([])
 
 
-def _origin(guess: _Guess) -> Origin:
-    """What the drafted tokens came from."""
-    return "ngram" if guess.match else "river"
+def _agreeing(best: list[int], drafted: Sequence[int]) -> list[int]:
+    """The best tokens up to the first that wasn't drafted."""
+    count = 0
+    while count < len(drafted) and drafted[count] == best[count]:
+        count += 1
+    return best[: count + 1]

@@ -41,19 +41,32 @@ class Counter:
         self._ngram_tokens = 0
         self._drafted: list[int] = []  # drafts that had a token there
         self._accepted: list[int] = []
+        self._last = (0, 0, 0, False)
 
     def note(self, drafted: int, accepted: int, tokens: int, is_ngram: bool) -> None:
         """A verification accepted so many of the drafted tokens, and gave so many tokens in all:
         one more, unless the answer ended before."""
+        self._last = (drafted, accepted, tokens, is_ngram)
         self._verifications += 1
-        self._tokens += tokens
-        self._ngram_tokens += accepted if is_ngram else 0
+        self._count(1, *self._last)
+
+    def drop(self, tokens: int) -> None:
+        """The last so many tokens of the last verification stand behind the answer's end."""
+        drafted, accepted, kept, is_ngram = self._last
+        self._count(-1, *self._last)
+        kept -= tokens
+        self._last = (min(drafted, kept), min(accepted, kept), kept, is_ngram)
+        self._count(1, *self._last)
+
+    def _count(self, sign: int, drafted: int, accepted: int, tokens: int, is_ngram: bool) -> None:
+        self._tokens += sign * tokens
+        self._ngram_tokens += sign * accepted if is_ngram else 0
         while len(self._drafted) < drafted:
             self._drafted.append(0)
             self._accepted.append(0)
         for place in range(drafted):
-            self._drafted[place] += 1
-            self._accepted[place] += place < accepted
+            self._drafted[place] += sign
+            self._accepted[place] += sign * (place < accepted)
 
     def statistics(self, draft_seconds: float, verify_seconds: float) -> LosslessStatistics:
         """So far."""
@@ -68,7 +81,7 @@ class Counter:
             accepted_tokens=accepted,
             ngram_tokens=self._ngram_tokens,
             draft_share=accepted / self._tokens if self._tokens else None,
-            acceptance_by_position=tuple(a / d for a, d in pairs),
+            acceptance_by_position=tuple(a / d for a, d in pairs if d),
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,
         )

@@ -1,0 +1,231 @@
+"""The cache on disk: folders that save time at the next start, each made from files elsewhere.
+
+A folder is written aside and then renamed, so that under its name it is whole or not there; one
+that was damaged later is told by the digests in its manifest. Nothing here is needed: where a
+folder can't be written, read or trusted, what it was made from is read in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from river_llm.errors import RiverError
+
+ENVIRONMENT_VARIABLE = "RIVER_LLM_CACHE"
+MANIFEST_NAME = "copy.json"
+STAGING_PREFIX = ".writing-"
+_STAGING_LIFETIME = 24 * 60 * 60  # seconds; what is older was left by a process that was killed
+_HEADER_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 64, 4096
+
+_log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path | None:
+    """Where the folders are: `$RIVER_LLM_CACHE`, or `river-llm` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    None where `RIVER_LLM_CACHE=off`, or where there is no home directory.
+    """
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen == "off":
+        return None
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "river-llm"
+    except RuntimeError:  # there is no home directory
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFolder:
+    """One folder of the cache; it need not have been written yet.
+
+    Attributes:
+        directory: where it is.
+        kind: what it is, ``"converted"`` or ``"packed"``.
+        source: the file or folder of the model that it is made from.
+        form: how it holds the model: of a converted one the dtype, of a packed one the widths.
+    """
+
+    directory: Path
+    kind: str
+    source: Path
+    form: str
+
+    @classmethod
+    def at(cls, directory: Path) -> CachedFolder:
+        """The one in a folder, damaged or not, by its manifest.
+
+        Raises:
+            OSError, ValueError: there is none, or it is no manifest.
+        """
+        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        try:
+            source, form = Path(manifest["source"]), str(manifest["form"])
+            return cls(directory, str(manifest["kind"]), source, form)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{directory / MANIFEST_NAME} is no manifest of the cache") from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in _files(self.directory))
+
+    def is_whole(self) -> bool:
+        """Whether it is there, and each file has the size and the samples that were written."""
+        try:
+            manifest = json.loads((self.directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+            files = manifest["files"].items()
+            return all(file_digest(self.directory / name) == digest for name, digest in files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def keep(self, num_bytes: int, fill: Callable[[Path], object]) -> None:
+        """Write it, of about so many bytes, and remove what was made of the same source in the same
+        form before the source changed, and what was left half written.
+
+        Never fails: without it the next start takes longer, and that is all.
+
+        Args:
+            fill: writes the files into the folder that it is given.
+        """
+        parent = self.directory.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            for path in parent.glob(f"{STAGING_PREFIX}*"):
+                if time.time() - path.stat().st_mtime > _STAGING_LIFETIME:
+                    shutil.rmtree(path, ignore_errors=True)
+            if shutil.disk_usage(parent).free < 2 * num_bytes:
+                raise OSError("it would take more than half of the space that is left")
+            self._write(fill)
+            for other in cached_folders():
+                is_older = (other.kind, other.source, other.form) == (
+                    self.kind,
+                    self.source,
+                    self.form,
+                )
+                if (is_older and other != self) or not other.source.exists():
+                    other.remove()
+        except Exception as error:
+            _log.info("no copy of %s is kept in %s: %s", self.source, parent, error)
+
+    def read(self, read: Callable[[Path], Any]) -> Any:
+        """What `read` makes of the folder; None where it isn't there, or damaged, and is removed
+        then.
+
+        Raises:
+            RiverError, MemoryError: as `read` does, for reasons beside the folder.
+        """
+        if not self.is_whole():
+            return None
+        try:
+            return read(self.directory)
+        except (RiverError, MemoryError):
+            raise
+        except Exception as error:  # whatever is wrong with it, the source is still there
+            _log.info("removing %s, which can't be read: %s", self.directory, error)
+            self.remove()
+            return None
+
+    def remove(self) -> None:
+        """Delete its folder, as far as the system lets go of files that a process has mapped."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _write(self, fill: Callable[[Path], object]) -> None:
+        """Write it, whole or not at all; one that another process has written meanwhile stays."""
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.directory.parent))
+        try:
+            fill(staging)
+            manifest = {
+                "kind": self.kind,
+                "source": str(self.source),
+                "form": self.form,
+                "files": {
+                    path.relative_to(staging).as_posix(): file_digest(path)
+                    for path in _files(staging)
+                },
+            }
+            (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            for path in _files(staging):
+                with path.open("r+b") as opened:
+                    os.fsync(opened.fileno())  # on the disk before the name that says it is whole
+            if not self.is_whole():
+                self.remove()
+                staging.rename(self.directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def folder_for(kind: str, name: str, source: Path, form: str, origin: Any) -> CachedFolder | None:
+    """The folder of what is made from a source as it is now, whether it is there or not.
+
+    Args:
+        name: of the source, which the folder is named after.
+        origin: all that decides over its content, as JSON values; a digest of it is in the name.
+
+    Returns:
+        None where the cache is off.
+    """
+    parent = cache_directory()
+    if parent is None:
+        return None
+    key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
+    return CachedFolder(parent / f"{name[:100]}-{form}-{key}", kind, source.resolve(), form)
+
+
+def cached_folders() -> list[CachedFolder]:
+    """All folders in the cache by name, the damaged ones that still have a manifest too."""
+    parent = cache_directory()
+    paths = sorted(parent.glob(f"[!.]*/{MANIFEST_NAME}")) if parent is not None else ()
+    folders = (_folder_at(path.parent) for path in paths)
+    return [folder for folder in folders if folder is not None]
+
+
+def clear_cache() -> None:
+    """Delete every folder of the cache, half written and damaged ones too."""
+    parent = cache_directory()
+    if parent is None or not parent.is_dir():
+        return
+    whole = [path.parent for path in parent.glob(f"[!.]*/{MANIFEST_NAME}")]
+    for directory in [*whole, *parent.glob(f"{STAGING_PREFIX}*")]:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def _folder_at(directory: Path) -> CachedFolder | None:
+    try:
+        return CachedFolder.at(directory)
+    except (OSError, ValueError):
+        return None
+
+
+def file_digest(file: Path) -> str:
+    """Of a file's size, its first MiB and 64 samples over all of it, its last bytes among them.
+
+    Costs milliseconds, whatever the size. Finds other weights, a file that is cut short and blocks
+    that never reached the disk; it is no defence against someone who wants to fool it.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        digest.update(opened.read(_HEADER_BYTES))
+        for sample in range(_SAMPLES):
+            opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,255 @@
+"""Packed copies: what the native engine holds of a model and its river, for a quick start.
+
+Written once to the cache (`cache`) when an engine has packed a model's weights, and read into
+memory at the next start, which needs no model of `transformers` then, nor the river's own file. A
+folder of:
+
+    weights.bin       the packed weights (csrc/packing.h): backbone, river, LM head
+    embedding.bin     bfloat16, where its rows can't be read from the LM head
+    parts.safetensors norms, biases, rotary frequencies
+    packed.json       sizes, formats, the river's config, stop tokens
+    tokenizer...      as `save_pretrained` writes it
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import river_llm
+from river_llm.cache import CachedFolder, cache_directory, file_digest, folder_for
+from river_llm.config import RiverConfig
+from river_llm.engines import CpuEngine, weight_layout
+from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable, WeightFormats
+from river_llm.exit_policy import ExitPolicy
+from river_llm.model_source import model_files
+from river_llm.river import River
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+_WEIGHTS, _EMBEDDING = "weights.bin", "embedding.bin"
+_PARTS, _DESCRIPTION = "parts.safetensors", "packed.json"
+_READ_BYTES = 16 << 20  # that a thread reads at a time
+
+
+@dataclass(frozen=True, slots=True)
+class PackedModel:
+    """What a packed copy starts.
+
+    Attributes:
+        engine: with its weights in memory.
+        river_config: how the river was quantised.
+        stop_tokens: ids that end an answer.
+    """
+
+    engine: CpuEngine
+    tokenizer: PreTrainedTokenizerBase
+    river_config: RiverConfig
+    stop_tokens: frozenset[int]
+
+
+def packed_folder(
+    name_or_path: str | Path,
+    river: str | Path | RiverConfig | None,
+    backbone_bits: int,
+    lm_head_bits: int,
+) -> CachedFolder | None:
+    """Where the packed copy of a model and its river is, as their files are now.
+
+    None where the cache is off, the native engine isn't built, or the model isn't on this machine
+    yet. A Hub model that is gets no request whether there is a newer one.
+
+    Raises:
+        ModelLoadError, RiverFileError: there is no such model or river.
+    """
+    layout = weight_layout()
+    if layout is None or cache_directory() is None:
+        return None
+    found = model_files(name_or_path)
+    if found is None:
+        return None
+    source, files = found
+    if isinstance(river, str | Path):
+        config, identity = River.identity(river)
+        which = identity["digest"][:8]
+    else:
+        config = river or RiverConfig()
+        identity = {"config": config.to_dict()}
+        which = "built"
+    of_river = f"{config.quantizer}{config.bits}g{config.group_size}-{which}"
+    form = f"packed-{backbone_bits}-{lm_head_bits}-{of_river}"
+    origin = {
+        "format_version": FORMAT_VERSION,
+        "weight_layout": layout,
+        "river_llm": river_llm.__version__,
+        "transformers": transformers.__version__,
+        "river": identity,
+        "form": form,
+        "digests": {path.name: file_digest(path) for path in files},
+    }
+    return folder_for("packed", source.stem, source, form, origin)
+
+
+def read_packed(
+    folder: CachedFolder, policy: ExitPolicy, threads: int | None = None
+) -> PackedModel | None:
+    """Start from a packed copy; None where there is none, or a damaged one, which is removed."""
+    read = partial(_read, source=folder.source, policy=policy, threads=threads)
+    packed: PackedModel | None = folder.read(read)
+    return packed
+
+
+def keep_packed(folder: CachedFolder, packed: PackedModel) -> None:
+    """Write the copy; where that can't be done, there is none."""
+    engine = packed.engine
+    num_bytes = engine.packed_weights.nbytes
+    if engine.embedding is not None:
+        num_bytes += engine.embedding.nbytes
+    folder.keep(num_bytes, partial(_write, packed=packed))
+
+
+def _write(directory: Path, packed: PackedModel) -> None:
+    engine, tokenizer = packed.engine, packed.tokenizer
+    engine.packed_weights.tofile(directory / _WEIGHTS)
+    if engine.embedding is not None:
+        engine.embedding.tofile(directory / _EMBEDDING)
+    description, arrays = _describe(engine.model)
+    save_file(arrays, directory / _PARTS)
+    tokenizer.save_pretrained(directory)
+    of_class = type(tokenizer)
+    description |= {
+        "formats": asdict(engine.formats),
+        "has_embedding": engine.embedding is not None,
+        "river_config": packed.river_config.to_dict(),
+        "stop_tokens": sorted(packed.stop_tokens),
+        "tokenizer": [of_class.__module__, of_class.__qualname__],
+    }
+    again = _read_tokenizer(directory, description["tokenizer"])
+    sample = "A text with 3 lines,\n\ttabs and \N{SNOWMAN}."
+    if again(sample) != tokenizer(sample) or again.chat_template != tokenizer.chat_template:
+        raise ValueError("the tokeniser is another one when it is read again")
+    (directory / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+
+
+def _read(directory: Path, source: Path, policy: ExitPolicy, threads: int | None) -> PackedModel:
+    description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+    tokenizer = _read_tokenizer(directory, description["tokenizer"])
+    tokenizer.name_or_path = str(source)
+    model = _native_model(description, load_file(directory / _PARTS))
+
+    def fill(weights: Any) -> Any:
+        _read_into(weights, directory / _WEIGHTS)
+        if not description["has_embedding"]:
+            return None
+        embedding = np.empty((model.shape["vocab_size"], model.shape["hidden_size"]), np.uint16)
+        _read_into(embedding.reshape(-1).view(np.uint8), directory / _EMBEDDING)
+        return embedding
+
+    formats = WeightFormats(**description["formats"])
+    return PackedModel(
+        CpuEngine.of_packed(model, formats, fill, policy, threads=threads),
+        tokenizer,
+        RiverConfig.from_dict(description["river_config"]),
+        frozenset(description["stop_tokens"]),
+    )
+
+
+def _read_tokenizer(directory: Path, of_class: list[str]) -> PreTrainedTokenizerBase:
+    """By its very class: to look for the right one takes a second."""
+    module, name = of_class
+    if not module.startswith("transformers."):
+        raise ValueError(f"{name} is no tokeniser of transformers")
+    tokenizer: PreTrainedTokenizerBase = getattr(
+        importlib.import_module(module), name
+    ).from_pretrained(directory)
+    return tokenizer
+
+
+def _read_into(array: Any, path: Path) -> None:
+    """A file into a uint8 array of its size, several pieces at a time."""
+    size = path.stat().st_size
+    if size != array.nbytes:
+        raise ValueError(f"{path} has {size} bytes where {array.nbytes} belong")
+    view = memoryview(array)
+
+    def read(start: int) -> None:
+        end = min(start + _READ_BYTES, size)
+        with path.open("rb", buffering=0) as opened:
+            opened.seek(start)
+            while start < end:
+                count = opened.readinto(view[start:end])
+                if not count:
+                    raise ValueError(f"{path} ends at byte {start}")
+                start += count
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(read, range(0, size, _READ_BYTES)))
+
+
+def _describe(model: NativeModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model in JSON values and arrays."""
+    arrays = {"final_norm": model.final_norm}
+    layers = []
+    for index, parts in enumerate(model.layers):
+        numbers = {}
+        for name, part in parts.items():
+            if isinstance(part, np.ndarray):
+                arrays[f"{index}.{name}"] = part
+            else:
+                numbers[name] = part
+        layers.append(numbers)
+    for place, table in enumerate(model.rotary):
+        arrays[f"rotary.{place}"] = table.frequencies.numpy()
+        if table.long_frequencies is not None:
+            arrays[f"rotary.{place}.long"] = table.long_frequencies.numpy()
+    description = {
+        "shape": model.shape,
+        "layers": layers,
+        "rotary_scaling": [table.scaling for table in model.rotary],
+        "angle_limit": None if model.angle_limit is None else asdict(model.angle_limit),
+        "query_scaling": model.query_scaling,
+        "context_length": model.context_length,
+    }
+    return description, arrays
+
+
+def _native_model(description: dict[str, Any], arrays: dict[str, Any]) -> NativeModel:
+    """The inverse of `_describe`."""
+    layers: list[dict[str, Any]] = [dict(numbers) for numbers in description["layers"]]
+    for name, array in arrays.items():
+        index, _, part = name.partition(".")
+        if index.isdecimal():
+            layers[int(index)][part] = array
+    rotary = []
+    for place, scaling in enumerate(description["rotary_scaling"]):
+        long = arrays.get(f"rotary.{place}.long")
+        rotary.append(
+            RotaryTable(
+                torch.from_numpy(arrays[f"rotary.{place}"]),
+                scaling,
+                None if long is None else torch.from_numpy(long),
+            )
+        )
+    limit, scaling = description["angle_limit"], description["query_scaling"]
+    return NativeModel(
+        shape=description["shape"],
+        layers=layers,
+        final_norm=arrays["final_norm"],
+        rotary=rotary,
+        angle_limit=None if limit is None else AngleLimit(**limit),
+        query_scaling=None if scaling is None else (scaling[0], scaling[1]),
+        context_length=description["context_length"],
+    )

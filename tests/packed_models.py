@@ -1,0 +1,189 @@
+"""Saved tiny models that start from packed copies, and what such a start is held against."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from native_engines import random_tokens
+from tiny_lm import character_tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from river_llm import ExitPolicy, River, RiverConfig, RiverLM
+from river_llm.cache import ENVIRONMENT_VARIABLE
+from river_llm.engines import CpuEngine, DraftRule
+from river_llm.engines.native_model import NativeModel
+from river_llm.loading import load_backbone
+
+PROMPT = "A river's name?"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+MIXED = ExitPolicy.similarity(0.75)  # tokens of the tiny models leave after all numbers of layers
+LENGTH = 16  # of an answer
+
+
+def save_model(
+    directory: Path,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **settings: Any,
+) -> Path:
+    """Write a random Llama of 4 layers, by default one that speaks in characters."""
+    tokenizer = tokenizer or character_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **settings,
+        }
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_river(model: Path, directory: Path, config: RiverConfig) -> Path:
+    """Build a river of a saved model, and write it."""
+    River.build(load_backbone(model)[0], config).save(directory)
+    return directory
+
+
+def start(model: str | Path, river: Any = None, **settings: Any) -> RiverLM:
+    """As a program does, on one thread."""
+    settings = {"policy": MIXED, "device": "cpu", "threads": 1, **settings}
+    return RiverLM.from_pretrained(model, river, **settings)
+
+
+def start_without_cache(model: str | Path, river: Any = None, **settings: Any) -> RiverLM:
+    """The same from the model's own files."""
+    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "off"}):
+        return start(model, river, **settings)
+
+
+def check_same_lm(lm: RiverLM, expected: RiverLM) -> None:
+    """See that both are one and answer alike."""
+    assert type(lm.engine) is type(expected.engine)
+    assert lm.engine.setting == expected.engine.setting
+    assert lm.engine.context_length == expected.engine.context_length
+    assert lm.policy == expected.policy
+    assert lm.river_config == expected.river_config
+    assert lm.stop_tokens == expected.stop_tokens
+    assert lm.fallback_reason == expected.fallback_reason
+    assert lm._river_directory == expected._river_directory
+    check_same_tokenizer(lm.tokenizer, expected.tokenizer)
+    if isinstance(lm.engine, CpuEngine):
+        check_same_weights(lm.engine, expected.engine)
+    for mode in ("river", "lossless"):
+        for prompt in (PROMPT, MESSAGES):
+            ours, theirs = (
+                one.generate(prompt, mode=mode, max_new_tokens=LENGTH) for one in (lm, expected)
+            )
+            assert ours.tokens == theirs.tokens
+            assert ours.text == theirs.text
+            assert ours.finish_reason == theirs.finish_reason
+            if mode == "river":
+                assert ours.exit_layers == theirs.exit_layers
+
+
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase
+) -> None:
+    """See that both turn texts into the same tokens and back."""
+    assert type(tokenizer) is type(expected)
+    assert tokenizer.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert tokenizer.chat_template == expected.chat_template
+    assert tokenizer.special_tokens_map == expected.special_tokens_map
+    assert tokenizer.padding_side == expected.padding_side
+    assert tokenizer.model_max_length == expected.model_max_length
+    assert tokenizer.name_or_path == expected.name_or_path
+    for text in (PROMPT, " two  blanks\n\n\tand a tab", "a<end>b", "<|im_start|>user"):
+        token_ids = tokenizer(text).input_ids
+        assert token_ids == expected(text).input_ids
+        for skip in (False, True):
+            options = {"skip_special_tokens": skip}
+            decoded = tokenizer.decode(token_ids, **options)
+            assert decoded == expected.decode(token_ids, **options)
+    if expected.chat_template:
+        options = {"add_generation_prompt": True, "return_dict": False}
+        rendered = tokenizer.apply_chat_template(MESSAGES, **options)
+        assert rendered == expected.apply_chat_template(MESSAGES, **options)
+
+
+def check_same_weights(engine: CpuEngine, expected: CpuEngine) -> None:
+    """See that both hold the same, bit for bit."""
+    assert np.array_equal(engine.packed_weights, expected.packed_weights)
+    if expected.embedding is None:
+        assert engine.embedding is None
+    else:
+        assert engine.embedding.dtype == expected.embedding.dtype
+        assert np.array_equal(engine.embedding, expected.embedding)
+    check_same_model(engine.model, expected.model)
+    assert engine.formats == expected.formats
+
+
+def check_same_model(model: NativeModel, expected: NativeModel) -> None:
+    """See that both describe the same one, bit for bit."""
+    for name in ("shape", "angle_limit", "query_scaling", "context_length"):
+        assert getattr(model, name) == getattr(expected, name)
+    assert np.array_equal(model.final_norm, expected.final_norm)
+    for parts, expected_parts in zip(model.layers, expected.layers, strict=True):
+        assert parts.keys() == expected_parts.keys()
+        for name, part in expected_parts.items():
+            assert type(parts[name]) is type(part)
+            assert np.array_equal(parts[name], part)
+    for table, expected_table in zip(model.rotary, expected.rotary, strict=True):
+        assert table.scaling == expected_table.scaling
+        assert torch.equal(table.frequencies, expected_table.frequencies)
+        assert (table.long_frequencies is None) == (expected_table.long_frequencies is None)
+        if expected_table.long_frequencies is not None:
+            assert torch.equal(table.long_frequencies, expected_table.long_frequencies)
+
+
+def steps_of(engine: CpuEngine, prompt_length: int = 12) -> list[Tensor]:
+    """Logits, exits, similarities and tokens of all verbs, on a batch of two texts of which one has
+    padding."""
+    engine.truncate(0)
+    engine.policy = ExitPolicy.similarity(0.75)
+    engine.record_similarities = True
+    tokens = random_tokens(2, prompt_length + 8, seed=3)
+    mask = torch.ones(2, prompt_length, dtype=torch.long)
+    mask[1, :4] = 0
+    steps = []
+
+    def note(step: Any) -> None:
+        similarities = step.similarities.nan_to_num(7.0)
+        steps.extend([step.logits, step.exit_layers, step.best_tokens, similarities])
+
+    note(engine.prefill(tokens[:, :prompt_length], mask))
+    for place in range(4):
+        note(engine.decode(tokens[:, prompt_length + place]))
+    drafted = [3, 3] if engine.model.angle_limit is None else [1, 1]
+    for bits in engine.draft_head_bits:
+        engine.prepare_drafts(bits)
+        for draft in engine.draft(tokens[:, -4].tolist(), drafted, DraftRule(1, bits)):
+            steps.append(torch.tensor(draft.tokens))
+            steps.append(torch.tensor(draft.margins))
+    note(engine.verify(tokens[:, -4:], [4, 2]))
+    engine.rewind([2, 1])
+    note(engine.decode(tokens[:, -1]))
+    return steps
+
+
+def check_same_steps(engine: CpuEngine, expected: CpuEngine, prompt_length: int = 12) -> None:
+    """See that both compute the same, bit for bit."""
+    steps, expected_steps = steps_of(engine, prompt_length), steps_of(expected, prompt_length)
+    for step, expected_step in zip(steps, expected_steps, strict=True):
+        assert torch.equal(step, expected_step)
