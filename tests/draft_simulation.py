@@ -41,11 +41,13 @@ class Text:
             likelier.
         ngram_match: how long the match of n-gram drafts is; 0: there are none.
         ngram_chance: that one of their tokens is accepted.
+        least_margin: of the river's tokens; near 1 it is sure of itself.
     """
 
     chance: float = 0.6
     ngram_match: int = 0
     ngram_chance: float = 0.0
+    least_margin: float = 0.0
 
 
 def new_control(fixed_length: int | None = None) -> DraftControl:
@@ -117,15 +119,16 @@ class Run:
         margins: list[list[float]] = [[] for _ in range(sequences)]
         products = [1.0] * sequences
         going, steps = list(range(sequences)), 0.0
+        most = min(MOST_DRAFTED, self.control.most_drafted)
         while going:
             of_token = self.machine.token * (1 + way.exit_layer / 15)
             steps += self._measured(of_token * self.machine.rows(len(going)))
             for i in going:
-                margin = self._random.random()
+                margin = self._random.uniform(text.least_margin, 1)
                 margins[i].append(margin)
                 products[i] *= rule.chance(margin)
             least = rule.least_chances[min(len(going), len(rule.least_chances)) - 1]
-            going = [i for i in going if len(margins[i]) < MOST_DRAFTED and products[i] >= least]
+            going = [i for i in going if len(margins[i]) < most and products[i] >= least]
         return steps, margins
 
     def _agreeing(self, chances: list[float]) -> int:

@@ -15,14 +15,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from river_llm.errors import RiverError
 
 ENVIRONMENT_VARIABLE = "RIVER_LLM_CACHE"
-MANIFEST_NAME = "copy.json"
+MANIFEST_NAME = "river-llm-copy.json"
 STAGING_PREFIX = ".writing-"
 _STAGING_LIFETIME = 24 * 60 * 60  # seconds; what is older was left by a process that was killed
 _HEADER_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 64, 4096
@@ -55,12 +55,14 @@ class CachedFolder:
         kind: what it is, ``"converted"`` or ``"packed"``.
         source: the file or folder of the model that it is made from.
         form: how it holds the model: of a converted one the dtype, of a packed one the widths.
+        beside: the folder of the river that it holds too, if that was saved.
     """
 
     directory: Path
     kind: str
     source: Path
     form: str
+    beside: Path | None = None
 
     @classmethod
     def at(cls, directory: Path) -> CachedFolder:
@@ -71,8 +73,14 @@ class CachedFolder:
         """
         manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
         try:
-            source, form = Path(manifest["source"]), str(manifest["form"])
-            return cls(directory, str(manifest["kind"]), source, form)
+            beside = manifest["beside"]
+            return cls(
+                directory,
+                str(manifest["kind"]),
+                Path(manifest["source"]),
+                str(manifest["form"]),
+                beside and Path(beside),
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{directory / MANIFEST_NAME} is no manifest of the cache") from error
 
@@ -91,8 +99,8 @@ class CachedFolder:
             return False
 
     def keep(self, num_bytes: int, fill: Callable[[Path], object]) -> None:
-        """Write it, of about so many bytes, and remove what was made of the same source in the same
-        form before the source changed, and what was left half written.
+        """Write it, of about so many bytes, and remove what was made of the same sources in the
+        same form before they changed, or of sources that are gone, and what was left half written.
 
         Never fails: without it the next start takes longer, and that is all.
 
@@ -109,19 +117,17 @@ class CachedFolder:
                 raise OSError("it would take more than half of the space that is left")
             self._write(fill)
             for other in cached_folders():
-                is_older = (other.kind, other.source, other.form) == (
-                    self.kind,
-                    self.source,
-                    self.form,
-                )
-                if (is_older and other != self) or not other.source.exists():
+                sources = [source for source in (other.source, other.beside) if source is not None]
+                is_gone = not all(source.exists() for source in sources)
+                is_older = other == replace(self, directory=other.directory) and other != self
+                if is_older or is_gone:
                     other.remove()
         except Exception as error:
             _log.info("no copy of %s is kept in %s: %s", self.source, parent, error)
 
     def read(self, read: Callable[[Path], Any]) -> Any:
-        """What `read` makes of the folder; None where it isn't there, or damaged, and is removed
-        then.
+        """What `read` makes of the folder; None where it isn't there or isn't whole, or where
+        `read` fails: it is removed then.
 
         Raises:
             RiverError, MemoryError: as `read` does, for reasons beside the folder.
@@ -150,6 +156,7 @@ class CachedFolder:
                 "kind": self.kind,
                 "source": str(self.source),
                 "form": self.form,
+                "beside": self.beside and str(self.beside),
                 "files": {
                     path.relative_to(staging).as_posix(): file_digest(path)
                     for path in _files(staging)
@@ -166,7 +173,9 @@ class CachedFolder:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def folder_for(kind: str, name: str, source: Path, form: str, origin: Any) -> CachedFolder | None:
+def folder_for(
+    kind: str, name: str, source: Path, form: str, origin: Any, beside: Path | None = None
+) -> CachedFolder | None:
     """The folder of what is made from a source as it is now, whether it is there or not.
 
     Args:
@@ -180,25 +189,42 @@ def folder_for(kind: str, name: str, source: Path, form: str, origin: Any) -> Ca
     if parent is None:
         return None
     key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-    return CachedFolder(parent / f"{name[:100]}-{form}-{key}", kind, source.resolve(), form)
+    directory = parent / f"{name[:100]}-{form}-{key}"
+    return CachedFolder(directory, kind, source.resolve(), form, beside and beside.resolve())
 
 
 def cached_folders() -> list[CachedFolder]:
     """All folders in the cache by name, the damaged ones that still have a manifest too."""
-    parent = cache_directory()
-    paths = sorted(parent.glob(f"[!.]*/{MANIFEST_NAME}")) if parent is not None else ()
-    folders = (_folder_at(path.parent) for path in paths)
+    folders = map(_folder_at, _directories())
     return [folder for folder in folders if folder is not None]
 
 
+def _directories() -> list[Path]:
+    """The folders' own by name; what else is in the cache is somebody's."""
+    parent = cache_directory()
+    if parent is None:
+        return []
+    manifests = sorted(parent.glob(f"[!.]*-{16 * '[0-9a-f]'}/{MANIFEST_NAME}"))
+    return [path.parent for path in manifests]
+
+
 def clear_cache() -> None:
-    """Delete every folder of the cache, half written and damaged ones too."""
+    """Delete every folder of the cache, half written and damaged ones too, as far as the system
+    allows it."""
     parent = cache_directory()
     if parent is None or not parent.is_dir():
         return
-    whole = [path.parent for path in parent.glob(f"[!.]*/{MANIFEST_NAME}")]
-    for directory in [*whole, *parent.glob(f"{STAGING_PREFIX}*")]:
+    for directory in [*_directories(), *parent.glob(f"{STAGING_PREFIX}*")]:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def file_state(file: Path) -> list[Any]:
+    """Of a file that something is made from: its digest, and when it was last changed.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    return [file_digest(file), file.stat().st_mtime_ns]
 
 
 def _files(directory: Path) -> list[Path]:
@@ -215,8 +241,9 @@ def _folder_at(directory: Path) -> CachedFolder | None:
 def file_digest(file: Path) -> str:
     """Of a file's size, its first MiB and 64 samples over all of it, its last bytes among them.
 
-    Costs milliseconds, whatever the size. Finds other weights, a file that is cut short and blocks
-    that never reached the disk; it is no defence against someone who wants to fool it.
+    Costs milliseconds, whatever the size. Finds a file that is cut short and blocks that never
+    reached the disk, and mostly other weights; not a change between the samples, for which the time
+    of the file's last change has to be looked at too.
 
     Raises:
         OSError: the file can't be read.

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.cache import CachedFolder, file_digest, folder_for
+from river_llm.cache import CachedFolder, file_state, folder_for
 from river_llm.model_source import COMPANIONS
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def copy_of(file: Path, dtype: torch.dtype) -> CachedFolder | None:
         "format_version": FORMAT_VERSION,
         "transformers": transformers.__version__,
         "dtype": name,
-        "modified": file.stat().st_mtime_ns,
-        "digests": {path.name: file_digest(path) for path in [file, *companions]},
+        "files": {path.name: file_state(path) for path in [file, *companions]},
     }
     return folder_for("converted", file.stem, file, name, origin)
 

@@ -92,7 +92,11 @@ def model_files(name_or_path: str | Path) -> tuple[Path, list[Path]] | None:
         if not isinstance(config, str):
             return None
         directory = Path(config).parent
-    files = [path for path in sorted(directory.iterdir()) if path.suffix in _MODEL_SUFFIXES]
+    files = [
+        path
+        for path in sorted(directory.iterdir())
+        if path.suffix in _MODEL_SUFFIXES and path.is_file()
+    ]
     return directory, files
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import river_llm
-from river_llm.cache import CachedFolder, cache_directory, file_digest, folder_for
+from river_llm.cache import CachedFolder, cache_directory, file_state, folder_for
 from river_llm.config import RiverConfig
 from river_llm.engines import CpuEngine, weight_layout
 from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable, WeightFormats
@@ -39,10 +40,13 @@ from river_llm.river import River
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Goes up with every change of what is packed, of the quantisers too.
 FORMAT_VERSION = 1
 _WEIGHTS, _EMBEDDING = "weights.bin", "embedding.bin"
 _PARTS, _DESCRIPTION = "parts.safetensors", "packed.json"
 _READ_BYTES = 16 << 20  # that a thread reads at a time
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,8 @@ def packed_folder(
 ) -> CachedFolder | None:
     """Where the packed copy of a model and its river is, as their files are now.
 
-    None where the cache is off, the native engine isn't built, or the model isn't on this machine
-    yet. A Hub model that is gets no request whether there is a newer one.
+    None where the cache is off, the native engine isn't built, a file can't be read, or the model
+    isn't on this machine yet. A Hub model that is gets no request whether there is a newer one.
 
     Raises:
         ModelLoadError, RiverFileError: there is no such model or river.
@@ -78,29 +82,43 @@ def packed_folder(
     layout = weight_layout()
     if layout is None or cache_directory() is None:
         return None
-    found = model_files(name_or_path)
-    if found is None:
+    try:
+        found = model_files(name_or_path)
+        if found is None:
+            return None
+        return _folder(*found, layout, river, backbone_bits, lm_head_bits)
+    except OSError as error:
+        _log.info("no packed copy of %s: %s", name_or_path, error)
         return None
-    source, files = found
-    if isinstance(river, str | Path):
-        config, identity = River.identity(river)
-        which = identity["digest"][:8]
+
+
+def _folder(
+    source: Path,
+    files: list[Path],
+    layout: int,
+    river: str | Path | RiverConfig | None,
+    backbone_bits: int,
+    lm_head_bits: int,
+) -> CachedFolder | None:
+    saved = Path(river) if isinstance(river, str | Path) else None
+    if saved is not None:
+        config, identity = River.identity(saved)
     else:
-        config = river or RiverConfig()
+        config = river if isinstance(river, RiverConfig) else RiverConfig()
         identity = {"config": config.to_dict()}
-        which = "built"
-    of_river = f"{config.quantizer}{config.bits}g{config.group_size}-{which}"
+    of_river = f"{config.quantizer}{config.bits}g{config.group_size}"
     form = f"packed-{backbone_bits}-{lm_head_bits}-{of_river}"
     origin = {
         "format_version": FORMAT_VERSION,
         "weight_layout": layout,
         "river_llm": river_llm.__version__,
         "transformers": transformers.__version__,
+        "torch": torch.__version__,
         "river": identity,
         "form": form,
-        "digests": {path.name: file_digest(path) for path in files},
+        "files": {path.name: file_state(path) for path in files},
     }
-    return folder_for("packed", source.stem, source, form, origin)
+    return folder_for("packed", source.name, source, form, origin, saved)
 
 
 def read_packed(
@@ -123,9 +141,6 @@ def keep_packed(folder: CachedFolder, packed: PackedModel) -> None:
 
 def _write(directory: Path, packed: PackedModel) -> None:
     engine, tokenizer = packed.engine, packed.tokenizer
-    engine.packed_weights.tofile(directory / _WEIGHTS)
-    if engine.embedding is not None:
-        engine.embedding.tofile(directory / _EMBEDDING)
     description, arrays = _describe(engine.model)
     save_file(arrays, directory / _PARTS)
     tokenizer.save_pretrained(directory)
@@ -142,12 +157,16 @@ def _write(directory: Path, packed: PackedModel) -> None:
     if again(sample) != tokenizer(sample) or again.chat_template != tokenizer.chat_template:
         raise ValueError("the tokeniser is another one when it is read again")
     (directory / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+    engine.packed_weights.tofile(directory / _WEIGHTS)
+    if engine.embedding is not None:
+        engine.embedding.tofile(directory / _EMBEDDING)
 
 
 def _read(directory: Path, source: Path, policy: ExitPolicy, threads: int | None) -> PackedModel:
     description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
     tokenizer = _read_tokenizer(directory, description["tokenizer"])
-    tokenizer.name_or_path = str(source)
+    # as if it had been read beside the model
+    tokenizer.name_or_path = str(source.parent if source.is_file() else source)
     model = _native_model(description, load_file(directory / _PARTS))
 
     def fill(weights: Any) -> Any:

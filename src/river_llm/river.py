@@ -27,7 +27,7 @@ from river_llm.backbone import (
     fingerprint,
     linear_weight,
 )
-from river_llm.cache import file_digest
+from river_llm.cache import file_state
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import QuantizedMatrix, quantize
@@ -208,10 +208,10 @@ class River:
         manifest = _read_manifest(directory)
         config = manifest.pop("config")
         try:
-            digest = file_digest(directory / TENSORS_NAME)
+            state = file_state(directory / TENSORS_NAME)
         except OSError as error:
             raise RiverFileError(f"{directory / TENSORS_NAME} can't be read ({error})") from error
-        return config, {**manifest, "config": config.to_dict(), "digest": digest}
+        return config, {**manifest, "config": config.to_dict(), "tensors": state}
 
     def to(self, device: torch.device | str) -> River:
         """The same river with its tensors on `device`."""

@@ -102,6 +102,9 @@ class RiverLM:
             lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
             progress: called while the river is built with (layers done, layers in all).
 
+        What the native engine has packed is kept in the cache, as large as the model and its river,
+        for a quick start the next time (`packed_copy`).
+
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
@@ -117,6 +120,8 @@ class RiverLM:
             find_packed = partial(packed_folder, name_or_path, river, **bits)
         folder = find_packed() if find_packed else None
         packed = read_packed(folder, policy, threads) if folder else None
+        if folder is not None and not isinstance(river, str | Path):
+            directory = folder.directory  # where what is learnt about drafts may go too
         if packed is not None:
             return cls(
                 packed.engine,
@@ -135,10 +140,9 @@ class RiverLM:
         stop_tokens -= {None}
         chosen, reason = make_engine(model, made, policy, engine, threads=threads, **bits)
         lm = cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason, directory)
-        if find_packed and isinstance(chosen, CpuEngine):
-            folder = folder or find_packed()  # a Hub model is here now
-            if folder is not None:
-                packed = PackedModel(chosen, tokenizer, made.config, lm.stop_tokens)
+        if folder is not None and find_packed and isinstance(chosen, CpuEngine):
+            packed = PackedModel(chosen, tokenizer, made.config, lm.stop_tokens)
+            if find_packed() == folder:  # else files were changed while they were read
                 keep_packed(folder, packed)
         return lm
 

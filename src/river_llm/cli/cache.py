@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from river_llm.cli import options
+from river_llm.errors import RiverError
 
 
 def cache(
@@ -24,6 +25,9 @@ def cache(
     sizes = [folder.num_bytes for folder in folders]
     if clear:
         clear_cache()
+        left = cached_folders()
+        if left:
+            raise RiverError(f"can't delete {left[0].directory}; see who may write there")
     if json_output:
         described = [
             {

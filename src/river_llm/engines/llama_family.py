@@ -70,6 +70,11 @@ def check_supported(model: PreTrainedModel) -> None:
             raise _unsupported(f"needs a {name} that is a multiple of {_LANES}, not {shape[name]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise _unsupported("knows no bias of the LM head")
+    layer_types = _rotary_layer_types(model)
+    if layer_types != [None] and angle_limit(model) is not None:
+        raise _unsupported("knows no rotary angles that change for one kind of layer")
+    for layer_type in layer_types:
+        _rotary_table(model, layer_type)
 
 
 def describe(model: PreTrainedModel) -> NativeModel:
@@ -124,13 +129,29 @@ def _shape(model: PreTrainedModel) -> dict[str, Any]:
 
 def angle_limit(model: PreTrainedModel) -> AngleLimit | None:
     """Above how many positions the model's rotary angles change; None: never."""
-    parameters = getattr(model.config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type")
-    if kind == "dynamic":
-        return AngleLimit(int(model.config.max_position_embeddings), keep_changing=True)
-    if kind == "longrope":
-        return AngleLimit(int(parameters["original_max_position_embeddings"]), keep_changing=False)
-    return None
+    limits = []
+    for parameters in _rope_parameters(model):
+        kind = parameters.get("rope_type")
+        if kind == "dynamic":
+            limits.append(AngleLimit(int(model.config.max_position_embeddings), keep_changing=True))
+        elif kind == "longrope":
+            limit = int(parameters["original_max_position_embeddings"])
+            limits.append(AngleLimit(limit, keep_changing=False))
+    if not limits:
+        return None
+    return AngleLimit(
+        min(limit.positions for limit in limits),
+        # where kinds of layer have limits of their own, their angles change more than once
+        keep_changing=len(limits) > 1 or limits[0].keep_changing,
+    )
+
+
+def _rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Those of every kind of layer that has its own."""
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
 
 
 def _rotary_layer_types(model: PreTrainedModel) -> list[str | None]:
@@ -160,9 +181,10 @@ def _rotary_table(model: PreTrainedModel, layer_type: str | None) -> RotaryTable
         return cosines[0, :, :half], sines[0, :, :half]
 
     ends = {False: limit.positions if limit is not None else model.config.max_position_embeddings}
-    frequencies, long = {}, None
+    frequencies = {}
     if changes and limit is not None:
         ends[True] = limit.positions + 1
+    own(1)  # a longer text may have changed it
     for is_long, end in ends.items():
         own(end)  # it sets its frequencies by the end of the text
         frequencies[is_long] = getattr(rotary, f"{prefix}inv_freq").detach().float().clone()

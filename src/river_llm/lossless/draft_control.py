@@ -19,7 +19,13 @@ from typing import Any
 
 from river_llm.engines.drafting import DraftRule
 from river_llm.lossless.ngram_drafts import LONGEST_MATCH
-from river_llm.lossless.sources import Account, NgramSource, RiverSource, number_within
+from river_llm.lossless.sources import (
+    MOST_DRAFTED,
+    Account,
+    NgramSource,
+    RiverSource,
+    number_within,
+)
 from river_llm.lossless.step_costs import StepCosts
 
 _GUESSED_DRAFT = 0.4  # steps of a token of the river alone
@@ -29,7 +35,7 @@ _USUAL = 3  # tokens of a draft, over which the price of a row is taken
 _ROUNDS = 30  # over which the speed-up is taken
 _CERTAIN = 0.05  # as far as costs have to be known, or a plain round measures them
 _SHORTEST, _LONGEST = 4, 64  # rounds from one plain round to the next
-_MEASURED = 8  # one in so many plain rounds, while there are no drafts
+_MEASURED = 4  # one in so many rounds, once costs are known
 _FIRST_PLAIN = 3  # rounds before anything is known: the first one's caches are cold
 
 
@@ -67,7 +73,8 @@ class DraftControl:
         self._growing = 1
         self._since_plain = 0  # rounds
         self._plain_wanted = _FIRST_PLAIN
-        self._last_rows = 1
+        self._is_sure = False
+        self._measures = True
         self._way: RiverSource | None = None
         self._is_plain = False
         self._draft_steps = 0.0  # of this round
@@ -88,6 +95,7 @@ class DraftControl:
         self._is_plain = self._fixed_length is None and self._wants_plain_round()
         if self._is_plain:
             self._since_plain = 0
+        self._measures = self._is_plain or not self._is_sure or self._rounds % _MEASURED == 0
 
     @property
     def way(self) -> RiverSource | None:
@@ -99,10 +107,20 @@ class DraftControl:
         worth its time, or less than the river's draft is."""
         if self._is_plain or not (self._ngram_account.allows or self._fixed_length):
             return 0
+        if self._fixed_length is None:
+            most = min(most, self._ngram_account.affords(self._cost_of_row()))
         count, value = self._ngrams.best_length(match, most, self._cost_of_rows, self.speed_up)
         if value <= (self._way.worth(self.speed_up) if self._way else 0):
             return 0
         return most if self._fixed_length else count
+
+    @property
+    def most_drafted(self) -> int:
+        """How many tokens a draft of the river may have in this round, by what it may lose."""
+        if self._fixed_length is not None or self._way is None:
+            return MOST_DRAFTED
+        step = self._in_tokens(self._costs.drafted(self._way.way, self._growing)) / self._growing
+        return self._river_account.affords(step + self._cost_of_row())
 
     def rule(self, lm_head_bits: int, stop_tokens: frozenset[int]) -> DraftRule:
         """When a draft of this round's way ends."""
@@ -110,7 +128,7 @@ class DraftControl:
         assert way is not None
         least: tuple[float, ...] = (0.0,)
         if self._fixed_length is None:
-            row = self._cost_of_rows(_USUAL * self._growing) / (_USUAL * self._growing)
+            row = self._cost_of_row()
             chance = max(way.chances.mean(), 1e-3)
             prices = (
                 self.speed_up * (self._in_tokens(self._costs.drafted(way.way, count)) / count + row)
@@ -145,8 +163,7 @@ class DraftControl:
             return True
         if self._since_plain < _SHORTEST:
             return False
-        unsure = self._costs.uncertainty(self._last_rows, self._growing) > _CERTAIN
-        return unsure or self._since_plain >= _LONGEST
+        return not self._is_sure or self._since_plain >= _LONGEST
 
     # ---- after a round ----
 
@@ -156,7 +173,8 @@ class DraftControl:
         self._drafts += 1
         longest = max(lengths)
         together = [sum(length > place for length in lengths) for place in range(longest)]
-        self._costs.note_draft(self._way.way, together, seconds)
+        if self._measures:
+            self._costs.note_draft(self._way.way, together, seconds)
         self._draft_steps = sum(self._costs.drafted(self._way.way, count) for count in together)
 
     def note_round(self, guesses: Sequence[Guess], accepted: Sequence[int], seconds: float) -> None:
@@ -165,9 +183,10 @@ class DraftControl:
         drafted = sum(len(guess.tokens) for guess in guesses)
         rows = self._growing + drafted
         self._rounds += 1
-        if drafted > 0 or self._is_plain or self._rounds % _MEASURED == 0:
+        if self._measures:
             self._costs.note_verification(rows, seconds)
-        self._last_rows = rows
+            if drafted > 0:
+                self._is_sure = self._costs.uncertainty(rows, self._growing) < _CERTAIN
         kept = 1 - 1 / _ROUNDS
         tokens = self._growing + sum(accepted)
         for account in (self._river_account, self._ngram_account):
@@ -209,6 +228,11 @@ class DraftControl:
         plain = self._costs.rows(self._growing)
         return self._in_tokens(max(0.0, self._costs.rows(self._growing + drafted) - plain))
 
+    def _cost_of_row(self) -> float:
+        """Of one drafted token in a verification of usual size."""
+        drafted = _USUAL * self._growing
+        return self._cost_of_rows(drafted) / drafted
+
     def _in_tokens(self, steps: float) -> float:
         """How many tokens plain decoding gives in this time."""
         return steps * self._growing / self._costs.rows(self._growing)
@@ -220,8 +244,8 @@ class DraftControl:
         return {
             "speed_up": round(self.speed_up, 3),
             "credit": {
-                "river": round(self._river_account.credit, 3),
-                "ngrams": round(self._ngram_account.credit, 3),
+                "river": self._river_account.kept(),
+                "ngrams": self._ngram_account.kept(),
             },
             "costs": self._costs.to_dict(),
             "ngrams": self._ngrams.chances.to_dict(),

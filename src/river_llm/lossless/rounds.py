@@ -190,6 +190,8 @@ class LosslessDecoder:
         rule = self._control.rule(self._head_bits, self._stop_tokens)
         last = [answer.token_ids[-1] for answer in answers]
         start = time.perf_counter()
+        if self.config.tokens is None:
+            most = [min(count, self._control.most_drafted) for count in most]
         drafts = self._engine.draft(last, most, rule, choose)
         seconds = time.perf_counter() - start
         self._control.note_draft_time([len(draft.tokens) for draft in drafts], seconds)

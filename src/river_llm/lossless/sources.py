@@ -15,10 +15,11 @@ MOST_DRAFTED = 12  # the tokens of one draft; with the token before them they ar
 _MARGIN_PARTS = 10
 _MEMORY = 200.0  # trials that a chance remembers; the older half weighs less and less
 _DRAFTS = 30  # over which gain and cost of a way to draft are taken
-_CREDIT = 1.5  # tokens that drafts may lose before they have brought any
+_CREDIT = 0.75  # tokens that drafts may lose before they have brought any
 _MOST_CREDIT = 3.0
 _LEAST_CREDIT = -8.0  # whatever a draft cost, a while later there is another one
-_ALLOWANCE = 0.015  # credit for every token
+_ALLOWANCE = 0.012  # credit for every token
+_OVERDRAWN = 1.5  # times the credit that a draft may cost
 
 
 class Chances:
@@ -95,6 +96,10 @@ class Account:
         """Whether to draft now."""
         return self.credit > 0
 
+    def affords(self, each: float) -> int:
+        """How many tokens there may be in a draft of which each costs so much; 1 at least."""
+        return max(1, int(_OVERDRAWN * self.credit / max(each, 1e-6)))
+
     def note_tokens(self, count: float) -> None:
         """Each answer has so many tokens more."""
         self.credit = max(self.credit, min(self.credit + _ALLOWANCE * count, _CREDIT))
@@ -103,8 +108,12 @@ class Account:
         """A draft has brought so many tokens beyond its cost, in each sequence on the mean."""
         self.credit = max(_LEAST_CREDIT, min(self.credit + gain, _MOST_CREDIT))
 
+    def kept(self) -> float:
+        """For another run, in which all may be different: no more than that may lose again."""
+        return round(min(self.credit, 2 * _CREDIT), 3)
+
     def restore(self, credit: Any) -> None:
-        """Begin with what another run had.
+        """Begin with what another run has kept.
 
         Raises:
             ValueError: it had no such credit.
