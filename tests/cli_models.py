@@ -44,3 +44,11 @@ def other_model(
     """The same with other weights and a context of 96 tokens."""
     directory = tmp_path_factory.mktemp("cli") / "other"
     return save_tiny_llama(directory, tokenizer, seed=1, max_position_embeddings=96)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Three prompts, one a line."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("Name three rivers.\n\n  \nWho are you?\nIl était une fois\n", encoding="utf-8")
+    return path

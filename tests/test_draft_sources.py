@@ -185,7 +185,7 @@ class TestRiverSource:
     def test_forgets_drafts_of_long_ago(self) -> None:
         source = RiverSource(0, 0, 100)
         for accepted, cost in ((4, 0.5), (0.2, 1.5)):
-            for _ in range(200):
+            for _ in range(1500):
                 source.note_draft(accepted, cost)
             assert source.accepted == pytest.approx(accepted, abs=0.05)
             assert source.cost == pytest.approx(cost, abs=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +47,16 @@ def load_subject(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    check: Callable[[PreTrainedModel], object] | None = None,
 ) -> Subject:
-    """A model on the CPU and its river, loaded or built.
+    """A model on the CPU and its river, loaded or built; `check` may refuse the model before.
 
     Raises:
         ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
     """
     model, tokenizer = load_backbone(name, dtype, "cpu", trust_remote_code)
+    if check is not None:
+        check(model)
     if isinstance(river, RiverConfig):
         made = River.build(model, river, progress)
     else:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -162,12 +163,24 @@ def bench(
             from river_llm.benchmark.subject import load_subject, random_subject
             from river_llm.benchmark.suite import Plan, run_suite
             from river_llm.benchmark.workload import check_fits, make_workloads
+            from river_llm.engines import check_engine_options, choose_engine
 
+            check_engine_options(engine.value, 16, head_bits[-1])
             if random_weights:
                 subject = random_subject(name, new_river_config(bits, group_size, quantizer))
             else:
                 subject = load_subject(
-                    name, config, torch_dtype(dtype), trust_remote_code, progress.layers_built
+                    name,
+                    config,
+                    torch_dtype(dtype),
+                    trust_remote_code,
+                    progress.layers_built,
+                    partial(
+                        choose_engine,
+                        choice=engine.value,
+                        backbone_bits=16,
+                        lm_head_bits=head_bits[-1],
+                    ),
                 )
             workloads = make_workloads(*numbers)
             check_fits(workloads, subject.context_length)

@@ -14,7 +14,7 @@ from river_llm.engines.drafting import margin_class
 MOST_DRAFTED = 12  # the tokens of one draft; with the token before them they are a small pass
 _MARGIN_PARTS = 10
 _MEMORY = 200.0  # trials that a chance remembers; the older half weighs less and less
-_DRAFTS = 30  # over which gain and cost of a way to draft are taken
+_DRAFTS = 200  # over which gain and cost of a way to draft are taken
 _CREDIT = 0.75  # tokens that drafts may lose before they have brought any
 _MOST_CREDIT = 3.0
 _LEAST_CREDIT = -8.0  # whatever a draft cost, a while later there is another one

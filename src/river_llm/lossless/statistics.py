@@ -18,7 +18,8 @@ class LosslessStatistics:
         draft_share: accepted tokens among all; None before the first verification.
         acceptance_by_position: of the drafts that had a first, second, ... token, how many were
             accepted that far.
-        draft_seconds, verify_seconds: time in drafting and in verifying, of the whole batch.
+        draft_seconds, verify_seconds: time in drafting, with the look-up in the text, and in
+            verifying and choosing, of the whole batch. What is learnt meanwhile is in neither.
     """
 
     verifications: int
