@@ -39,7 +39,7 @@ NOTE = "river-llm: PyTorch computes: "
 @pytest.fixture
 def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """An installation that found no compiler."""
-    monkeypatch.setattr("river_llm.engines.cpu_engine._core", None)
+    monkeypatch.setattr("river_llm.engines.native_core._core", None)
 
 
 def _model(architecture: str = "Llama", **settings: Any) -> PreTrainedModel:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from river_llm.attachment import attach_river
-from river_llm.engines.cpu_engine import CpuEngine, check_built, is_built
+from river_llm.engines.cpu_engine import CpuEngine
 from river_llm.engines.engine import Engine
 from river_llm.engines.llama_family import check_supported
+from river_llm.engines.native_core import check_built, is_built
 from river_llm.engines.torch_engine import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from river_llm.backbone import decoder_layers
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.engine import StepResult
 from river_llm.engines.llama_family import check_supported, describe
+from river_llm.engines.native_core import Positions, check_built, make_core, one_clear_line
 from river_llm.engines.native_model import NativeModel, WeightFormats
 from river_llm.engines.weight_packer import (
     WeightPacker,
@@ -24,48 +24,18 @@ from river_llm.engines.weight_packer import (
     give_up,
     quantized_head,
 )
-from river_llm.errors import ConfigError, ContextFullError, RiverError
+from river_llm.errors import ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.river import River
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-try:
-    from river_llm import _core
-except ImportError:  # installed without a compiler
-    _core = None  # type: ignore[assignment]
-
 _BACKBONE, _RIVER = 0, 1
 _PREFILL_ROWS = 1024  # rows of one native call, between which Ctrl-C is heard
-_ROTARY_BLOCK = 2048  # positions whose angles are computed at a time
 _LARGE_VOCABULARY, _VOCABULARY_STEP = 16384, 1024
-_KERNELS_VARIABLE = "RIVER_LLM_CPU"
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-
-
-def is_built() -> bool:
-    """Whether the native core was compiled when the package was installed."""
-    return _core is not None
-
-
-def weight_layout() -> int | None:
-    """The version of how the core packs weights; None where it isn't built."""
-    return None if _core is None else int(_core.weight_layout)
-
-
-def check_built() -> None:
-    """See that it was.
-
-    Raises:
-        RiverError: it wasn't.
-    """
-    if not is_built():
-        raise RiverError(
-            "the native engine was not built, for want of a compiler; install g++ 12 or later "
-            "and reinstall, or take --engine torch"
-        )
 
 
 def _in_turn(
@@ -197,16 +167,12 @@ class CpuEngine:
     ) -> None:
         """All but the weights."""
         self.backbone_bits, self.lm_head_bits = formats.backbone_bits, formats.lm_head_bits
-        for name, bits in (("backbone", self.backbone_bits), ("LM head", self.lm_head_bits)):
-            if bits not in (8, 16):
-                raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
         self.model, self.formats = model, formats
         shape = model.shape
         self.num_layers: int = shape["num_layers"]
         self.context_length = model.context_length
         self.record_similarities = False
         self.policy = policy
-        self._uses_long_angles: bool | None = False  # None: some positions have other ones
         self._padding: list[int] = []
         self._length = 0
         self._passes = 0
@@ -214,25 +180,7 @@ class CpuEngine:
         self._vocab_size: int = shape["vocab_size"]
         self._position_bytes = 4 * shape["num_kv_heads"] * shape["head_dim"]  # key and value
         self._windows: list[int] = [parts["window"] for parts in model.layers]
-        river_bits = 4 if formats.river_bits <= 4 else 8
-        try:
-            self._core = _core.Engine(
-                shape,
-                backbone=(
-                    self.backbone_bits,
-                    model.code_group_size if self.backbone_bits == 8 else 0,
-                ),
-                river=(river_bits, formats.river_group_size),
-                head=(self.lm_head_bits, model.head_group_size if self.lm_head_bits == 8 else 0),
-                rotary_tables=len(model.rotary),
-                threads=threads or _core.usable_threads(),
-                kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
-            )
-        except ValueError as error:
-            raise ConfigError(f"native engine: {error}") from error
-        for index, parts in enumerate(model.layers):
-            self._core.set_layer(index, parts)
-        self._core.set_final_norm(model.final_norm)
+        self._core = make_core(model, formats, threads, kernels)
         self._prepared_head_bits: int | None = None  # of the drafts' LM head
         self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if self.lm_head_bits == 16 else (8,)
         self.draft_vocabularies = _draft_vocabularies(self._vocab_size)
@@ -246,40 +194,12 @@ class CpuEngine:
         self.embedding = embedding
         if embedding is not None:
             self._core.set_embedding(embedding)
-        self._set_positions(min(_ROTARY_BLOCK, self.context_length or _ROTARY_BLOCK))
+        self._positions = Positions(self._core, self.model)
 
     @property
     def packed_weights(self) -> Any:
         """The packed weights, a uint8 array that is not a copy."""
         return self._core.packed_weights
-
-    def _set_positions(self, end: int) -> None:
-        """Have rotary angles up to position `end`, those that a pass ending there takes."""
-        limit_of_short = self._longrope_limit
-        is_long = limit_of_short is not None and end > limit_of_short
-        have = self._core.positions
-        if is_long != self._uses_long_angles:
-            have = 0
-        if have >= end and have > 0:
-            return
-        # round up, but not over the place where the angles change
-        limit = self.context_length or end
-        if limit_of_short is not None and not is_long:
-            limit = min(limit, limit_of_short)
-        end = max(end, min(-(-end // _ROTARY_BLOCK) * _ROTARY_BLOCK, limit))
-        self._uses_long_angles = None
-        for place, table in enumerate(self.model.rotary):
-            cosines, sines = table.angles(have, end, is_long)
-            self._core.set_rotary(place, have, cosines.numpy(), sines.numpy())
-        scales = self.model.query_scales(end)
-        if scales is not None:
-            self._core.set_query_scales(scales.numpy())
-        self._uses_long_angles = is_long
-
-    @property
-    def _longrope_limit(self) -> int | None:
-        limit = self.model.angle_limit
-        return None if limit is None or limit.keep_changing else limit.positions
 
     # ---- verbs ----
 
@@ -407,7 +327,7 @@ class CpuEngine:
         draft_head = rule.lm_head_bits != self.lm_head_bits
         vocabulary = rule.vocabulary or 0
         if choose is None:
-            with _one_clear_line():
+            with one_clear_line():
                 drafted, margins = self._core.draft(
                     going,
                     [token_ids[sequence] for sequence in going],
@@ -444,7 +364,7 @@ class CpuEngine:
         if min(counts) < 0 or min(lengths) < 0:
             raise RiverError(f"can't forget {list(counts)} tokens; some sequence hasn't as many")
         self._set_lengths(lengths)
-        with _one_clear_line():
+        with one_clear_line():
             self._cut(self._length)
 
     @_in_turn
@@ -452,7 +372,7 @@ class CpuEngine:
         if length < 0:
             raise RiverError(f"the cache can't be cut to {length} tokens; give 0 or more")
         length = min(length, self._length)
-        with _one_clear_line():
+        with one_clear_line():
             if length == 0:
                 self._core.resize(0)
             else:
@@ -479,7 +399,7 @@ class CpuEngine:
             )
         padding = _padding(padding_mask, batch, num_tokens)
         if self._length == 0:
-            with _one_clear_line():
+            with one_clear_line():
                 self._core.resize(0)
                 self._core.resize(batch)
             self._padding = padding
@@ -490,10 +410,10 @@ class CpuEngine:
                 f"the cache holds {len(self._padding)} sequences, not {batch}; "
                 "truncate(0) begins anew"
             )
-        with _one_clear_line():
+        with one_clear_line():
             if self._length > 0:
                 self._cut(self._length)  # Ctrl-C may have come before a pass was counted
-            self._set_positions(end - min(self._padding))  # padding has no position
+            self._positions.cover(end - min(self._padding))  # padding has no position
 
     def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
         """Their shape, seen to be that of whole numbers."""
@@ -544,7 +464,7 @@ class CpuEngine:
     ) -> StepResult:
         """One pass over rows. The result has the rows of logits, in `shape`, in which they stand at
         `places`; by default one after the other."""
-        with _one_clear_line():
+        with one_clear_line():
             best, exits, similarities = self._core.forward(
                 tokens,
                 sequences,
@@ -586,7 +506,7 @@ class CpuEngine:
     ) -> Tensor:
         if of_pass != self._passes:
             raise RiverError("these logits are gone: look at them before the engine's next pass")
-        with _one_clear_line():
+        with one_clear_line():
             logits = torch.from_numpy(self._core.logits())
         if places is not None and len(places) < math.prod(shape):
             rows = logits.new_zeros(math.prod(shape), logits.shape[1])
@@ -609,17 +529,6 @@ def _draft_vocabularies(vocab_size: int) -> tuple[int, ...]:
     so that most text is in the first ones (Zhao et al. 2025, FR-Spec)."""
     part = vocab_size // 3 // _VOCABULARY_STEP * _VOCABULARY_STEP
     return (part, vocab_size) if vocab_size >= _LARGE_VOCABULARY else (vocab_size,)
-
-
-@contextmanager
-def _one_clear_line() -> Iterator[None]:
-    """What the core refuses, as a RiverError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, RiverError):
-            raise
-        raise RiverError(f"native engine: {error}") from error
 
 
 def _padding(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:

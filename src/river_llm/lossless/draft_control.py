@@ -32,7 +32,8 @@ _GUESSED_DRAFT = 0.4  # steps of a token of the river alone
 _TRIALS = 8  # drafts of each way before the best one is chosen
 _TRIED_AGAIN = 48  # drafts after which another one has a turn
 _USUAL = 3  # tokens of a draft, over which the price of a row is taken
-_ROUNDS = 30  # over which the speed-up is taken
+_ROUNDS = 200  # over which the speed-up is taken
+_RESTORED_TOKENS = 30.0  # that a speed-up of another run counts for
 _CERTAIN = 0.05  # as far as costs have to be known, or a plain round measures them
 _SHORTEST, _LONGEST = 4, 64  # rounds from one plain round to the next
 _MEASURED = 4  # one in so many rounds, once costs are known
@@ -196,10 +197,8 @@ class DraftControl:
         if drafted == 0:
             self._since_plain = 0
             return
-        cost_of_rows, cost_of_draft = (
-            self._cost_of_rows(drafted),
-            self._in_tokens(self._draft_steps),
-        )
+        cost_of_rows = self._cost_of_rows(drafted)
+        cost_of_draft = self._in_tokens(self._draft_steps)
         self._plain_tokens += cost_of_rows + cost_of_draft
         for guess, count in zip(guesses, accepted, strict=True):
             if guess.match:
@@ -259,8 +258,8 @@ class DraftControl:
             KeyError, TypeError, ValueError: it can't be read.
         """
         self._plain_wanted = 1
-        self._tokens = _ROUNDS * number_within(learnt["speed_up"], 1, 100)
-        self._plain_tokens = float(_ROUNDS)
+        speed_up = number_within(learnt["speed_up"], 1, 1 + MOST_DRAFTED)
+        self._tokens, self._plain_tokens = _RESTORED_TOKENS * speed_up, _RESTORED_TOKENS
         self._costs.restore(learnt["costs"])
         self._ngrams.chances.restore(learnt["ngrams"])
         for way in self._ways:
