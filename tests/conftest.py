@@ -6,12 +6,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library reads it: tests fetch nothing
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from lossless_lm import lm_on
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm import RiverLM
@@ -72,6 +74,18 @@ def tiny_llama() -> PreTrainedModel:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def make_lm(request: pytest.FixtureRequest) -> Callable[..., RiverLM]:
+    """Makes a model on one of the engines, see `lm_on`."""
+    return partial(lm_on, request.param)
+
+
+@pytest.fixture
+def lm(make_lm: Callable[..., RiverLM]) -> RiverLM:
+    """The tiny model on either engine; some test modules have another one of that name."""
+    return make_lm()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from lossless_lm import (
     check_answer,
     check_answers,
     check_statistics,
-    lm_on,
     lossless,
     lossless_after,
     lossless_batch,
@@ -68,17 +66,6 @@ PROCESSORS: dict[str, list[Any]] = {
         SuppressTokensLogitsProcessor(list(range(20, 60))),
     ],
 }
-
-
-@pytest.fixture(params=["torch", "cpu"])
-def make_lm(request: pytest.FixtureRequest) -> Callable[..., RiverLM]:
-    """Makes a model on one of the engines, see `lm_on`."""
-    return partial(lm_on, request.param)
-
-
-@pytest.fixture
-def lm(make_lm: Callable[..., RiverLM]) -> RiverLM:
-    return make_lm()
 
 
 class TestGreedy:

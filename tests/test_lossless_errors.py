@@ -13,7 +13,6 @@ from lossless_lm import (
     any_drafts,
     backbone,
     check_answer,
-    lm_on,
     lossless,
     reply,
     subject_with,
@@ -27,17 +26,6 @@ from river_llm import (
     RiverLM,
 )
 from river_llm.sampling import SamplingConfig
-
-
-@pytest.fixture(params=["torch", "cpu"])
-def make_lm(request: pytest.FixtureRequest) -> Callable[..., RiverLM]:
-    """Makes a model on one of the engines, see `lm_on`."""
-    return partial(lm_on, request.param)
-
-
-@pytest.fixture
-def lm(make_lm: Callable[..., RiverLM]) -> RiverLM:
-    return make_lm()
 
 
 class TestBadInput:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from lossless_lm import (
     Clock,
     backbone,
     check_answer,
-    lm_on,
     lossless,
     lossless_batch,
     overflowing_subject,
@@ -37,17 +35,6 @@ from river_llm.lossless import LosslessDecoder
 from river_llm.lossless.sources import MOST_DRAFTED
 
 WAY = f"exit {NUM_LAYERS} of {VOCABULARY} tokens"  # the name of its drafts
-
-
-@pytest.fixture(params=["torch", "cpu"])
-def make_lm(request: pytest.FixtureRequest) -> Callable[..., RiverLM]:
-    """Makes a model on one of the engines, see `lm_on`."""
-    return partial(lm_on, request.param)
-
-
-@pytest.fixture
-def lm(make_lm: Callable[..., RiverLM]) -> RiverLM:
-    return make_lm()
 
 
 class TestDegenerateRivers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from lossless_lm import (
     backbone,
     check_answer,
     check_statistics,
-    lm_on,
     lossless,
     lossless_after,
     lossless_batch,
@@ -43,17 +41,6 @@ from river_llm import (
 )
 from river_llm.engines import CpuEngine, Engine, StepResult
 from river_llm.text import Message, encode_prompt
-
-
-@pytest.fixture(params=["torch", "cpu"])
-def make_lm(request: pytest.FixtureRequest) -> Callable[..., RiverLM]:
-    """Makes a model on one of the engines, see `lm_on`."""
-    return partial(lm_on, request.param)
-
-
-@pytest.fixture
-def lm(make_lm: Callable[..., RiverLM]) -> RiverLM:
-    return make_lm()
 
 
 class TestStream:
