@@ -39,6 +39,7 @@ class FakeEngine:
         self.policy = ExitPolicy.always()
         self.length = 0
         self.draft_head_bits = (16,)
+        self.angle_limit = None
         self.exit_layers = list(exit_layers)
         self.prefills: list[tuple[int, str]] = []  # (tokens, policy)
         self.decoded: list[list[int]] = []
@@ -54,9 +55,6 @@ class FakeEngine:
         return self._result(token_ids)
 
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
-        raise NotImplementedError
-
-    def most_verified(self) -> int | None:
         raise NotImplementedError
 
     def prepare_drafts(self, lm_head_bits: int) -> None:

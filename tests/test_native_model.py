@@ -292,20 +292,23 @@ class TestDescribe:
             describe(model)
 
 
+def _angles(limit: AngleLimit, positions: int) -> int:
+    """What they are in a text of so many positions: 0, the usual ones, or others."""
+    if positions <= limit.positions:
+        return 0
+    return positions if limit.keep_changing else 1
+
+
 def _rows_by_definition(limit: AngleLimit, length: int) -> int | None:
     """The most tokens that all have, in one pass, the angles of a step of their own."""
-
-    def angles(positions: int) -> int:
-        """What they are in a text of so many positions: 0, the usual ones, or others."""
-        if positions <= limit.positions:
-            return 0
-        return positions if limit.keep_changing else 1
-
     endless = limit.positions + 3
     alike = [
         rows
         for rows in range(1, endless + 1)
-        if all(angles(length + row) == angles(length + rows) for row in range(1, rows + 1))
+        if all(
+            _angles(limit, length + row) == _angles(limit, length + rows)
+            for row in range(1, rows + 1)
+        )
     ]
     return None if len(alike) == endless else max(alike)
 
@@ -317,6 +320,14 @@ class TestAngleLimit:
     ) -> None:
         limit = AngleLimit(positions, keep_changing)
         assert limit.rows_like_single_steps(length) == _rows_by_definition(limit, length)
+
+    @given(st.integers(1, 40), st.booleans(), st.integers(0, 80), st.integers(0, 80))
+    def test_is_crossed_where_angles_differ_on_the_way(
+        self, positions: int, keep_changing: bool, length: int, more: int
+    ) -> None:
+        limit = AngleLimit(positions, keep_changing)
+        met = {_angles(limit, end) for end in range(length, length + more + 1)}
+        assert limit.is_crossed(length, length + more) == (len(met) > 1)
 
 
 class TestQueryScales:

@@ -171,6 +171,7 @@ class CpuEngine:
         shape = model.shape
         self.num_layers: int = shape["num_layers"]
         self.context_length = model.context_length
+        self.angle_limit = model.angle_limit
         self.record_similarities = False
         self.policy = policy
         self._padding: list[int] = []
@@ -289,10 +290,6 @@ class CpuEngine:
                 shape=(batch, num_tokens),
                 places=places,
             )
-
-    def most_verified(self) -> int | None:
-        limit = self.model.angle_limit
-        return None if limit is None else limit.rows_like_single_steps(self._length)
 
     @_in_turn
     def prepare_drafts(self, lm_head_bits: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from river_llm.engines.drafting import Choose, Draft, DraftRule
+from river_llm.engines.native_model import AngleLimit
 from river_llm.exit_policy import ExitPolicy
 
 
@@ -70,6 +71,8 @@ class Engine(Protocol):
         draft_vocabularies: drafts may be made of the first so many tokens; the likely best first,
             the last is all of them.
         setting: what its speed depends on, in words.
+        angle_limit: where the rotary angles change; None: nowhere. Those of a batch change for all
+            of its sequences, by the length of the longest.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Engine(Protocol):
     record_similarities: bool
     draft_head_bits: tuple[int, ...]
     draft_vocabularies: tuple[int, ...]
+    angle_limit: AngleLimit | None
 
     @property
     def setting(self) -> str: ...
@@ -119,11 +123,6 @@ class Engine(Protocol):
         Raises:
             ContextFullError: they don't fit; the cache stays as it was.
         """
-        ...
-
-    def most_verified(self) -> int | None:
-        """How many tokens `verify` may append to each sequence now so that they are what single
-        steps give, 1 at least; None: any number that fits."""
         ...
 
     def prepare_drafts(self, lm_head_bits: int) -> None:

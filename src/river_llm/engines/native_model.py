@@ -55,6 +55,12 @@ class AngleLimit:
             return None
         return max(1, self.positions - length)
 
+    def is_crossed(self, length: int, end: int) -> bool:
+        """Whether the angles change while a text grows from `length` to `end` positions."""
+        if length <= self.positions:
+            return end > self.positions
+        return self.keep_changing and end > length
+
 
 @dataclass(frozen=True, slots=True)
 class NativeModel:

@@ -46,7 +46,7 @@ class TorchEngine:
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.device = self.model.device
         self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
-        self._limit = angle_limit(self.model)
+        self.angle_limit = angle_limit(self.model)
         self._cache = DynamicCache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
         self._length = 0
@@ -93,9 +93,6 @@ class TorchEngine:
         if counts is not None:
             self.rewind([token_ids.shape[1] - count for count in counts])
         return result
-
-    def most_verified(self) -> int | None:
-        return None if self._limit is None else self._limit.rows_like_single_steps(self._length)
 
     def prepare_drafts(self, lm_head_bits: int) -> None:
         del lm_head_bits

@@ -84,6 +84,7 @@ class LosslessDecoder:
         if kind not in self._controls:
             self._controls[kind] = self._new_control()
         self._control = self._controls[kind]
+        self._in_step = self._stay_in_step()
 
     @property
     def key(self) -> str:
@@ -102,6 +103,8 @@ class LosslessDecoder:
 
         The last token of every answer isn't in the engine's cache yet, before and after the round.
         """
+        if self._in_step:
+            return self._plain_round()
         answers = self._answers
         going = [i for i, answer in enumerate(answers) if not answer.has_ended]
         self._forget_ended()
@@ -143,6 +146,33 @@ class LosslessDecoder:
             self._engine.rewind(ended)
             self._cached = [a - b for a, b in zip(self._cached, ended, strict=True)]
 
+    # ---- answers that can't be of different lengths ----
+
+    def _stay_in_step(self) -> bool:
+        """Whether all answers have to grow as they do in plain decoding: where angles change for
+        the whole batch by the length of its longest sequence."""
+        limit = self._engine.angle_limit
+        if limit is None or len(self._answers) < 2:
+            return False
+        length = max(len(answer.token_ids) for answer in self._answers)
+        return limit.is_crossed(length, length + max(a.tokens_left for a in self._answers))
+
+    def _plain_round(self) -> list[list[VerifiedToken]]:
+        """One token of each answer without a draft; those that have ended run along."""
+        start = time.perf_counter()
+        last = [[answer.token_ids[-1]] for answer in self._answers]
+        result = self._engine.verify(torch.tensor(last))
+        new: list[list[VerifiedToken]] = []
+        for i, answer in enumerate(self._answers):
+            if answer.has_ended:
+                new.append([])
+                continue
+            token = int(result.best_tokens[i]) if answer.takes_best else self._choose(i, result)[0]
+            self._counters[i].note(0, 0, 1, False)
+            new.append([VerifiedToken(token, "backbone")])
+        self._verify_seconds += time.perf_counter() - start
+        return new
+
     # ---- guessing ----
 
     def _guess(self, going: Sequence[int]) -> list[Guess]:
@@ -163,9 +193,10 @@ class LosslessDecoder:
         most = self.config.tokens or MOST_DRAFTED
         if engine.context_length is not None:
             most = min(most, engine.context_length - engine.length - 1)
-        exact = engine.most_verified()
-        if exact is not None:
-            most = min(most, exact - 1)
+        if engine.angle_limit is not None:
+            exact = engine.angle_limit.rows_like_single_steps(engine.length)
+            if exact is not None:
+                most = min(most, exact - 1)
         lengths = [0] * len(self._answers)
         for i in going:
             lengths[i] = max(0, min(most, self._answers[i].tokens_left - 1))
@@ -230,7 +261,7 @@ class LosslessDecoder:
             self._cached[i] += length
         return verified
 
-    def _choose(self, i: int, result: StepResult, drafted: Sequence[int]) -> list[int]:
+    def _choose(self, i: int, result: StepResult, drafted: Sequence[int] = ()) -> list[int]:
         """The answer's own choices up to the first that wasn't drafted."""
         tokens: list[int] = []
         for place in range(len(drafted) + 1):
