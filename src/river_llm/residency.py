@@ -1,0 +1,216 @@
+"""Which backbone layers stay in memory.
+
+Most tokens leave the backbone early, so its deep layers lie idle. The first layers stay, those
+behind them are evicted and come back, one after the other, when a token goes that deep: a miss.
+The river, the LM head and the embedding always stay. What is kept where is the engines' business;
+here is only how many layers stay, and what misses have cost.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from river_llm.errors import ConfigError
+from river_llm.exit_policy import ExitPolicy
+
+OffloadKind = Literal["auto", "layers", "budget"]
+
+_UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+_MISSED_SHARE = 0.01  # of tokens, that `auto` lets go deeper than the layers that stay
+_FIRST_LOOK, _LOOK_EVERY = 32, 16  # tokens
+_MEMORY = 512  # tokens that exit depths are remembered for, about
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadConfig:
+    """What a user asks for; None in place of it keeps every layer in memory.
+
+    Attributes:
+        kind: ``"layers"``: the first `layers` stay. ``"budget"``: as many as fit in `max_bytes`
+            together with the river, the LM head and the embedding. ``"auto"``: as many as hardly a
+            token goes beyond, by the exit depths seen so far; all of them before any was seen.
+        no_miss: a token that would go deeper than the layers that stay leaves behind the last of
+            them, the prompt's tokens too.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    kind: OffloadKind
+    layers: int | None = None
+    max_bytes: int | None = None
+    no_miss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "layers" and (self.layers is None or self.layers < 0):
+            raise ConfigError(f"offloading keeps {self.layers} layers; it must be 0 or more")
+        if self.kind == "budget" and (self.max_bytes is None or self.max_bytes < 1):
+            raise ConfigError(f"a memory budget of {self.max_bytes} bytes; it must be 1 or more")
+
+    @classmethod
+    def parse(cls, text: str, no_miss: bool = False) -> OffloadConfig | None:
+        """``off``, ``auto``, a number of layers, or a size such as ``2GiB`` or ``800MB``.
+
+        Raises:
+            ConfigError: it is none of them.
+        """
+        text = text.strip()
+        if text.lower() == "off":
+            return None
+        if text.lower() == "auto":
+            return cls("auto", no_miss=no_miss)
+        if text.isdecimal():
+            return cls("layers", layers=int(text), no_miss=no_miss)
+        size = _SIZE.fullmatch(text)
+        if size is None or size[2].lower() not in _UNITS:
+            raise ConfigError(
+                f"offload is {text!r}; give off, auto, a number of layers that stay, "
+                "or a size such as 2GiB"
+            )
+        max_bytes = int(float(size[1]) * _UNITS[size[2].lower()])
+        return cls("budget", max_bytes=max_bytes, no_miss=no_miss)
+
+
+class ResidencyPlan:
+    """How many of the first backbone layers stay, and for ``auto``, how that changes.
+
+    Attributes:
+        config: what was asked for.
+        resident: layers that stay now.
+        num_layers: L, layers in all.
+        layer_bytes: of each layer's weights.
+        fixed_bytes: of the weights that always stay.
+    """
+
+    def __init__(
+        self,
+        config: OffloadConfig,
+        layer_bytes: Sequence[int],
+        fixed_bytes: int,
+        policy: ExitPolicy,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: the model has fewer layers, or the budget doesn't even hold what always
+                stays.
+        """
+        self.config = config
+        self.layer_bytes = list(layer_bytes)
+        self.num_layers = len(self.layer_bytes)
+        self.fixed_bytes = fixed_bytes
+        self._depths = [0.0] * (self.num_layers + 1)
+        self._seen = 0
+        self.resident = self._at_first(policy)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of all weights that stay."""
+        return self.fixed_bytes + sum(self.layer_bytes[: self.resident])
+
+    def note(self, exit_layers: Iterable[int]) -> bool:
+        """Count how deep decoded tokens went; whether the plan has changed."""
+        if self.config.kind != "auto":
+            return False
+        before = self._seen
+        for layer in exit_layers:
+            self._depths[layer] += 1
+            self._seen += 1
+        if self._seen < _FIRST_LOOK or self._seen // _LOOK_EVERY == before // _LOOK_EVERY:
+            return False
+        total = sum(self._depths)
+        if total > _MEMORY:
+            self._depths = [count * _MEMORY / total for count in self._depths]
+        resident = self._deepest_but(_MISSED_SHARE)
+        changed = resident != self.resident
+        self.resident = resident
+        return changed
+
+    def describe(self) -> str:
+        """A few words: ``layers 1 to 3 of 16 stay, 1.4 GB``."""
+        if self.resident == self.num_layers:
+            which = f"all {self.num_layers} layers stay"
+        elif self.resident == 0:
+            which = f"none of {self.num_layers} layers stays"
+        else:
+            which = f"layers 1 to {self.resident} of {self.num_layers} stay"
+        return f"{which}, {self.resident_bytes / 1e9:.2f} GB of weights"
+
+    def _at_first(self, policy: ExitPolicy) -> int:
+        config = self.config
+        if config.kind == "layers":
+            assert config.layers is not None
+            if config.layers > self.num_layers:
+                raise ConfigError(
+                    f"offloading keeps {config.layers} layers, but the model has "
+                    f"{self.num_layers}; choose 0 to {self.num_layers}"
+                )
+            return config.layers
+        if config.kind == "budget":
+            assert config.max_bytes is not None
+            left = config.max_bytes - self.fixed_bytes
+            if left < 0:
+                raise ConfigError(
+                    f"a memory budget of {config.max_bytes / 1e9:.2f} GB; the river, the LM head "
+                    f"and the embedding alone take {self.fixed_bytes / 1e9:.2f} GB"
+                )
+            resident = 0
+            while resident < self.num_layers and self.layer_bytes[resident] <= left:
+                left -= self.layer_bytes[resident]
+                resident += 1
+            return resident
+        # no token goes beyond the first layer after which all of them leave
+        thresholds = policy.thresholds(self.num_layers)
+        return thresholds.index(-math.inf) if -math.inf in thresholds else self.num_layers
+
+    def _deepest_but(self, share: float) -> int:
+        """The smallest depth that at most this share of tokens went beyond."""
+        beyond = sum(self._depths)
+        allowed = share * beyond
+        for depth, count in enumerate(self._depths):
+            beyond -= count
+            if beyond <= allowed:
+                return depth
+        return self.num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadStatistics:
+    """What evicted layers have cost.
+
+    Attributes:
+        resident_layers: that stay now.
+        misses: evicted layers that had to be brought back, each time.
+        bytes_read: for that.
+        seconds_waited: by the computation, for that.
+        held_back: tokens that left where the layers that stay end, and would have gone deeper.
+    """
+
+    resident_layers: int
+    misses: int = 0
+    bytes_read: int = 0
+    seconds_waited: float = 0.0
+    held_back: int = 0
+
+    def since(self, earlier: OffloadStatistics) -> OffloadStatistics:
+        """What came after `earlier`."""
+        differences = {
+            field.name: getattr(self, field.name) - getattr(earlier, field.name)
+            for field in fields(self)
+            if field.name != "resident_layers"
+        }
+        return OffloadStatistics(self.resident_layers, **differences)
