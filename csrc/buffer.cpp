@@ -56,6 +56,15 @@ Buffer::~Buffer() {
 #endif
 }
 
+void Buffer::give_back() {
+  if (mapping_ == nullptr) return;
+#if RIVER_MMAP && defined(__linux__)
+  madvise(mapping_, mapping_size_, MADV_DONTNEED);
+#else
+  std::memset(data_, 0, size_);
+#endif
+}
+
 Buffer::Buffer(Buffer&& other) noexcept { *this = std::move(other); }
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {

@@ -17,6 +17,9 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
+  // Gives the pages back to the system; what is read next is zero.
+  void give_back();
+
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
   template <class T>

@@ -15,8 +15,9 @@ constexpr size_t kSmallRows = 16;  // so few rows wait for memory, and a busy co
 
 }  // namespace
 
-Decoder::Decoder(const Model& model, const KernelSet& kernels, Team& team)
+Decoder::Decoder(Model& model, int resident, const KernelSet& kernels, Team& team)
     : cache(model.shape.num_layers, model.shape.num_kv_heads, model.shape.head_dim),
+      residency(model, resident),
       model_(model),
       kernels_(kernels),
       team_(team),
@@ -32,14 +33,16 @@ void Decoder::forward(Pass& pass) {
   const int threads = is_small ? crew_.threads() : team_.size();
   Run run(*this, pass, threads);
   try {
+    residency.begin();
     run.prepare();
+    const auto start = std::chrono::steady_clock::now();
+    team_.run(threads, run);
+    if (is_small) crew_.passed(std::chrono::steady_clock::now() - start, team_.stalled());
+    residency.end();
   } catch (...) {
     for (int s = 0; s < cache.sequences(); ++s) cache.truncate(s, cache.length(s));  // unused pages
     throw;
   }
-  const auto start = std::chrono::steady_clock::now();
-  team_.run(threads, run);
-  if (is_small) crew_.passed(std::chrono::steady_clock::now() - start, team_.stalled());
   run.commit();
 }
 
@@ -130,6 +133,7 @@ void Decoder::Run::prepare() {
   pass_.best_tokens.assign(pass_.logit_rows.size(), 0);
   pass_.margins.assign(pass_.rank_second ? pass_.logit_rows.size() : 0, 0.0f);
   pass_.exit_layers.assign(rows, shape_.num_layers);
+  pass_.held_back = 0;
   pass_.similarities.clear();
   if (pass_.record_similarities)
     pass_.similarities.assign(size(shape_.num_layers) * rows, std::nanf(""));
@@ -142,14 +146,29 @@ void Decoder::Run::operator()(int thread) {
   own.in_backbone.assign(size(rows_), 1);
   if (private_) own.similarity.assign(size(rows_), 0.0f);
   embed(own, thread);
-  if (pass_.thresholds[0] == -std::numeric_limits<float>::infinity())
-    for (int row = 0; row < rows_; ++row) leave(own, thread, row, 0);
+  decide(0, own, thread);
   for (int l = 0; l < shape_.num_layers; ++l) {
+    if (!bring_layer(l, own, thread)) return;
     for (int first = 0; first < rows_; first += kChunkRows)
       run_layer(model_.layers[size(l)], l, chunk(first, own), own, thread);
     decide(l + 1, own, thread);
   }
   head(own, thread);
+}
+
+// Sees that a layer's backbone weights are in memory, where a row needs them; false where they can't
+// be had.
+bool Decoder::Run::bring_layer(int index, Private& own, int thread) {
+  if (index < residency_.resident()) return true;
+  if (std::find(own.in_backbone.begin(), own.in_backbone.end(), 1) == own.in_backbone.end())
+    return true;
+  const auto start = std::chrono::steady_clock::now();
+  if (thread == 0) residency_.stage(index);
+  team_.barrier(thread);
+  residency_.read(thread, threads_);
+  team_.barrier(thread);
+  if (thread == 0) residency_.add_wait(std::chrono::steady_clock::now() - start);
+  return !residency_.has_failed();
 }
 
 void Decoder::Run::embed(Private& own, int thread) {

@@ -1,11 +1,13 @@
 // The forward pass: tokens in, KV cache extended, logits, exit layers and similarities out.
 #pragma once
 
+#include <climits>
 #include <memory>
 #include <vector>
 
 #include "kv_cache.h"
 #include "model.h"
+#include "residency.h"
 #include "team.h"
 
 namespace river {
@@ -19,6 +21,7 @@ struct Pass {
   std::vector<int> mean_groups;     // rows of one group share their mean similarity; empty: none do
   std::vector<int> minimum_groups;  // and then their smallest; empty: none do
   std::vector<int> logit_rows;      // rows that go through the LM head
+  int depth_limit = INT_MAX;        // rows leave after so many layers at the latest
   bool record_similarities = false;
   bool draft_head = false;   // logits of the drafts' LM head
   int head_tokens = 0;       // logits of the vocabulary's first so many tokens only; 0: of all
@@ -26,6 +29,7 @@ struct Pass {
 
   // results
   std::vector<int> exit_layers;     // how many backbone layers a row ran
+  int held_back = 0;                // rows that left for the depth limit alone
   std::vector<float> similarities;  // [L][rows], NaN where a row had left; empty unless recorded
   std::vector<float> logits;        // [logit rows][logit_stride], head_tokens of them
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
@@ -55,13 +59,16 @@ struct Drafts {
 
 class Decoder {
  public:
-  Decoder(const Model& model, const KernelSet& kernels, Team& team);
+  // The model's first `resident` backbone layers are in memory.
+  Decoder(Model& model, int resident, const KernelSet& kernels, Team& team);
   ~Decoder();
 
   KvCache cache;
+  Residency residency;
 
-  // Throws std::invalid_argument for tokens, sequences or groups that there aren't, and
-  // std::bad_alloc. After an error the cache holds what it held before.
+  // Throws std::invalid_argument for tokens, sequences or groups that there aren't,
+  // std::runtime_error where an evicted layer can't be brought back, and std::bad_alloc. After an
+  // error the cache holds what it held before.
   void forward(Pass& pass);
   // Drafts token after token, the likeliest one each. The cache holds what it held before.
   void draft(Drafts& drafts);

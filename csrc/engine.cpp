@@ -72,12 +72,13 @@ class Engine::Turn {
 };
 
 Engine::Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
-               std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels)
+               std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels,
+               int resident_layers)
     : kernels_(choose_kernels(kernels)),
       team_(std::make_unique<Team>(checked_threads(threads))),
       model_(read_shape(shape), {backbone.first, backbone.second}, {river.first, river.second},
-             {head.first, head.second}, rotary_tables),
-      decoder_(model_, kernels_, *team_),
+             {head.first, head.second}, rotary_tables, resident_layers),
+      decoder_(model_, resident_layers, kernels_, *team_),
       process_(process_id()) {}
 
 // A forked child has no threads to end.
@@ -228,7 +229,8 @@ void Engine::set_query_scales(const FloatVector& scales) {
 nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
                           std::vector<float> thresholds, std::vector<int> logit_rows,
                           std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                          bool record_similarities, bool draft_head, int head_tokens) {
+                          bool record_similarities, bool draft_head, int head_tokens,
+                          int depth_limit) {
   Turn turn(*this);
   check_complete();
   Pass pass;
@@ -241,6 +243,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   pass.record_similarities = record_similarities;
   pass.draft_head = draft_head;
   pass.head_tokens = head_tokens;
+  pass.depth_limit = depth_limit;
   logit_count_ = 0;
   logits_.swap(pass.logits);  // use the memory of the last pass again
   {
@@ -255,7 +258,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   nb::object similarities = nb::none();
   if (record_similarities) similarities = numpy_array(std::move(pass.similarities), {layers, rows});
   return nb::make_tuple(whole_numbers(pass.best_tokens), whole_numbers(pass.exit_layers),
-                        similarities);
+                        similarities, pass.held_back);
 }
 
 nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
@@ -289,9 +292,34 @@ nb::object Engine::logits() {
   return numpy_array(std::move(copy), {logit_count_, logit_tokens_});
 }
 
-nb::object Engine::packed_weights(nb::handle self) {
-  const size_t bytes = model_.packed_bytes();
-  return nb::cast(nb::ndarray<nb::numpy, uint8_t>(model_.packed(), {bytes}, self));
+nb::list Engine::packed_weights(nb::handle self) {
+  nb::list parts;
+  const auto append = [&](Model::Part part) {
+    if (part.data == nullptr)
+      parts.append(nb::none());
+    else
+      parts.append(nb::cast(nb::ndarray<nb::numpy, uint8_t>(part.data, {part.bytes}, self)));
+  };
+  for (int l = 0; l < model_.shape.num_layers; ++l) append(model_.packed_layer(l));
+  append(model_.packed_rest());
+  return parts;
+}
+
+void Engine::open_weights(const std::string& path) {
+  Turn turn(*this);
+  decoder_.residency.open(path);
+}
+
+void Engine::keep_layers(int layers) {
+  Turn turn(*this);
+  nb::gil_scoped_release release;
+  decoder_.residency.keep(layers);
+}
+
+nb::tuple Engine::offload_counts() const {
+  const Residency& residency = decoder_.residency;
+  return nb::make_tuple(residency.misses(), residency.bytes_read(),
+                        std::chrono::duration<double>(residency.waited()).count());
 }
 
 void Engine::resize(int sequences) {
@@ -305,6 +333,14 @@ void Engine::truncate(int sequence, int length) {
   check_sequence(sequence);
   if (length < 0) throw std::invalid_argument("a negative length");
   decoder_.cache.truncate(sequence, length);
+}
+
+void Engine::lengthen(int sequence, int length) {
+  Turn turn(*this);
+  check_sequence(sequence);
+  if (length < decoder_.cache.length(sequence)) throw std::invalid_argument("that is no longer");
+  decoder_.cache.reserve(sequence, length);
+  decoder_.cache.set_length(sequence, length);
 }
 
 int Engine::length(int sequence) const {

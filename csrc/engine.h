@@ -18,7 +18,8 @@ class Engine {
  public:
   // The pairs are bits and group size.
   Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
-         std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels);
+         std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels,
+         int resident_layers);
   ~Engine();
 
   void set_layer(int layer, const nb::dict& parts);
@@ -37,11 +38,12 @@ class Engine {
   void set_rotary(int table, int first, const FloatMatrix& cosines, const FloatMatrix& sines);
   void set_query_scales(const FloatVector& scales);
 
-  // Best tokens [logit rows], exit layers [rows] and, if recorded, similarities [L, rows].
+  // Best tokens [logit rows], exit layers [rows], if recorded, similarities [L, rows], and the rows
+  // that the depth limit held back.
   nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences,
                     std::vector<float> thresholds, std::vector<int> logit_rows,
                     std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                    bool record_similarities, bool draft_head, int head_tokens);
+                    bool record_similarities, bool draft_head, int head_tokens, int depth_limit);
   // The drafted tokens of each of some sequences, and their margins.
   nb::tuple draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
                   std::vector<float> thresholds, std::vector<float> chances,
@@ -52,6 +54,9 @@ class Engine {
 
   void resize(int sequences);
   void truncate(int sequence, int length);
+  // As if the sequence had so many positions, with keys and values of zero in the new ones: what
+  // memory and speed are at length can be measured without computing a text.
+  void lengthen(int sequence, int length);
   int length(int sequence) const;
   // Keys and values [2, layers, kv_heads, length, head_dim] of a sequence, as bfloat16 in uint16.
   nb::object read_cache(int sequence);
@@ -59,8 +64,17 @@ class Engine {
   size_t layer_bytes(int layer, int side);
   size_t head_bytes() const { return model_.head_bytes(); }
   size_t weight_bytes() const { return model_.weight_bytes(); }
-  // The packed weights [bytes], not a copy; the array keeps the engine, whose handle `self` is.
-  nb::object packed_weights(nb::handle self);
+  // The packed weights as arrays of bytes in the order of a file, none of them a copy; they keep
+  // the engine, whose handle `self` is. Layers that aren't in memory are None.
+  nb::list packed_weights(nb::handle self);
+  size_t packed_bytes() const { return model_.packed_bytes(); }
+
+  // See Residency.
+  void open_weights(const std::string& path);
+  void keep_layers(int layers);
+  int resident_layers() const { return decoder_.residency.resident(); }
+  // Misses, bytes read, seconds waited.
+  nb::tuple offload_counts() const;
   size_t cache_bytes() const { return decoder_.cache.bytes(); }
   int positions() const { return model_.positions(); }
   int threads() const { return team_->size(); }

@@ -24,15 +24,20 @@ Decoder::Run::Chunk Decoder::Run::chunk(int first, Private& own) const {
 
 // Every thread comes to the same decision from the same similarities.
 void Decoder::Run::decide(int layers_run, Private& own, int thread) {
-  constexpr float kAlways = -std::numeric_limits<float>::infinity();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   if (layers_run >= shape_.num_layers) return;
   const float threshold = pass_.thresholds[size(layers_run)];
-  if (threshold == std::numeric_limits<float>::infinity()) return;
-  if (threshold == kAlways) {
-    for (int row = 0; row < rows_; ++row)
-      if (own.in_backbone[size(row)]) leave(own, thread, row, layers_run);
-    return;
-  }
+  if (threshold == -kInfinity)
+    leave_all(own, thread, layers_run);
+  else if (threshold < kInfinity && layers_run > 0)
+    leave_by_similarity(own, thread, layers_run, threshold);
+  if (layers_run < pass_.depth_limit) return;
+  if (thread == 0)
+    pass_.held_back += static_cast<int>(std::count(own.in_backbone.begin(), own.in_backbone.end(), 1));
+  leave_all(own, thread, layers_run);
+}
+
+void Decoder::Run::leave_by_similarity(Private& own, int thread, int layers_run, float threshold) {
   const std::vector<float>& similarity = private_ ? own.similarity : buffers_.similarity;
   std::vector<float>& joined = own.joined;
   joined.assign(similarity.begin(), similarity.end());
@@ -60,6 +65,11 @@ void Decoder::Run::decide(int layers_run, Private& own, int thread) {
   for (int row = 0; row < rows_; ++row)
     if (own.in_backbone[size(row)] && joined[size(row)] > threshold)
       leave(own, thread, row, layers_run);
+}
+
+void Decoder::Run::leave_all(Private& own, int thread, int layers_run) {
+  for (int row = 0; row < rows_; ++row)
+    if (own.in_backbone[size(row)]) leave(own, thread, row, layers_run);
 }
 
 void Decoder::Run::leave(Private& own, int thread, int row, int layers_run) {

@@ -144,6 +144,7 @@ int Decoder::Run::piece(const PackedMatrix& matrix, int rows) const {
 void Decoder::Run::fetch_next(const PackedMatrix (&matrix)[2], const Chunk& chunk, int thread) {
   if (!private_) return;
   const PackedMatrix& next = matrix[chunk.in_backbone > 0 ? kBackbone : kRiver];
+  if (next.data == nullptr) return;  // it isn't in memory yet
   kernels_.fetch(next.panel(share(next.panels(), thread, threads_).begin), kFetchBytes);
 }
 

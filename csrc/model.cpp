@@ -8,9 +8,6 @@
 namespace river {
 namespace {
 
-// What may be prefetched past the last weight has to be mapped for speed, not for safety.
-constexpr size_t kSlack = 16u << 10;
-
 constexpr int kLargestSize = 1 << 24;  // so that no product of a size and a few overflows an int
 
 void check(bool holds, const char* what) {
@@ -37,6 +34,15 @@ PackedMatrix plan(int rows, int columns, Format format) {
   return matrix;
 }
 
+// Puts a layer's matrices one after the other, and returns where the next one goes.
+const uint8_t* place_side(Layer& layer, Side side, const uint8_t* data) {
+  for (auto& sides : layer.projections) {
+    sides[side].data = data;
+    if (data != nullptr) data += sides[side].bytes();
+  }
+  return data;
+}
+
 void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatrix>& sources,
           bool interleaved, Team& team) {
   auto* out = const_cast<uint8_t*>(matrix.data);
@@ -49,7 +55,8 @@ void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatri
 
 }  // namespace
 
-Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int rotary_tables)
+Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int rotary_tables,
+             int in_memory)
     : shape(s), formats{backbone, river}, layers(static_cast<size_t>(std::clamp(s.num_layers, 0, kLargestSize))),
       rotary(static_cast<size_t>(std::clamp(rotary_tables, 0, 16))) {
   for (const int size : {s.num_layers, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim,
@@ -63,6 +70,7 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
   check(s.num_heads / s.num_kv_heads <= kMaxGroupedQueries, "more than 64 heads share keys");
   check(s.hidden_size % kLanes == 0 && s.intermediate_size % kLanes == 0 && s.head_dim % kLanes == 0,
         "hidden size, intermediate size and head dim have to be multiples of 16");
+  check(in_memory >= 0 && in_memory <= s.num_layers, "the model hasn't so many layers to keep");
   check(rotary_tables >= 0 && rotary_tables <= 16, "there are 0 to 16 rotary tables");
   check(s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd, negative or too large");
   const int columns[4] = {s.hidden_size, s.num_heads * s.head_dim, s.hidden_size,
@@ -72,26 +80,45 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
   for (const Format& format : {backbone, river})
     check_format(format, {columns[0], columns[1], columns[2], columns[3]});
   check_format(head_format, {s.hidden_size});
-  size_t bytes = 0;
-  const auto place = [&](PackedMatrix matrix) {
-    matrix.data = reinterpret_cast<const uint8_t*>(bytes);  // an offset until the memory is there
-    bytes += matrix.panel_bytes * static_cast<size_t>(matrix.panels());
-    return matrix;
-  };
-  for (int side : {kBackbone, kRiver})
-    for (Layer& layer : layers)
-      for (int p = 0; p < 4; ++p)
-        layer.projections[p][side] = place(plan(rows[p], columns[p], formats[side]));
-  head = place(plan(s.vocab_size, s.hidden_size, head_format));
-  weights_ = Buffer(bytes + kSlack);
-  packed_bytes_ = bytes;
-  const auto settle = [&](PackedMatrix& matrix) {
-    matrix.data = weights_.data() + reinterpret_cast<size_t>(matrix.data);
-  };
   for (Layer& layer : layers)
-    for (auto& sides : layer.projections)
-      for (PackedMatrix& matrix : sides) settle(matrix);
-  settle(head);
+    for (int p = 0; p < 4; ++p)
+      for (const Side side : {kBackbone, kRiver})
+        layer.projections[p][side] = plan(rows[p], columns[p], formats[side]);
+  head = plan(s.vocab_size, s.hidden_size, head_format);
+
+  layer_bytes_ = layer_bytes(0, kBackbone);
+  rest_bytes_ = layers.size() * layer_bytes(0, kRiver) + head_bytes();
+  rest_ = Buffer(rest_bytes_ + kSlack);
+  const uint8_t* next = rest_.data();
+  for (Layer& layer : layers) next = place_side(layer, kRiver, next);
+  head.data = next;
+  backbone_.resize(layers.size());
+  for (int l = 0; l < in_memory; ++l) take_layer(l);
+}
+
+void Model::take_layer(int layer) {
+  Buffer& buffer = backbone_.at(static_cast<size_t>(layer));
+  if (buffer.size() == 0) buffer = Buffer(layer_bytes_ + kSlack);
+  place_layer(layer, buffer.data());
+}
+
+void Model::drop_layer(int layer) {
+  place_layer(layer, nullptr);
+  backbone_.at(static_cast<size_t>(layer)) = Buffer();
+}
+
+void Model::place_layer(int layer, const uint8_t* data) {
+  place_side(layers.at(static_cast<size_t>(layer)), kBackbone, data);
+}
+
+Model::Part Model::packed_layer(int layer) const {
+  return {backbone_.at(static_cast<size_t>(layer)).data(), layer_bytes_};
+}
+
+size_t Model::weight_bytes() const {
+  size_t bytes = rest_.size() + draft_weights_.size();
+  for (const Buffer& buffer : backbone_) bytes += buffer.size();
+  return bytes;
 }
 
 void Model::set_projection(int layer, Projection projection, Side side,
@@ -99,6 +126,7 @@ void Model::set_projection(int layer, Projection projection, Side side,
   const PackedMatrix& matrix = layers.at(static_cast<size_t>(layer)).projections[projection][side];
   int rows = 0;
   for (const SourceMatrix& source : sources) rows += source.rows;
+  check(matrix.data != nullptr, "the layer is not in memory");
   check(rows == matrix.rows, "a projection has the wrong number of outputs");
   check(projection != kGateUp || (sources.size() == 2 && sources[0].rows == sources[1].rows),
         "gate and up are two matrices of one size");
@@ -117,7 +145,7 @@ void Model::set_draft_head(const SourceMatrix& source, Format format, Team& team
   check(source.rows == head.rows, "the drafts' LM head has the wrong number of outputs");
   check_format(format, {shape.hidden_size});
   PackedMatrix matrix = plan(head.rows, shape.hidden_size, format);
-  Buffer weights(matrix.panel_bytes * static_cast<size_t>(matrix.panels()) + kSlack);
+  Buffer weights(matrix.bytes() + kSlack);
   matrix.data = weights.data();
   pack(matrix, shape.hidden_size, {source}, false, team);
   draft_head = matrix;
@@ -146,7 +174,7 @@ void Model::embed(int token, float* out) const {
 size_t Model::layer_bytes(int layer, Side side) const {
   size_t bytes = 0;
   for (const auto& sides : layers.at(static_cast<size_t>(layer)).projections)
-    bytes += sides[side].panel_bytes * static_cast<size_t>(sides[side].panels());
+    bytes += sides[side].bytes();
   return bytes;
 }
 

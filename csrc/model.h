@@ -31,6 +31,9 @@ struct Shape {
 constexpr int kWeightLayout = 1;  // counts the changes of packing.h and of the order of weights
 constexpr int kMaxGroupedQueries = 64;  // query heads that share a key-value head
 
+// What may be prefetched past the last weight has to be mapped for speed, not for safety.
+constexpr size_t kSlack = 16u << 10;
+
 // How one side's weights are stored.
 struct Format {
   int bits = 16;       // 16, 8 or 4
@@ -61,9 +64,10 @@ struct RotaryTable {
 
 class Model {
  public:
-  // Takes memory for all weights; they are zero until they are set. Throws std::bad_alloc,
-  // std::invalid_argument.
-  Model(const Shape& shape, Format backbone, Format river, Format head, int rotary_tables);
+  // Takes memory for the weights of river and head and of the first `in_memory` backbone layers;
+  // they are zero until they are set. Throws std::bad_alloc, std::invalid_argument.
+  Model(const Shape& shape, Format backbone, Format river, Format head, int rotary_tables,
+        int in_memory);
 
   const Shape shape;
   const Format formats[2];  // [Side]
@@ -85,16 +89,30 @@ class Model {
   void embed(int token, float* out) const;
   // Bytes of a layer's weights on one side, and of the head.
   size_t layer_bytes(int layer, Side side) const;
-  size_t head_bytes() const { return head.panel_bytes * static_cast<size_t>(head.panels()); }
-  size_t weight_bytes() const { return weights_.size() + draft_weights_.size(); }
-  // The packed weights of backbone, river and head, to be kept and to be written again in a model
-  // of the same shape and formats, where kWeightLayout is the same.
-  uint8_t* packed() const { return weights_.data(); }
-  size_t packed_bytes() const { return packed_bytes_; }
+  size_t head_bytes() const { return head.bytes(); }
+  size_t weight_bytes() const;  // that memory is taken for
+
+  // The packed weights are to be kept, and to be read again by a model of the same shape and
+  // formats where kWeightLayout is the same: the backbone's layers one after the other, then river
+  // and head in one part.
+  struct Part {
+    uint8_t* data;
+    size_t bytes;
+  };
+  Part packed_layer(int layer) const;  // without data where it isn't in memory
+  Part packed_rest() const { return {rest_.data(), rest_bytes_}; }
+  size_t packed_bytes() const { return layers.size() * layer_bytes_ + rest_bytes_; }
+
+  // A backbone layer's weights are in memory of their own from now on, and zero; or no longer.
+  void take_layer(int layer);  // throws std::bad_alloc
+  void drop_layer(int layer);
+  // They are at `data`, for as long as the caller says; null: nowhere.
+  void place_layer(int layer, const uint8_t* data);
 
  private:
-  Buffer weights_;  // backbone, river, head, each in the order of use
-  size_t packed_bytes_;
+  size_t layer_bytes_ = 0, rest_bytes_ = 0;
+  std::vector<Buffer> backbone_;  // [L], empty where a layer isn't in memory
+  Buffer rest_;                   // river and head, in the order of use
   Buffer draft_weights_;
 };
 

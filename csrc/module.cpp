@@ -1,4 +1,5 @@
 // The Python module river_llm._core: what Python sees of the core, by name.
+#include <climits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -41,8 +42,9 @@ NB_MODULE(_core, m) {
         "Seconds that so many threads take to meet once, the mean of many times.");
   nb::class_<Engine>(m, "Engine", "Weights, threads and KV cache of one model.")
       .def(nb::init<const nb::dict&, std::pair<int, int>, std::pair<int, int>, std::pair<int, int>, int,
-                    int, const std::string&>(),
-           "shape"_a, "backbone"_a, "river"_a, "head"_a, "rotary_tables"_a, "threads"_a, "kernels"_a)
+                    int, const std::string&, int>(),
+           "shape"_a, "backbone"_a, "river"_a, "head"_a, "rotary_tables"_a, "threads"_a, "kernels"_a,
+           "resident_layers"_a)
       .def("set_layer", &Engine::set_layer, "layer"_a, "parts"_a)
       .def("set_weights", &Engine::set_weights, "layer"_a, "projection"_a,
            "matrices"_a.noconvert())
@@ -59,12 +61,13 @@ NB_MODULE(_core, m) {
       .def("set_query_scales", &Engine::set_query_scales, "scales"_a)
       .def("forward", &Engine::forward, "tokens"_a, "sequences"_a, "thresholds"_a, "logit_rows"_a,
            "mean_groups"_a, "minimum_groups"_a, "record_similarities"_a, "draft_head"_a = false,
-           "head_tokens"_a = 0)
+           "head_tokens"_a = 0, "depth_limit"_a = INT_MAX)
       .def("draft", &Engine::draft, "sequences"_a, "tokens"_a, "most"_a, "thresholds"_a,
            "chances"_a, "least_chances"_a, "stop_tokens"_a, "draft_head"_a, "head_tokens"_a)
       .def("logits", &Engine::logits)
       .def("resize", &Engine::resize, "sequences"_a)
       .def("truncate", &Engine::truncate, "sequence"_a, "length"_a)
+      .def("lengthen", &Engine::lengthen, "sequence"_a, "length"_a)
       .def("length", &Engine::length, "sequence"_a)
       .def("read_cache", &Engine::read_cache, "sequence"_a)
       .def("layer_bytes", &Engine::layer_bytes, "layer"_a, "side"_a)
@@ -72,6 +75,11 @@ NB_MODULE(_core, m) {
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("packed_weights",
                    [](nb::handle self) { return nb::cast<Engine&>(self).packed_weights(self); })
+      .def_prop_ro("packed_bytes", &Engine::packed_bytes)
+      .def("open_weights", &Engine::open_weights, "path"_a)
+      .def("keep_layers", &Engine::keep_layers, "layers"_a)
+      .def_prop_ro("resident_layers", &Engine::resident_layers)
+      .def_prop_ro("offload_counts", &Engine::offload_counts)
       .def_prop_ro("cache_bytes", &Engine::cache_bytes)
       .def_prop_ro("positions", &Engine::positions)
       .def_prop_ro("threads", &Engine::threads)

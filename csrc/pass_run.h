@@ -96,6 +96,7 @@ class Decoder::Run {
         kernels_(decoder.kernels_),
         team_(decoder.team_),
         cache_(decoder.cache),
+        residency_(decoder.residency),
         pass_(pass),
         buffers_(*decoder.buffers_),
         threads_(threads),
@@ -122,6 +123,7 @@ class Decoder::Run {
   };
 
   // decoder.cpp
+  bool bring_layer(int index, Private& own, int thread);
   void embed(Private& own, int thread);
 
   // layer.cpp
@@ -151,6 +153,8 @@ class Decoder::Run {
   bool needs_similarity(int layers_run) const;
   Chunk chunk(int first, Private& own) const;
   void decide(int layers_run, Private& own, int thread);
+  void leave_by_similarity(Private& own, int thread, int layers_run, float threshold);
+  void leave_all(Private& own, int thread, int layers_run);
   void leave(Private& own, int thread, int row, int layers_run);
 
   // head.cpp
@@ -196,6 +200,7 @@ class Decoder::Run {
   const KernelSet& kernels_;
   Team& team_;
   KvCache& cache_;
+  Residency& residency_;
   Pass& pass_;
   Buffers& buffers_;
   const int threads_;

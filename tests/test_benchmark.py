@@ -20,6 +20,7 @@ from river_llm.benchmark.suite import Plan, run_suite
 from river_llm.benchmark.workload import TokenSource, Workload, check_fits, make_workloads
 from river_llm.engines import Draft, DraftRule, StepResult
 from river_llm.engines.drafting import Choose
+from river_llm.residency import OffloadStatistics
 
 DECODE = Workload("decode", 3)
 PROMPT = Workload("prompt", 5)
@@ -32,6 +33,11 @@ class FakeEngine:
     name = "fake"
     num_layers = 2
     context_length = None
+    layer_bytes = (100, 100)
+    rest_bytes = 90
+    resident_layers = 2
+    depth_limit: int | None = None
+    offload_statistics = OffloadStatistics(2)
     device = torch.device("cpu")
     record_similarities = False
 
@@ -55,6 +61,9 @@ class FakeEngine:
         return self._result(token_ids)
 
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        raise NotImplementedError
+
+    def keep_layers(self, count: int) -> None:
         raise NotImplementedError
 
     def prepare_drafts(self, lm_head_bits: int) -> None:

@@ -15,6 +15,7 @@ from river_llm import ExitPolicy, River, RiverConfig, RiverError, RiverLM, Sampl
 from river_llm import __version__ as version
 from river_llm.comparison import ArmResult
 from river_llm.loading import load_backbone
+from river_llm.residency import OffloadConfig
 
 pytest_plugins = ["cli_models"]
 
@@ -35,6 +36,7 @@ FIELDS = {
     "peak_memory_bytes",
     "mode",
     "lossless",
+    "offload",
 }
 
 
@@ -190,7 +192,7 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(RiverLM, "from_pretrained", load)
     options = "--bits 3 --group-size 32 --quantizer rtn --dtype float16 --trust-remote-code"
-    native = "--device cpu --engine cpu --threads 1 --backbone-bits 8 --lm-head-bits 8"
+    native = "--device cpu --engine cpu --threads 1 --backbone-bits 8 --lm-head-bits 8 --offload 2"
     for command in (["generate", PROMPT], ["chat"]):
         outcome = run(*command, "-m", "a-model", *options.split(), *native.split())
         outcome.check_fails(1, "seen")
@@ -205,6 +207,7 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
             "threads": 1,
             "backbone_bits": 8,
             "lm_head_bits": 8,
+            "offload": OffloadConfig("layers", layers=2),
             "trust_remote_code": True,
         }
 

@@ -90,7 +90,7 @@ def test_settings_that_no_core_has(case: str) -> None:
 
 def test_a_shape_that_lacks_a_size() -> None:
     with pytest.raises(KeyError, match="num_layers"):
-        _core.Engine({}, (16, 0), (4, 32), (16, 0), 1, 1, "")
+        _core.Engine({}, (16, 0), (4, 32), (16, 0), 1, 1, "", 0)
 
 
 Call = Callable[[_core.Engine], Any]
@@ -290,7 +290,7 @@ except ValueError as error:
 
 def test_arrays_outlive_the_core() -> None:
     core = ready_core()
-    best, exits, similarities = run_pass(core, tokens=[5, 6], record_similarities=True)
+    best, exits, similarities, _ = run_pass(core, tokens=[5, 6], record_similarities=True)
     logits, states = core.logits(), core.read_cache(0)
     kept = [array.copy() for array in (best, exits, similarities, logits, states)]
     for _ in range(20):  # its memory goes to others

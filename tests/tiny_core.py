@@ -40,6 +40,7 @@ SETTINGS = {
     "rotary_tables": 1,
     "threads": 1,
     "kernels": "",
+    "resident_layers": LAYERS,
 }
 # (rows, columns) of the matrices of each projection
 PROJECTIONS = (

@@ -25,6 +25,7 @@ struct PackedMatrix {
   int group_size = 0;  // of codes
 
   int panels() const { return (rows + kLanes - 1) / kLanes; }
+  size_t bytes() const { return panel_bytes * static_cast<size_t>(panels()); }
   const uint8_t* panel(int index) const { return data + panel_bytes * static_cast<size_t>(index); }
 };
 

@@ -46,6 +46,14 @@ void threads_of_a_pass_take_no_memory();
 void passes_without_memory_change_nothing();
 void numbers_that_are_none_are_forgotten_with_their_tokens();
 
+// residency_test.cpp
+void evicted_layers_come_back_with_the_same_bits();
+void misses_are_counted();
+void layers_need_a_file_to_come_back_from();
+void a_file_that_was_changed_gives_no_weights();
+void a_file_that_was_removed_still_gives_weights();
+void rows_leave_at_the_depth_limit();
+
 // draft_test.cpp
 void drafts_are_single_steps();
 void drafts_leave_the_cache_as_it_was();

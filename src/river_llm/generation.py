@@ -16,6 +16,7 @@ from river_llm.errors import ConfigError, ContextFullError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.lossless import LosslessDecoder, LosslessStatistics, Origin
 from river_llm.memory import peak_memory_bytes
+from river_llm.residency import OffloadStatistics, ResidencyPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ class GenerationResponse:
         origin: in lossless mode, what guessed this token before the backbone chose it: ``"river"``,
             ``"ngram"`` (the text itself), or ``"backbone"`` if nothing did.
         lossless: in lossless mode, what drafting has brought so far; else None.
+        offload: where backbone layers are offloaded, what that has cost this answer so far, or the
+            batch that it is one of; else None.
     """
 
     text: str
@@ -58,6 +61,7 @@ class GenerationResponse:
     peak_memory_bytes: int
     origin: Origin = "backbone"
     lossless: LosslessStatistics | None = None
+    offload: OffloadStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class GenerationResult:
     peak_memory_bytes: int
     mode: Mode = "river"
     lossless: LosslessStatistics | None = None
+    offload: OffloadStatistics | None = None
 
     @classmethod
     def of(
@@ -118,6 +123,7 @@ class GenerationResult:
             peak_memory_bytes=last.peak_memory_bytes if last else peak_memory_bytes(),
             mode=mode,
             lossless=last.lossless if last else None,
+            offload=last.offload if last else None,
         )
 
 
@@ -129,6 +135,7 @@ def generate_rows(
     stop_tokens: frozenset[int],
     cached_tokens: int = 0,
     lossless: LosslessDecoder | None = None,
+    residency: ResidencyPlan | None = None,
 ) -> Iterator[list[GenerationResponse | None]]:
     """Continue a batch of prompts, one token for each sequence at a time.
 
@@ -138,6 +145,7 @@ def generate_rows(
         cached_tokens: so many tokens of a single prompt are in the engine's cache already.
         lossless: drafts and verifies; the engine's exit policy doesn't count then. None: tokens
             leave by the policy.
+        residency: which backbone layers stay in memory, and learns from the tokens; None: all do.
 
     Yields:
         At every step one response for each sequence, None for those that have ended or that wait
@@ -161,6 +169,7 @@ def generate_rows(
         Answer(list(prompt), tokenizer, sampling, i, room) for i, prompt in enumerate(prompts)
     ]
     start = time.perf_counter()
+    offloaded_before = engine.offload_statistics
     step, prompt_tokens = _prefill(engine, answers, cached_tokens, lossless is not None)
     prefill_speed = prompt_tokens / (time.perf_counter() - start)
     if lossless is not None:
@@ -175,6 +184,7 @@ def generate_rows(
         drafting: Sequence[LosslessStatistics | None] = [None] * len(answers)
         if lossless is not None:
             drafting = lossless.statistics()
+        offload = engine.offload_statistics.since(offloaded_before) if residency else None
         for place in range(max(map(len, new_tokens))):
             responses: list[GenerationResponse | None] = []
             for i, (answer, chosen) in enumerate(zip(answers, new_tokens, strict=True)):
@@ -207,11 +217,13 @@ def generate_rows(
                         peak_memory_bytes=memory,
                         origin=new.origin,
                         lossless=drafting[i],
+                        offload=offload,
                     )
                 )
             yield responses
             if all(answer.has_ended for answer in answers):
                 return
+        going = [not answer.has_ended for answer in answers]
         if lossless is not None:
             new_tokens = [
                 [_Chosen(new.token, engine.num_layers, new.origin) for new in verified]
@@ -221,6 +233,10 @@ def generate_rows(
             last = [answer.token_ids[-1] for answer in answers]
             step = engine.decode(torch.tensor(last))
             new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]
+        if residency is not None:
+            rows = [row for row, goes in zip(new_tokens, going, strict=True) if goes]
+            if residency.note(new.exit_layer for row in rows for new in row):
+                engine.keep_layers(residency.resident)
 
 
 @dataclass(frozen=True, slots=True)

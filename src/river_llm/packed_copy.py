@@ -17,6 +17,7 @@ import importlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,15 +34,17 @@ from river_llm.cache import CachedFolder, cache_directory, file_state, folder_fo
 from river_llm.config import RiverConfig
 from river_llm.engines import CpuEngine, weight_layout
 from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable, WeightFormats
+from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.model_source import model_files
+from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import River
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Goes up with every change of what is packed, of the quantisers too.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WEIGHTS, _EMBEDDING = "weights.bin", "embedding.bin"
 _PARTS, _DESCRIPTION = "parts.safetensors", "packed.json"
 _READ_BYTES = 16 << 20  # that a thread reads at a time
@@ -57,12 +60,14 @@ class PackedModel:
         engine: with its weights in memory.
         river_config: how the river was quantised.
         stop_tokens: ids that end an answer.
+        residency: which backbone layers stay in memory; None: all.
     """
 
     engine: CpuEngine
     tokenizer: PreTrainedTokenizerBase
     river_config: RiverConfig
     stop_tokens: frozenset[int]
+    residency: ResidencyPlan | None = None
 
 
 def packed_folder(
@@ -122,10 +127,17 @@ def _folder(
 
 
 def read_packed(
-    folder: CachedFolder, policy: ExitPolicy, threads: int | None = None
+    folder: CachedFolder,
+    policy: ExitPolicy,
+    threads: int | None = None,
+    offload: OffloadConfig | None = None,
 ) -> PackedModel | None:
-    """Start from a packed copy; None where there is none, or a damaged one, which is removed."""
-    read = partial(_read, source=folder.source, policy=policy, threads=threads)
+    """Start from a packed copy; None where there is none, or a damaged one, which is removed.
+
+    Raises:
+        ConfigError: the model can't be offloaded so.
+    """
+    read = partial(_read, source=folder.source, policy=policy, threads=threads, offload=offload)
     packed: PackedModel | None = folder.read(read)
     return packed
 
@@ -133,21 +145,100 @@ def read_packed(
 def keep_packed(folder: CachedFolder, packed: PackedModel) -> None:
     """Write the copy; where that can't be done, there is none."""
     engine = packed.engine
-    num_bytes = engine.packed_weights.nbytes
-    if engine.embedding is not None:
-        num_bytes += engine.embedding.nbytes
+    num_bytes = sum(engine.layer_bytes) + engine.rest_bytes
     folder.keep(num_bytes, partial(_write, packed=packed))
 
 
-def _write(directory: Path, packed: PackedModel) -> None:
-    engine, tokenizer = packed.engine, packed.tokenizer
+def offload_packed(engine: CpuEngine, folder: CachedFolder, config: OffloadConfig) -> ResidencyPlan:
+    """Evict layers of an engine whose packed copy was just written.
+
+    Raises:
+        ConfigError: the model can't be offloaded so.
+        RiverError: the copy isn't there.
+    """
+    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, engine.policy)
+    if not folder.is_whole():
+        raise RiverError(
+            f"offloading needs a packed copy of the model in {folder.directory.parent}, and it "
+            "could not be written; see that there is room on the disk, or set RIVER_LLM_CACHE"
+        )
+    engine.offload_to(folder.directory / _WEIGHTS)
+    engine.keep_layers(plan.resident)
+    return plan
+
+
+def write_engine(directory: Path, engine: CpuEngine) -> dict[str, Any]:
+    """Write what an engine holds of its model, and return what describes it in JSON values."""
     description, arrays = _describe(engine.model)
     save_file(arrays, directory / _PARTS)
-    tokenizer.save_pretrained(directory)
-    of_class = type(tokenizer)
-    description |= {
+    with (directory / _WEIGHTS).open("wb") as weights:
+        for part in engine.packed_weights:
+            part.tofile(weights)
+    if engine.embedding is not None:
+        engine.embedding.tofile(directory / _EMBEDDING)
+    return description | {
         "formats": asdict(engine.formats),
         "has_embedding": engine.embedding is not None,
+        "layer_bytes": engine.layer_bytes,
+        "rest_bytes": engine.rest_bytes,
+        "head_bytes": engine.head_bytes,
+    }
+
+
+def read_engine(
+    directory: Path,
+    description: dict[str, Any],
+    policy: ExitPolicy,
+    threads: int | None,
+    offload: OffloadConfig | None,
+    *,
+    with_river: bool = True,
+) -> tuple[CpuEngine, ResidencyPlan | None]:
+    """The inverse of `write_engine`, with the layers in memory that `offload` asks for.
+
+    Args:
+        with_river: False leaves the river's weights where they are, for measurements of what the
+            backbone alone takes; no token may leave the backbone then.
+
+    Raises:
+        ConfigError: the model can't be offloaded so.
+    """
+    model = _native_model(description, load_file(directory / _PARTS))
+    layer_bytes = description["layer_bytes"]
+    plan = None
+    if offload is not None:
+        plan = ResidencyPlan(offload, layer_bytes, description["rest_bytes"], policy)
+
+    def fill(weights: list[Any]) -> Any:
+        *layers, rest = weights
+        head = rest[-description["head_bytes"] :]
+        river = rest[: rest.nbytes - head.nbytes] if with_river else None
+        skipped_bytes = [*layer_bytes, rest.nbytes - head.nbytes]
+        _read_into([*layers, river, head], directory / _WEIGHTS, skipped_bytes)
+        if not description["has_embedding"]:
+            return None
+        embedding = np.empty((model.shape["vocab_size"], model.shape["hidden_size"]), np.uint16)
+        _read_into([embedding.reshape(-1).view(np.uint8)], directory / _EMBEDDING)
+        return embedding
+
+    engine = CpuEngine.of_packed(
+        model,
+        WeightFormats(**description["formats"]),
+        fill,
+        policy,
+        threads=threads,
+        resident_layers=None if plan is None else plan.resident,
+    )
+    if plan is not None:
+        engine.offload_to(directory / _WEIGHTS)
+    return engine, plan
+
+
+def _write(directory: Path, packed: PackedModel) -> None:
+    tokenizer = packed.tokenizer
+    tokenizer.save_pretrained(directory)
+    of_class = type(tokenizer)
+    description = write_engine(directory, packed.engine) | {
         "river_config": packed.river_config.to_dict(),
         "stop_tokens": sorted(packed.stop_tokens),
         "tokenizer": [of_class.__module__, of_class.__qualname__],
@@ -157,32 +248,26 @@ def _write(directory: Path, packed: PackedModel) -> None:
     if again(sample) != tokenizer(sample) or again.chat_template != tokenizer.chat_template:
         raise ValueError("the tokeniser is another one when it is read again")
     (directory / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
-    engine.packed_weights.tofile(directory / _WEIGHTS)
-    if engine.embedding is not None:
-        engine.embedding.tofile(directory / _EMBEDDING)
 
 
-def _read(directory: Path, source: Path, policy: ExitPolicy, threads: int | None) -> PackedModel:
+def _read(
+    directory: Path,
+    source: Path,
+    policy: ExitPolicy,
+    threads: int | None,
+    offload: OffloadConfig | None,
+) -> PackedModel:
     description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
     tokenizer = _read_tokenizer(directory, description["tokenizer"])
     # as if it had been read beside the model
     tokenizer.name_or_path = str(source.parent if source.is_file() else source)
-    model = _native_model(description, load_file(directory / _PARTS))
-
-    def fill(weights: Any) -> Any:
-        _read_into(weights, directory / _WEIGHTS)
-        if not description["has_embedding"]:
-            return None
-        embedding = np.empty((model.shape["vocab_size"], model.shape["hidden_size"]), np.uint16)
-        _read_into(embedding.reshape(-1).view(np.uint8), directory / _EMBEDDING)
-        return embedding
-
-    formats = WeightFormats(**description["formats"])
+    engine, plan = read_engine(directory, description, policy, threads, offload)
     return PackedModel(
-        CpuEngine.of_packed(model, formats, fill, policy, threads=threads),
+        engine,
         tokenizer,
         RiverConfig.from_dict(description["river_config"]),
         frozenset(description["stop_tokens"]),
+        plan,
     )
 
 
@@ -197,25 +282,38 @@ def _read_tokenizer(directory: Path, of_class: list[str]) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _read_into(array: Any, path: Path) -> None:
-    """A file into a uint8 array of its size, several pieces at a time."""
-    size = path.stat().st_size
-    if size != array.nbytes:
-        raise ValueError(f"{path} has {size} bytes where {array.nbytes} belong")
-    view = memoryview(array)
+def _read_into(arrays: Sequence[Any], path: Path, skipped_bytes: Sequence[int] = ()) -> None:
+    """A file into uint8 arrays that lie in it one after the other, several pieces at a time.
 
-    def read(start: int) -> None:
-        end = min(start + _READ_BYTES, size)
+    Args:
+        skipped_bytes: how much of the file belongs to an array, where None stands in its place.
+    """
+    pieces: list[tuple[int, memoryview]] = []  # place in the file, memory
+    end = 0
+    for i, array in enumerate(arrays):
+        if array is None:
+            end += skipped_bytes[i]
+            continue
+        view = memoryview(array)
+        starts = range(0, array.nbytes, _READ_BYTES)
+        pieces += [(end + start, view[start : start + _READ_BYTES]) for start in starts]
+        end += array.nbytes
+    size = path.stat().st_size
+    if size != end:
+        raise ValueError(f"{path} has {size} bytes where {end} belong")
+
+    def read(piece: tuple[int, memoryview]) -> None:
+        start, memory = piece
         with path.open("rb", buffering=0) as opened:
             opened.seek(start)
-            while start < end:
-                count = opened.readinto(view[start:end])
+            while memory.nbytes > 0:
+                count = opened.readinto(memory)
                 if not count:
-                    raise ValueError(f"{path} ends at byte {start}")
-                start += count
+                    raise ValueError(f"{path} ends before byte {size}")
+                memory = memory[count:]
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(0, size, _READ_BYTES)))
+        list(pool.map(read, pieces))
 
 
 def _describe(model: NativeModel) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -59,6 +59,11 @@ class OffloadConfig:
     def __post_init__(self) -> None:
         if self.kind == "layers" and (self.layers is None or self.layers < 0):
             raise ConfigError(f"offloading keeps {self.layers} layers; it must be 0 or more")
+        if self.kind == "auto" and self.no_miss:
+            raise ConfigError(
+                "how many layers auto keeps is learnt from misses; with no_miss give a number of "
+                "layers or a size"
+            )
         if self.kind == "budget" and (self.max_bytes is None or self.max_bytes < 1):
             raise ConfigError(f"a memory budget of {self.max_bytes} bytes; it must be 1 or more")
 

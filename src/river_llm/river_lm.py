@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from river_llm.attachment import AttachedRiver, attach_river
+from river_llm.cache import CachedFolder
 from river_llm.config import DraftConfig, Mode, RiverConfig
 from river_llm.engines import (
     CpuEngine,
@@ -27,7 +28,14 @@ from river_llm.loading import load_backbone
 from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
 from river_llm.model_source import DEFAULT_MODEL
-from river_llm.packed_copy import PackedModel, keep_packed, packed_folder, read_packed
+from river_llm.packed_copy import (
+    PackedModel,
+    keep_packed,
+    offload_packed,
+    packed_folder,
+    read_packed,
+)
+from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
 from river_llm.text import Message, Prompt, encode_prompt
@@ -48,6 +56,7 @@ class RiverLM:
         stop_tokens: ids that end an answer.
         fallback_reason: why the torch engine serves where ``engine="auto"`` could have taken the
             native one; None if that is not so.
+        residency: which backbone layers stay in memory; None: all of them.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class RiverLM:
         stop_tokens: frozenset[int] = frozenset(),
         fallback_reason: str | None = None,
         river_directory: Path | None = None,
+        residency: ResidencyPlan | None = None,
     ) -> None:
         """`river_directory` is where the river is saved and what is learnt about drafts is kept."""
         self.engine = engine
@@ -65,6 +75,9 @@ class RiverLM:
         self.river_config = river_config
         self.stop_tokens = stop_tokens
         self.fallback_reason = fallback_reason
+        self.residency = residency
+        if residency is not None and residency.config.no_miss:
+            engine.depth_limit = residency.resident
         self._river_directory = river_directory
         self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
         self._cached_mode: Mode = "river"  # in which it was written
@@ -84,6 +97,8 @@ class RiverLM:
         threads: int | None = None,
         backbone_bits: int = 16,
         lm_head_bits: int = 16,
+        offload: OffloadConfig | str | None = None,
+        no_miss: bool = False,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> RiverLM:
@@ -100,6 +115,9 @@ class RiverLM:
             threads: that compute on a CPU; by default as many as the process may use.
             backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
             lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
+            offload: which backbone layers stay in memory: an `OffloadConfig`, or ``"auto"``, a
+                number of layers or a size such as ``"2GiB"``, see there; by default all.
+            no_miss: no token goes deeper than the layers that stay.
             progress: called while the river is built with (layers done, layers in all).
 
         What the native engine has packed is kept in the cache, as large as the model and its river,
@@ -109,6 +127,10 @@ class RiverLM:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
         check_engine_options(engine, backbone_bits, lm_head_bits)
+        if not isinstance(offload, OffloadConfig):
+            offload = OffloadConfig.parse(offload or "off", no_miss)
+        if no_miss and (offload is None or not offload.no_miss):
+            raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
         bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
         policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
         if device is None:
@@ -119,7 +141,7 @@ class RiverLM:
         if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
             find_packed = partial(packed_folder, name_or_path, river, **bits)
         folder = find_packed() if find_packed else None
-        packed = read_packed(folder, policy, threads) if folder else None
+        packed = read_packed(folder, policy, threads, offload) if folder else None
         if folder is not None and not isinstance(river, str | Path):
             directory = folder.directory  # where what is learnt about drafts may go too
         if packed is not None:
@@ -129,6 +151,7 @@ class RiverLM:
                 packed.river_config,
                 packed.stop_tokens,
                 river_directory=directory,
+                residency=packed.residency,
             )
         check = partial(choose_engine, choice=engine, **bits)
         model, tokenizer, made = _load(
@@ -139,12 +162,13 @@ class RiverLM:
         stop_tokens.update(configured if isinstance(configured, list) else [configured])
         stop_tokens -= {None}
         chosen, reason = make_engine(model, made, policy, engine, threads=threads, **bits)
-        lm = cls(chosen, tokenizer, made.config, frozenset(stop_tokens), reason, directory)
+        ends = frozenset(stop_tokens)
         if folder is not None and find_packed and isinstance(chosen, CpuEngine):
-            packed = PackedModel(chosen, tokenizer, made.config, lm.stop_tokens)
+            packed = PackedModel(chosen, tokenizer, made.config, ends)
             if find_packed() == folder:  # else files were changed while they were read
                 keep_packed(folder, packed)
-        return lm
+        residency = _offload(chosen, folder, offload) if offload is not None else None
+        return cls(chosen, tokenizer, made.config, ends, reason, directory, residency)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -217,7 +241,13 @@ class RiverLM:
         config = sampling_config(sampling)
         steps = list(
             generate_rows(
-                self.engine, self.tokenizer, encoded, config, self.stop_tokens, lossless=lossless
+                self.engine,
+                self.tokenizer,
+                encoded,
+                config,
+                self.stop_tokens,
+                lossless=lossless,
+                residency=self.residency,
             )
         )
         self._keep_learnt(lossless)
@@ -284,6 +314,7 @@ class RiverLM:
             self.stop_tokens,
             common,
             lossless,
+            self.residency,
         )
         text = list(token_ids)
         try:
@@ -324,6 +355,10 @@ class RiverLM:
             if drafts is not None:
                 raise ConfigError('drafts are for mode="lossless"')
             return None
+        if self.engine.depth_limit is not None:
+            raise ConfigError(
+                "lossless mode verifies with the whole backbone; it can't go with no_miss"
+            )
         config = drafts or DraftConfig()
         if config not in self._lossless:
             decoder = LosslessDecoder(self.engine, config)
@@ -418,6 +453,20 @@ def load_with_river(
     as of `RiverLM.from_pretrained`."""
     model, tokenizer, made = _load(name_or_path, river, dtype, device, trust_remote_code, progress)
     return attach_river(model, made, policy=policy), tokenizer
+
+
+def _offload(engine: Engine, folder: CachedFolder | None, config: OffloadConfig) -> ResidencyPlan:
+    """Evict layers of an engine that was just made."""
+    if isinstance(engine, CpuEngine):
+        if folder is None:
+            raise ConfigError(
+                "the native engine offloads to the packed copy that it keeps in the cache, and "
+                "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
+            )
+        return offload_packed(engine, folder, config)
+    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, engine.policy)
+    engine.keep_layers(plan.resident)
+    return plan
 
 
 def _load(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.bench_memory import bench_memory
 from river_llm.cli.loading import prepare_torch, torch_dtype
 from river_llm.cli.settings import new_river_config, river_config
 from river_llm.cli.usage import usage_error
@@ -21,6 +22,7 @@ from river_llm.cli.usage import usage_error
 if TYPE_CHECKING:
     from river_llm.benchmark.lineup import Lineup
     from river_llm.benchmark.subject import Subject
+    from river_llm.config import RiverConfig
     from river_llm.exit_policy import ExitPolicy
 
 _TESTS, _ARMS = "Tests", "Arms"
@@ -83,6 +85,16 @@ def bench(
         typer.Option(
             "--disturb",
             help="As many rounds again beside a process that keeps one core busy.",
+            rich_help_panel=_TESTS,
+        ),
+    ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Measure memory in place of speed: backbone, full quantisation, River without and "
+            "with offloading, each in a process of its own, at every --depth. \\[default: 4K to "
+            "64K, --exit-layer 3]",
             rich_help_panel=_TESTS,
         ),
     ] = False,
@@ -153,6 +165,21 @@ def bench(
     ]
     if not any(numbers[0] + numbers[1]):
         raise usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
+    if memory:
+        _check_memory(peers, threshold, engine, disturb, batch, prompt_tokens, new_tokens, counts)
+        bench_memory(
+            partial(
+                _load_subject, random_weights, model or "smollm2", config, dtype, trust_remote_code
+            ),
+            random_weights.value if random_weights else model or "smollm2",
+            [3] if exit_layer is None else _numbers("--exit-layer", exit_layer, int, 0),
+            [context for context in numbers[2] if context > 0],
+            rounds,
+            counts[0],
+            int(lm_head_bits.value),
+            json_output,
+        )
+        return
     head_bits = [16] if lm_head_bits is options.WeightBits.sixteen else [16, 8]
     with ExitStack() as ending:
         name = random_weights.value if random_weights else model or "smollm2"
@@ -214,6 +241,53 @@ def bench(
         print(json.dumps(output, ensure_ascii=False))
     else:
         print_results(results, output)
+
+
+def _load_subject(
+    random_weights: ShapeName | None,
+    name: str,
+    config: Path | RiverConfig,
+    dtype: options.DtypeName,
+    trust_remote_code: bool,
+) -> Subject:
+    """The model and its river, for `bench_memory`."""
+    prepare_torch(None)
+    from river_llm.benchmark.subject import load_subject, random_subject
+    from river_llm.config import RiverConfig
+    from river_llm.engines.llama_family import check_supported
+
+    if random_weights is not None:
+        assert isinstance(config, RiverConfig)
+        return random_subject(random_weights.value, config)
+    return load_subject(name, config, torch_dtype(dtype), trust_remote_code, check=check_supported)
+
+
+def _check_memory(
+    peers: str | None,
+    threshold: str | None,
+    engine: options.EngineName,
+    disturb: bool,
+    batch: str,
+    prompt_tokens: str,
+    new_tokens: str,
+    counts: list[int],
+) -> None:
+    """See that no option of the speed tests is given with --memory."""
+    if engine is options.EngineName.torch:
+        raise usage_error("--memory measures the native engine")
+    if len(counts) > 1:
+        raise usage_error("--memory takes one number of --threads")
+    given = {
+        "--peers": peers is not None,
+        "--threshold": threshold is not None,
+        "--disturb": disturb,
+        "--batch": batch != "1",
+        "--prompt-tokens": prompt_tokens != "512",
+        "--new-tokens": new_tokens != "128",
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise usage_error(f"{option} is for speed; leave it out with --memory")
 
 
 def _describe_model(subject: Subject, lineup: Lineup) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.settings import (
     decoding_mode,
     exit_policy,
+    offload_config,
     river_config,
     sampling_config,
 )
@@ -55,6 +56,8 @@ def chat(
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
     lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    offload: options.Offload = None,
+    no_miss: options.NoMiss = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -88,6 +91,7 @@ def chat(
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
         drafts=drafts,
+        offload=offload_config(offload, no_miss, decoding),
     )
     lm = load(loading)
     if not lm.tokenizer.chat_template:

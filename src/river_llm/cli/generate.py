@@ -13,6 +13,7 @@ from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.settings import (
     decoding_mode,
     exit_policy,
+    offload_config,
     river_config,
     sampling_config,
 )
@@ -65,6 +66,8 @@ def generate(
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
     lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    offload: options.Offload = None,
+    no_miss: options.NoMiss = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -82,6 +85,8 @@ def generate(
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    if compare and no_miss:
+        raise usage_error("--compare runs the whole backbone: leave out --no-miss")
     if compare and drafts is not None:
         raise usage_error(
             "--compare goes with --mode river; river-llm check-exact compares lossless"
@@ -106,6 +111,7 @@ def generate(
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
         drafts=drafts,
+        offload=offload_config(offload, no_miss, decoding),
     )
     _answer(load(loading), prompt, raw, sampling, decoding, drafts, compare, json_output)
 

@@ -11,6 +11,7 @@ from river_llm.cli.imports import import_libraries
 from river_llm.cli.options import DtypeName, EngineName, WeightBits
 from river_llm.config import DraftConfig, RiverConfig
 from river_llm.errors import ConfigError
+from river_llm.residency import OffloadConfig
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class LoadOptions:
         trust_remote_code: run code that comes with the model.
         engine, backbone_bits, lm_head_bits: what computes, for `load`.
         drafts: how lossless mode drafts; None in river mode.
+        offload: which backbone layers stay in memory; None: all.
     """
 
     model: str
@@ -48,6 +50,7 @@ class LoadOptions:
     backbone_bits: WeightBits = WeightBits.sixteen
     lm_head_bits: WeightBits = WeightBits.sixteen
     drafts: DraftConfig | None = None
+    offload: OffloadConfig | None = None
 
 
 def load(options: LoadOptions) -> RiverLM:
@@ -72,12 +75,15 @@ def load(options: LoadOptions) -> RiverLM:
             threads=options.threads,
             backbone_bits=int(options.backbone_bits.value),
             lm_head_bits=int(options.lm_head_bits.value),
+            offload=options.offload,
             trust_remote_code=options.trust_remote_code,
             progress=progress.layers_built,
         )
     if options.drafts is not None:
         lm.check_drafts(options.drafts)
     notes = []
+    if lm.residency is not None:
+        notes.append(f"offloading: {lm.residency.describe()}")
     if lm.fallback_reason is not None:
         notes.append(f"PyTorch computes: {lm.fallback_reason}")
     for name, bits in (("backbone", options.backbone_bits), ("LM head", options.lm_head_bits)):

@@ -183,6 +183,22 @@ HeadBits = Annotated[
         rich_help_panel=_SYSTEM,
     ),
 ]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        help="Backbone layers that stay in memory: off (all of them), auto (as many as tokens "
+        "need), the first N, or as many as fit a size such as 2GiB. \\[default: off]",
+        rich_help_panel=_SYSTEM,
+    ),
+]
+NoMiss = Annotated[
+    bool,
+    typer.Option(
+        "--no-miss",
+        help="Tokens that would go deeper than the layers that stay leave behind the last of them.",
+        rich_help_panel=_SYSTEM,
+    ),
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the backbone.", rich_help_panel=_SYSTEM)]
 Device = Annotated[
     str | None,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
     from river_llm.generation import GenerationResponse, GenerationResult
     from river_llm.lossless import LosslessStatistics, Origin
+    from river_llm.residency import OffloadStatistics
 
 # What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
 # that turn the direction of the text around them.
@@ -82,8 +83,23 @@ def statistics_line(result: GenerationResult) -> str:
         parts.append(f"first token after {result.time_to_first_token:.2f} s")
     if result.mean_exit_layer is not None:
         parts.append(f"mean exit depth {result.mean_exit_layer:.1f} of {result.num_layers}")
+    if result.offload is not None:
+        parts.append(_offload_words(result.offload))
     parts.append(f"peak memory {format_bytes(result.peak_memory_bytes)}")
     return ", ".join(parts)
+
+
+def _offload_words(offload: OffloadStatistics) -> str:
+    """What evicted layers have cost."""
+    words = f"{offload.resident_layers} layers in memory"
+    if offload.misses:
+        words += (
+            f", {offload.misses} read back ({format_bytes(offload.bytes_read)}, "
+            f"{offload.seconds_waited:.2f} s)"
+        )
+    if offload.held_back:
+        words += f", {offload.held_back} tokens held back"
+    return words
 
 
 def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:

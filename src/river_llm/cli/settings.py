@@ -19,6 +19,7 @@ from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from river_llm.exit_policy import ExitPolicy
+    from river_llm.residency import OffloadConfig
 
 
 def exit_policy(
@@ -88,6 +89,25 @@ def decoding_mode(
         return "lossless", DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
+
+
+def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadConfig | None:
+    """Which backbone layers stay in memory; None: all.
+
+    Raises:
+        typer.Exit: it can't be read, or the options contradict each other.
+    """
+    from river_llm.residency import OffloadConfig
+
+    try:
+        config = None if offload is None else OffloadConfig.parse(offload, no_miss)
+    except ConfigError as error:
+        raise usage_error(f"--{error}") from error
+    if no_miss and config is None:
+        raise usage_error("--no-miss goes with --offload N or --offload SIZE")
+    if no_miss and mode == "lossless":
+        raise usage_error("--mode lossless verifies with the whole backbone: leave out --no-miss")
+    return config
 
 
 def sampling_config(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -24,8 +25,9 @@ from river_llm.engines.weight_packer import (
     give_up,
     quantized_head,
 )
-from river_llm.errors import ContextFullError, RiverError
+from river_llm.errors import ConfigError, ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
+from river_llm.residency import OffloadStatistics
 from river_llm.river import River
 
 if TYPE_CHECKING:
@@ -135,25 +137,28 @@ class CpuEngine:
         cls,
         model: NativeModel,
         formats: WeightFormats,
-        fill: Callable[[Any], Any],
+        fill: Callable[[list[Any]], Any],
         policy: ExitPolicy,
         *,
         threads: int | None = None,
         kernels: str | None = None,
+        resident_layers: int | None = None,
     ) -> CpuEngine:
         """An engine with weights that another one has packed, of the same model and formats.
 
         Args:
-            fill: writes them into the uint8 array that it is given, as `packed_weights` held them,
-                and returns the embedding, see `embedding`.
+            fill: writes them into the arrays that it is given, as `packed_weights` held them, and
+                returns the embedding, see `embedding`.
             policy, threads, kernels: as for a new one.
+            resident_layers: the first so many backbone layers are in memory, the others come back
+                from a file, see `offload_to`; None: all are.
 
         Raises:
             ConfigError, RiverError: see above.
         """
         check_built()
         engine = cls.__new__(cls)
-        engine._prepare(model, formats, policy, threads, kernels)
+        engine._prepare(model, formats, policy, threads, kernels, resident_layers)
         engine._complete(fill(engine.packed_weights))
         return engine
 
@@ -164,6 +169,7 @@ class CpuEngine:
         policy: ExitPolicy,
         threads: int | None,
         kernels: str | None,
+        resident_layers: int | None = None,
     ) -> None:
         """All but the weights."""
         self.backbone_bits, self.lm_head_bits = formats.backbone_bits, formats.lm_head_bits
@@ -181,7 +187,12 @@ class CpuEngine:
         self._vocab_size: int = shape["vocab_size"]
         self._position_bytes = 4 * shape["num_kv_heads"] * shape["head_dim"]  # key and value
         self._windows: list[int] = [parts["window"] for parts in model.layers]
-        self._core = make_core(model, formats, threads, kernels)
+        self._core = make_core(model, formats, threads, kernels, resident_layers)
+        self.layer_bytes = tuple(
+            self._core.layer_bytes(layer, _BACKBONE) for layer in range(self.num_layers)
+        )
+        self.depth_limit: int | None = None
+        self._held_back = 0
         self._prepared_head_bits: int | None = None  # of the drafts' LM head
         self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if self.lm_head_bits == 16 else (8,)
         self.draft_vocabularies = _draft_vocabularies(self._vocab_size)
@@ -193,14 +204,54 @@ class CpuEngine:
 
     def _complete(self, embedding: Any) -> None:
         self.embedding = embedding
+        self.rest_bytes = self._core.packed_bytes - sum(self.layer_bytes)
         if embedding is not None:
             self._core.set_embedding(embedding)
+            self.rest_bytes += embedding.nbytes
         self._positions = Positions(self._core, self.model)
 
     @property
-    def packed_weights(self) -> Any:
-        """The packed weights, a uint8 array that is not a copy."""
-        return self._core.packed_weights
+    def packed_weights(self) -> list[Any]:
+        """The packed weights, uint8 arrays in the order of a file: of each backbone layer, None
+        where it isn't in memory, then river and LM head. They are no copies, and are not to be
+        touched after their layer was evicted."""
+        return list(self._core.packed_weights)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the LM head's packed weights."""
+        return int(self._core.head_bytes)
+
+    # ---- layers that aren't in memory ----
+
+    @_in_turn
+    def offload_to(self, path: Path) -> None:
+        """Evicted layers come back from this file, which holds the `packed_weights` one after the
+        other.
+
+        Raises:
+            RiverError: it can't be opened, or has another size.
+        """
+        with one_clear_line():
+            self._core.open_weights(str(path))
+
+    @property
+    def resident_layers(self) -> int:
+        return int(self._core.resident_layers)
+
+    @_in_turn
+    def keep_layers(self, count: int) -> None:
+        if not 0 <= count <= self.num_layers:
+            raise ConfigError(
+                f"{count} layers are to stay in memory; the model has {self.num_layers}"
+            )
+        with one_clear_line():
+            self._core.keep_layers(count)
+
+    @property
+    def offload_statistics(self) -> OffloadStatistics:
+        misses, bytes_read, seconds = self._core.offload_counts
+        return OffloadStatistics(self.resident_layers, misses, bytes_read, seconds, self._held_back)
 
     # ---- verbs ----
 
@@ -272,6 +323,10 @@ class CpuEngine:
         if len(counts) != batch or not all(0 <= count <= num_tokens for count in counts):
             raise RiverError(
                 f"the counts are {counts}; give 0 to {num_tokens} for each of {batch} sequences"
+            )
+        if self.depth_limit is not None:
+            raise RiverError(
+                "verifying takes the whole backbone; take the depth limit away (no_miss)"
             )
         if not any(counts):
             raise RiverError("there is nothing to verify; give one token or more")
@@ -377,6 +432,29 @@ class CpuEngine:
         self._length = length
         self._padding = [min(padding, length) for padding in self._padding] if length else []
 
+    @_in_turn
+    def lengthen(self, length: int) -> None:
+        """As if one sequence of so many tokens were in the cache, with keys and values of zero: so
+        memory and speed at length can be measured without computing a text.
+
+        Raises:
+            ContextFullError, RiverError: it doesn't fit, or the cache holds a batch or more tokens.
+        """
+        if self._length == 0:
+            self._begin(1, length, None)
+        elif len(self._padding) != 1 or length < self._length:
+            raise RiverError("only one sequence that is shorter can be lengthened")
+        else:
+            self._begin(1, length - self._length, None)
+        with one_clear_line():
+            self._core.lengthen(0, length)
+        self._length = length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the KV cache takes."""
+        return int(self._core.cache_bytes)
+
     def step_bytes(self, exit_layer: int, position: int) -> int:
         """Bytes that decoding one token at `position` reads: weights, LM head, keys and values."""
         sides = [_BACKBONE] * exit_layer + [_RIVER] * (self.num_layers - exit_layer)
@@ -462,7 +540,7 @@ class CpuEngine:
         """One pass over rows. The result has the rows of logits, in `shape`, in which they stand at
         `places`; by default one after the other."""
         with one_clear_line():
-            best, exits, similarities = self._core.forward(
+            best, exits, similarities, held_back = self._core.forward(
                 tokens,
                 sequences,
                 thresholds,
@@ -472,8 +550,10 @@ class CpuEngine:
                 self.record_similarities,
                 draft_head,
                 vocabulary,
+                self.num_layers if self.depth_limit is None else self.depth_limit,
             )
         self._passes += 1
+        self._held_back += held_back
         if len(logit_rows) < len(tokens):
             exits = exits[logit_rows]
             if similarities is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from river_llm.engines.drafting import Choose, Draft, DraftRule
 from river_llm.engines.native_model import AngleLimit
 from river_llm.exit_policy import ExitPolicy
+from river_llm.residency import OffloadStatistics
 
 
 class StepResult:
@@ -71,6 +72,13 @@ class Engine(Protocol):
         draft_vocabularies: drafts may be made of the first so many tokens; the likely best first,
             the last is all of them.
         setting: what its speed depends on, in words.
+        layer_bytes: of each layer's backbone weights.
+        rest_bytes: of all other weights: river, LM head, embedding.
+        resident_layers: the backbone weights of the first so many layers are in memory, see
+            `residency`.
+        depth_limit: tokens that would go deeper leave after so many layers, the prompt's too; None:
+            there is no limit. May be set between passes.
+        offload_statistics: what evicted layers have cost since the engine was made.
         angle_limit: where the rotary angles change; None: nowhere. Those of a batch change for all
             of its sequences, by the length of the longest.
     """
@@ -84,6 +92,15 @@ class Engine(Protocol):
     draft_head_bits: tuple[int, ...]
     draft_vocabularies: tuple[int, ...]
     angle_limit: AngleLimit | None
+    layer_bytes: tuple[int, ...]
+    rest_bytes: int
+    depth_limit: int | None
+
+    @property
+    def resident_layers(self) -> int: ...
+
+    @property
+    def offload_statistics(self) -> OffloadStatistics: ...
 
     @property
     def setting(self) -> str: ...
@@ -152,6 +169,17 @@ class Engine(Protocol):
     def rewind(self, counts: Sequence[int]) -> None:
         """Forget the last `counts[i]` tokens of each sequence. The sequences may have different
         lengths then; `length` is that of the longest, and the others count as padded."""
+        ...
+
+    def keep_layers(self, count: int) -> None:
+        """Keep the backbone weights of the first so many layers in memory, and evict the others,
+        which come back when a token goes that deep. May be called between passes.
+
+        Raises:
+            ConfigError: the model has fewer layers.
+            RiverError: there is nothing that evicted layers could come back from, or a layer can't
+                be brought back.
+        """
         ...
 
     def truncate(self, length: int) -> None:

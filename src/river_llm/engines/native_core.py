@@ -43,7 +43,11 @@ def check_built() -> None:
 
 
 def make_core(
-    model: NativeModel, formats: WeightFormats, threads: int | None, kernels: str | None
+    model: NativeModel,
+    formats: WeightFormats,
+    threads: int | None,
+    kernels: str | None,
+    resident_layers: int | None = None,
 ) -> Any:
     """A `_core.Engine` for a model, without weights.
 
@@ -51,6 +55,7 @@ def make_core(
         threads: by default as many as the process may use.
         kernels: an instruction set in place of the best one; by default the environment variable
             RIVER_LLM_CPU.
+        resident_layers: memory is taken for the first so many backbone layers; None: for all.
 
     Raises:
         ConfigError: a setting is out of its range, or the processor has no such kernels.
@@ -68,6 +73,7 @@ def make_core(
             rotary_tables=len(model.rotary),
             threads=threads or _core.usable_threads(),
             kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
+            resident_layers=len(model.layers) if resident_layers is None else resident_layers,
         )
     except ValueError as error:
         raise ConfigError(f"native engine: {error}") from error

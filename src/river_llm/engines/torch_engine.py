@@ -20,9 +20,10 @@ from river_llm.engines.drafting import (
 )
 from river_llm.engines.engine import StepResult
 from river_llm.engines.llama_family import angle_limit
-from river_llm.errors import ContextFullError
+from river_llm.errors import ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
+from river_llm.residency import OffloadStatistics
 
 
 class TorchEngine:
@@ -47,6 +48,9 @@ class TorchEngine:
         self.device = self.model.device
         self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
         self.angle_limit = angle_limit(self.model)
+        self.layer_bytes = (0,) * self.num_layers
+        self.rest_bytes = 0
+        self.depth_limit: int | None = None
         self._cache = DynamicCache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
         self._length = 0
@@ -76,6 +80,18 @@ class TorchEngine:
     @property
     def length(self) -> int:
         return self._length
+
+    @property
+    def resident_layers(self) -> int:
+        return self.num_layers
+
+    @property
+    def offload_statistics(self) -> OffloadStatistics:
+        return OffloadStatistics(self.num_layers)
+
+    def keep_layers(self, count: int) -> None:
+        if count != self.num_layers:
+            raise RiverError("offloading needs the native engine; take --engine cpu")
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
         return self._run(token_ids, padding_mask, "prefill")

@@ -1,0 +1,418 @@
+"""Backbone layers that are evicted and come back: the same answers, whatever stays in memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import run
+from hypothesis import given
+from hypothesis import strategies as st
+from native_engines import begun, random_tokens, subject_of
+from packed_models import PROMPT, save_model, start, start_without_cache
+from torch import Tensor
+
+from river_llm import ExitPolicy, RiverLM
+from river_llm.cache import cached_folders
+from river_llm.engines import CpuEngine, DraftRule
+from river_llm.errors import ConfigError, RiverError
+from river_llm.memory import resident_memory_bytes
+from river_llm.residency import OffloadConfig, OffloadStatistics
+
+CASES = ["llama", "gemma3_text", "phi3, longrope", "qwen2"]
+LAYERS = 4
+MIXED = ExitPolicy.similarity(0.75)
+TIME_STEP = 0.02  # seconds, more than the steps that the times of files have
+
+
+@contextmanager
+def offloadable(engine: CpuEngine, directory: Path) -> Iterator[CpuEngine]:
+    """The engine with its weights in a file too; all are in memory again afterwards."""
+    path = directory / "weights.bin"
+    with path.open("wb") as file:
+        for part in engine.packed_weights:
+            part.tofile(file)
+    engine.offload_to(path)
+    time.sleep(TIME_STEP)
+    try:
+        yield engine
+    finally:
+        engine.depth_limit = None
+        if engine.resident_layers < engine.num_layers:
+            engine.keep_layers(engine.num_layers)
+
+
+def tokens_of(count: int) -> Tensor:
+    """Of one text, `[1, count]`."""
+    return random_tokens(1, count, seed=1)
+
+
+def everything(engine: CpuEngine) -> list[Tensor]:
+    """What all verbs give, on a batch of two texts of which one has padding."""
+    engine = begun(engine, MIXED)
+    tokens = random_tokens(2, 20, seed=3)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    steps = [engine.prefill(tokens[:, :9], mask)]
+    found = [steps[0].logits]
+    for place in range(9, 13):
+        step = engine.decode(tokens[:, place])
+        found += [step.logits, step.exit_layers]
+    for draft in engine.draft(tokens[:, 13].tolist(), [1, 1], DraftRule(1, 16)):
+        found.append(torch.tensor(draft.tokens))
+    found.append(engine.verify(tokens[:, 13:15]).logits)
+    engine.rewind([1, 0])
+    found.append(engine.decode(tokens[:, 15]).logits)
+    return found
+
+
+class TestEngine:
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("backbone_bits", [16, 8])
+    def test_gives_the_same_bits_whatever_stays(
+        self, case: str, backbone_bits: int, tmp_path: Path
+    ) -> None:
+        engine = subject_of(case).engine(backbone_bits=backbone_bits, threads=2)
+        expected = everything(engine)
+        with offloadable(engine, tmp_path):
+            for kept in (0, 3, 1, LAYERS, 2):
+                engine.keep_layers(kept)
+                assert engine.resident_layers == kept
+                held = [part is not None for part in engine.packed_weights[:-1]]
+                assert held == [layer < kept for layer in range(LAYERS)]
+                for one, other in zip(everything(engine), expected, strict=True):
+                    assert torch.equal(one, other)
+
+    @given(st.lists(st.integers(0, LAYERS), min_size=1, max_size=6))
+    def test_gives_the_same_bits_while_the_plan_changes(self, plan: list[int]) -> None:
+        engine = self._shared_engine()
+        tokens = random_tokens(1, 4 + len(plan), seed=5)
+
+        def decoded(plan: list[int]) -> list[Tensor]:
+            begun(engine, MIXED).prefill(tokens[:, :4])
+            found = []
+            for place, kept in enumerate(plan):
+                engine.keep_layers(kept)
+                found.append(engine.decode(tokens[:, 4 + place]).logits)
+            return found
+
+        expected = decoded([LAYERS] * len(plan))
+        assert torch.equal(torch.stack(decoded(plan)), torch.stack(expected))
+
+    def test_counts_misses(self, tmp_path: Path) -> None:
+        engine = subject_of("llama").engine()
+        with offloadable(engine, tmp_path):
+            engine.keep_layers(1)
+            assert engine.offload_statistics == OffloadStatistics(1)
+            begun(engine, ExitPolicy.fixed(1)).prefill(tokens_of(5))  # in the backbone
+            assert engine.offload_statistics.misses == 3
+            engine.decode(torch.tensor([3]))
+            assert engine.offload_statistics.misses == 3
+            engine.policy = ExitPolicy.fixed(2)
+            engine.decode(torch.tensor([3]))
+            statistics = engine.offload_statistics
+            assert statistics.misses == 4
+            assert statistics.bytes_read == 4 * engine.layer_bytes[0]
+            assert statistics.seconds_waited > 0
+            assert statistics.held_back == 0
+
+    def test_holds_tokens_back_at_the_depth_limit(self, tmp_path: Path) -> None:
+        engine = subject_of("llama").engine()
+        tokens = tokens_of(12)
+        with offloadable(engine, tmp_path):
+            for limit in range(LAYERS + 1):
+                engine.keep_layers(limit)
+                engine.depth_limit = limit
+                before = engine.offload_statistics
+                begun(engine, ExitPolicy.never()).prefill(tokens)
+                exits = [int(engine.decode(torch.tensor([7])).exit_layers) for _ in range(3)]
+                assert exits == [limit] * 3
+                cost = engine.offload_statistics.since(before)
+                assert cost.misses == 0
+                assert cost.held_back == (0 if limit == LAYERS else 12 + 3)
+            # as if the policy had said so
+            engine.depth_limit = 2
+            limited = begun(engine, MIXED).prefill(tokens).logits
+            engine.depth_limit = None
+            capped = ExitPolicy.fixed(2, prefill="token")
+            assert torch.equal(limited, begun(engine, capped).prefill(tokens).logits)
+
+    def test_refuses_to_verify_within_a_depth_limit(self) -> None:
+        engine = subject_of("llama").engine()
+        begun(engine, MIXED).prefill(tokens_of(5))
+        engine.depth_limit = 2
+        with pytest.raises(RiverError, match="whole backbone"):
+            engine.verify(tokens_of(2))
+        assert engine.length == 5
+
+    def test_needs_a_file(self, tmp_path: Path) -> None:
+        engine = subject_of("llama").engine()
+        with pytest.raises(RiverError, match="no file that evicted layers"):
+            engine.keep_layers(2)
+        with pytest.raises(RiverError, match="can't open"):
+            engine.offload_to(tmp_path / "missing")
+        (tmp_path / "short").write_bytes(b"abc")
+        with pytest.raises(RiverError, match="bytes of the packed weights"):
+            engine.offload_to(tmp_path / "short")
+        with offloadable(engine, tmp_path):
+            for count in (-1, LAYERS + 1):
+                with pytest.raises(ConfigError, match="the model has 4"):
+                    engine.keep_layers(count)
+
+    @pytest.mark.parametrize("how", ["cut short", "changed", "replaced", "removed"])
+    def test_never_takes_weights_of_another_file(self, how: str, tmp_path: Path) -> None:
+        engine = subject_of("llama").engine()
+        expected = begun(engine, ExitPolicy.never()).prefill(tokens_of(6)).logits
+        shallow = begun(engine, ExitPolicy.always()).prefill(tokens_of(6)).logits
+        path = tmp_path / "weights.bin"
+        with offloadable(engine, tmp_path):
+            engine.keep_layers(1)
+            whole = path.read_bytes()
+            if how == "cut short":
+                os.truncate(path, len(whole) // 2)
+            elif how == "changed":
+                with path.open("r+b") as file:
+                    file.write(b"\x11" * 8)
+            else:
+                path.unlink()
+                if how == "replaced":  # what was opened is still there
+                    path.write_bytes(bytes(len(whole)))
+            engine.truncate(0)
+            if how in ("cut short", "changed"):
+                begun(engine, ExitPolicy.never())
+                with pytest.raises(RiverError, match="changed while it was in use") as raised:
+                    engine.prefill(tokens_of(6))
+                assert "\n" not in str(raised.value)
+                assert engine.length == 0
+                with pytest.raises(RiverError, match="changed while it was in use"):
+                    engine.keep_layers(2)
+                again = begun(engine, ExitPolicy.always()).prefill(tokens_of(6)).logits
+                assert torch.equal(again, shallow)  # what is in memory goes on
+                path.write_bytes(whole)
+                engine.offload_to(path)
+            found = begun(engine, ExitPolicy.never()).prefill(tokens_of(6)).logits
+            assert torch.equal(found, expected)
+
+    _shared: tuple[CpuEngine, Path] | None = None
+
+    def _shared_engine(self) -> CpuEngine:
+        """One engine with its file for all examples of a test."""
+        if TestEngine._shared is None:
+            engine = subject_of("llama").engine()
+            directory = Path(os.environ["RIVER_LLM_CACHE"])
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / f"weights-{os.getpid()}.bin"
+            with path.open("wb") as file:
+                for part in engine.packed_weights:
+                    part.tofile(file)
+            engine.offload_to(path)
+            path.unlink()  # it stays open
+            TestEngine._shared = engine, path
+        return TestEngine._shared[0]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved tiny model, and a cache of the test's own."""
+    monkeypatch.setenv("RIVER_LLM_CACHE", str(tmp_path / "cache"))
+    return save_model(tmp_path / "model")
+
+
+def answer(lm: RiverLM, **settings: Any) -> list[int]:
+    return lm.generate(PROMPT, **{"max_new_tokens": 40, **settings}).tokens
+
+
+class TestRiverLM:
+    @pytest.mark.parametrize("offload", ["0", "2", "auto", OffloadConfig("layers", layers=4)])
+    def test_answers_the_same_from_the_first_start_on(self, offload: Any, model: Path) -> None:
+        expected = answer(start_without_cache(model))
+        backbones = answer(start_without_cache(model, policy=ExitPolicy.never()))
+        for _ in range(2):  # packed now, and from the packed copy
+            lm = start(model, offload=offload)
+            assert lm.residency is not None
+            assert lm.engine.resident_layers == lm.residency.resident
+            assert answer(lm) == expected
+            assert answer(lm, mode="lossless") == backbones
+
+    def test_keeps_what_a_budget_holds(self, model: Path) -> None:
+        engine = start(model).engine
+        budget = engine.rest_bytes + 2 * engine.layer_bytes[0] + 5
+        lm = start(model, offload=OffloadConfig("budget", max_bytes=budget))
+        assert lm.engine.resident_layers == 2
+        weights = lm.engine._core.weight_bytes  # type: ignore[attr-defined]
+        assert weights < engine._core.weight_bytes - engine.layer_bytes[0]  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match="alone take"):
+            start(model, offload=OffloadConfig("budget", max_bytes=10))
+        assert [folder.is_whole() for folder in cached_folders()] == [True]
+
+    def test_of_auto_learns_how_deep_tokens_go(self, model: Path) -> None:
+        lm = start(model, offload="auto", policy=ExitPolicy.similarity(-1.0, first_layer=2))
+        assert lm.residency is not None
+        assert lm.engine.resident_layers == LAYERS
+        result = lm.generate(PROMPT, max_new_tokens=80)
+        assert lm.engine.resident_layers == 2
+        assert result.offload is not None
+        assert result.offload.resident_layers == 2
+        assert answer(lm) == answer(start_without_cache(model, policy=lm.policy))
+
+    def test_reports_the_cost_of_each_answer(self, model: Path) -> None:
+        lm = start(model, offload="1", policy=ExitPolicy.never())
+        first, second = (lm.generate(PROMPT, max_new_tokens=5).offload for _ in range(2))
+        assert first is not None
+        assert second is not None
+        assert first.misses == second.misses == 3 * 5  # the prompt and four steps
+        assert first.bytes_read == 15 * lm.engine.layer_bytes[0]
+        assert start(model).generate(PROMPT, max_new_tokens=5).offload is None
+
+    def test_without_misses_holds_tokens_back(self, model: Path) -> None:
+        lm = start(model, offload="2", no_miss=True, policy=ExitPolicy.never())
+        result = lm.generate(PROMPT, max_new_tokens=6)
+        assert set(result.exit_layers) == {2}
+        assert result.offload is not None
+        assert result.offload.misses == 0
+        assert result.offload.held_back == result.prompt_tokens + 5
+        with pytest.raises(ConfigError, match="whole backbone"):
+            lm.generate(PROMPT, mode="lossless")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"no_miss": True}, "no_miss goes with offload"),
+            ({"no_miss": True, "offload": "off"}, "no_miss goes with offload"),
+            ({"no_miss": True, "offload": "auto"}, "learnt from misses"),
+            ({"offload": "everything"}, "give off, auto"),
+            ({"offload": "5"}, "the model has 4"),
+        ],
+    )
+    def test_refuses_what_makes_no_plan(
+        self, settings: dict[str, Any], message: str, model: Path
+    ) -> None:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=message):
+                start(model, **settings)
+            start(model)
+
+    def test_needs_the_packed_copy(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ConfigError, match="RIVER_LLM_CACHE=off"):
+            start_without_cache(model, offload="1")
+        monkeypatch.setattr(
+            "river_llm.packed_copy.CachedFolder.keep",
+            lambda *_: None,  # a full disk
+        )
+        with pytest.raises(RiverError, match="could not be written"):
+            start(model, offload="1")
+
+
+class TestCommand:
+    def test_says_in_json_what_offloading_cost(self, model: Path) -> None:
+        run("generate", PROMPT, "-m", model, "-n", 3)
+        output = run(
+            "generate",
+            PROMPT,
+            "-m",
+            model,
+            "-n",
+            3,
+            "--offload",
+            "1",
+            "--policy",
+            "never",
+            "--json",
+        ).json
+        assert output["offload"]["resident_layers"] == 1
+        assert output["offload"]["misses"] == 9
+        assert run("generate", PROMPT, "-m", model, "-n", 3, "--json").json["offload"] is None
+
+    def test_says_it_in_words(self, model: Path) -> None:
+        outcome = run(
+            "generate",
+            PROMPT,
+            "-m",
+            model,
+            "-n",
+            3,
+            "--offload",
+            "1",
+            "--no-miss",
+            "--policy",
+            "never",
+        )
+        assert outcome.exit_code == 0
+        assert "offloading: layers 1 to 1 of 4 stay" in outcome.stderr
+        assert "1 layers in memory" in outcome.stderr
+        assert "tokens held back" in outcome.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--offload", "most"], "give off, auto"),
+            (["--no-miss"], "--no-miss goes with --offload"),
+            (["--no-miss", "--offload", "off"], "--no-miss goes with --offload"),
+            (["--no-miss", "--offload", "1", "--mode", "lossless"], "leave out --no-miss"),
+            (["--no-miss", "--offload", "1", "--compare"], "leave out --no-miss"),
+        ],
+    )
+    def test_refuses_contradictions(self, options: list[str], message: str, model: Path) -> None:
+        run("generate", PROMPT, "-m", model, *options).check_fails(2, message)
+
+
+class TestMemory:
+    def test_does_not_grow_over_many_answers(self, model: Path) -> None:
+        lm = start(model, offload="1")
+        for _ in range(20):
+            answer(lm, max_new_tokens=8)
+        before = resident_memory_bytes()
+        for _ in range(200):
+            answer(lm, max_new_tokens=8)
+        assert resident_memory_bytes() <= 1.02 * before
+
+    def test_of_less_than_the_backbone_is_enough(self, run_limited: Callable[[str], str]) -> None:
+        """Address space for the river and the head, and not for all layers of SmolLM2."""
+        assert run_limited("off") == "not enough memory"
+        assert run_limited("0") == run_limited("1") != ""
+
+
+@pytest.fixture
+def run_limited() -> Callable[[str], str]:
+    """The real model's answer in a process that may take 250 MB more than Python and its libraries
+    do, with layers offloaded so."""
+    lm = RiverLM.from_pretrained("smollm2", device="cpu", threads=1)  # see that it is in the cache
+    del lm
+
+    def run(offload: str) -> str:
+        process = subprocess.run(
+            [sys.executable, "-c", _LIMITED, offload], capture_output=True, text=True, timeout=120
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout.strip()
+
+    return run
+
+
+_LIMITED = """
+import re, resource, sys
+import torch
+from pathlib import Path
+from river_llm import ExitPolicy, RiverLM
+import river_llm.engines.cpu_engine, tokenizers, transformers
+
+torch.set_num_threads(1)
+size = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+limit = size + 250_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    lm = RiverLM.from_pretrained(
+        "smollm2", policy=ExitPolicy.fixed(2), device="cpu", threads=1, offload=sys.argv[1]
+    )
+    print(lm.generate("Why is the sky blue?", max_new_tokens=8).tokens)
+except MemoryError:
+    print("not enough memory")
+"""
