@@ -11,9 +11,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -104,82 +103,61 @@ def measure_memory(
     threads: int,
     step_done: _Step,
 ) -> list[MemoryResult]:
-    """Run the arms in turn at each length, the shortest first, in one process for each arm.
+    """Run the arms in turn at each length, each time in a process of its own, one at a time.
 
     Args:
         directory: where `keep_weights` wrote.
         contexts: tokens in the cache.
-        new_tokens: that are decoded in each round.
-        rounds: of all arms in turn at each length; the speed is their median.
-        step_done: called with (steps done, steps in all).
+        new_tokens: that are decoded each time.
+        rounds: of all arms at each length; the speed is their median, memory the largest.
+        step_done: called with (processes done, processes in all).
 
     Raises:
         RiverError: a process failed, for want of memory for example.
     """
-    steps = len(contexts) * (rounds + 1) * len(arms)
+    steps = len(contexts) * rounds * len(arms)
     done = 0
     results = []
-    with ExitStack() as ending:
-        processes = [ending.enter_context(_ArmProcess(directory, arm, threads)) for arm in arms]
-        for context in sorted(contexts):
-            seen: list[list[dict[str, Any]]] = [[] for _ in arms]
-            for _ in range(rounds + 1):  # the first one warms up
-                for replies, process in zip(seen, processes, strict=True):
-                    replies.append(process.ask(context, new_tokens))
-                    done += 1
-                    step_done(done, steps)
-            for arm, replies in zip(arms, seen, strict=True):
-                speed = new_tokens / median(reply.pop("seconds") for reply in replies[1:])
-                results.append(MemoryResult(arm.name, context, speed, **replies[-1]))
+    for context in sorted(contexts):
+        seen: list[list[MemoryResult]] = [[] for _ in arms]
+        for _ in range(rounds):
+            for found, arm in zip(seen, arms, strict=True):
+                step_done(done, steps)
+                found.append(_measure(directory, arm, context, new_tokens, threads))
+                done += 1
+        for found in seen:
+            speed = median(result.tokens_per_second for result in found)
+            largest = max(found, key=lambda result: result.steady_bytes)
+            results.append(replace(largest, tokens_per_second=speed))
+    step_done(steps, steps)
     return results
 
 
-class _ArmProcess:
-    """A process that holds one arm, and answers with what it takes."""
-
-    def __init__(self, directory: Path, arm: MemoryArm, threads: int) -> None:
-        self._name = arm.name
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._say({"directory": str(directory), "arm": asdict(arm), "threads": threads})
-
-    def __enter__(self) -> _ArmProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, context: int, new_tokens: int) -> dict[str, Any]:
-        """Decode so many tokens at that length; memory, and the seconds that it took."""
-        self._say({"context": context, "new_tokens": new_tokens})
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            _, errors = self._process.communicate()
-            status = f"status {self._process.returncode}"
-            last = errors.strip().rsplit("\n", 1)[-1] or status
-            raise RiverError(f"{self._name} could not be measured: {last}")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _say(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # it has failed, which the next answer says
-            pass
+def _measure(
+    directory: Path, arm: MemoryArm, context: int, new_tokens: int, threads: int
+) -> MemoryResult:
+    task = {
+        "directory": str(directory),
+        "arm": asdict(arm),
+        "context": context,
+        "new_tokens": new_tokens,
+        "threads": threads,
+    }
+    process = subprocess.run(
+        [sys.executable, "-m", __spec__.name],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode != 0:
+        last = process.stderr.strip().rsplit("\n", 1)[-1] or f"status {process.returncode}"
+        raise RiverError(f"{arm.name} at {context} tokens could not be measured: {last}")
+    return MemoryResult(**json.loads(process.stdout))
 
 
-def _serve(messages: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """In the arm's own process: what it takes, for each message after the first."""
-    task = next(messages)
+def _run(task: dict[str, Any]) -> MemoryResult:
+    """In the arm's own process."""
     arm = MemoryArm(**task["arm"])
     directory = Path(task["directory"])
     torch.set_num_threads(task["threads"])
@@ -198,30 +176,27 @@ def _serve(messages: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     )
     weights = sum(engine.layer_bytes[: engine.resident_layers]) + engine.rest_bytes
     if not arm.with_river:
-        weights -= description["rest_bytes"] - engine.head_bytes - _embedding_bytes(engine)
+        embedding = 0 if engine.embedding is None else engine.embedding.nbytes
+        weights -= engine.rest_bytes - engine.head_bytes - embedding
+    engine.lengthen(task["context"])
     token = torch.zeros(1, dtype=torch.long)
-    for message in messages:
-        engine.truncate(0)
-        engine.lengthen(message["context"])
-        for _ in range(_SETTLING_TOKENS):
-            token = engine.decode(token).best_tokens
-        start = time.perf_counter()
-        for _ in range(message["new_tokens"]):
-            token = engine.decode(token).best_tokens
-        yield {
-            "seconds": time.perf_counter() - start,
-            "steady_bytes": resident_memory_bytes(),
-            "peak_bytes": peak_memory_bytes(),
-            "base_bytes": base,
-            "expected_bytes": weights + engine.cache_bytes,
-            "misses": engine.offload_statistics.misses,
-        }
-
-
-def _embedding_bytes(engine: CpuEngine) -> int:
-    return 0 if engine.embedding is None else int(engine.embedding.nbytes)
+    for _ in range(_SETTLING_TOKENS):
+        token = engine.decode(token).best_tokens
+    start = time.perf_counter()
+    for _ in range(task["new_tokens"]):
+        token = engine.decode(token).best_tokens
+    seconds = time.perf_counter() - start
+    return MemoryResult(
+        arm=arm.name,
+        context=task["context"],
+        tokens_per_second=task["new_tokens"] / seconds,
+        steady_bytes=resident_memory_bytes(),
+        peak_bytes=peak_memory_bytes(),
+        base_bytes=base,
+        expected_bytes=weights + engine.cache_bytes,
+        misses=engine.offload_statistics.misses,
+    )
 
 
 if __name__ == "__main__":
-    for found in _serve(map(json.loads, sys.stdin)):
-        print(json.dumps(found), flush=True)
+    print(json.dumps(asdict(_run(json.load(sys.stdin)))))
