@@ -64,7 +64,7 @@ class TestMeasurement:
         keep_weights(engine, tmp_path)
         (tmp_path / "weights.bin").write_bytes(b"short")
         arms = [MemoryArm("backbone", 4)]
-        with pytest.raises(RiverError, match="backbone at 8 tokens could .* has 5 bytes"):
+        with pytest.raises(RiverError, match=r"backbone at 8 tokens could .* has 5 bytes"):
             measure_memory(tmp_path, arms, [8], 1, 1, 1, lambda *_: None)
 
 

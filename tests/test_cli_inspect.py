@@ -85,6 +85,23 @@ class TestDescription:
         assert "28 % of those weights" in outcome.stdout
         assert "key cosine" not in outcome.stdout
 
+    def test_shows_what_offloading_keeps(self, model: str) -> None:
+        output = run("inspect", model, "--offload", "1", "--json").json
+        plan = output["offload"]
+        assert plan["resident_layers"] == 1
+        evicted = output["backbone_linear_bytes"] * 3 // 4
+        assert plan["all_bytes"] - plan["resident_bytes"] == evicted
+        assert plan["all_bytes"] == output["model_bytes"] + output["river_bytes"]
+        assert "layers 1 to 1 of 4 stay" in run("inspect", model, "--offload", "1").stdout
+        text = ["--text", "a long text " * 20, "--exit-layer", 2]
+        assert (
+            run("inspect", model, "--offload", "auto", *text, "--json").json["offload"][
+                "resident_layers"
+            ]
+            == 2
+        )
+        run("inspect", model, "--offload", "9").check_fails(1, "the model has 4")
+
     def test_of_a_saved_river(self, model: str, tmp_path: Path) -> None:
         assert run("build", model, "-o", tmp_path / "river", "--bits", 6).exit_code == 0
         output = inspect(model, "--river", tmp_path / "river")

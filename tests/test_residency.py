@@ -109,8 +109,8 @@ class TestPlan:
         assert plan.resident == 2
 
     def test_says_what_stays(self) -> None:
-        plan = plan_of(OffloadConfig("layers", layers=2))
-        assert plan.describe() == "layers 1 to 2 of 6 stay, 0.00 GB of weights"
+        words = [plan_of(OffloadConfig("layers", layers=n)).describe() for n in (0, 2, LAYERS)]
+        assert words == ["none of 6 layers stays", "layers 1 to 2 of 6 stay", "all 6 layers stay"]
 
 
 def test_statistics_of_one_answer_are_a_difference() -> None:

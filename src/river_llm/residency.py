@@ -19,6 +19,7 @@ from river_llm.exit_policy import ExitPolicy
 
 OffloadKind = Literal["auto", "layers", "budget"]
 
+_GIBI = 2**30
 _UNITS = {
     "": 1,
     "kb": 10**3,
@@ -146,14 +147,12 @@ class ResidencyPlan:
         return changed
 
     def describe(self) -> str:
-        """A few words: ``layers 1 to 3 of 16 stay, 1.4 GB``."""
+        """A few words: ``layers 1 to 3 of 16 stay``."""
         if self.resident == self.num_layers:
-            which = f"all {self.num_layers} layers stay"
-        elif self.resident == 0:
-            which = f"none of {self.num_layers} layers stays"
-        else:
-            which = f"layers 1 to {self.resident} of {self.num_layers} stay"
-        return f"{which}, {self.resident_bytes / 1e9:.2f} GB of weights"
+            return f"all {self.num_layers} layers stay"
+        if self.resident == 0:
+            return f"none of {self.num_layers} layers stays"
+        return f"layers 1 to {self.resident} of {self.num_layers} stay"
 
     def _at_first(self, policy: ExitPolicy) -> int:
         config = self.config
@@ -170,8 +169,8 @@ class ResidencyPlan:
             left = config.max_bytes - self.fixed_bytes
             if left < 0:
                 raise ConfigError(
-                    f"a memory budget of {config.max_bytes / 1e9:.2f} GB; the river, the LM head "
-                    f"and the embedding alone take {self.fixed_bytes / 1e9:.2f} GB"
+                    f"a memory budget of {config.max_bytes / _GIBI:.2f} GiB; the river, the LM "
+                    f"head and the embedding alone take {self.fixed_bytes / _GIBI:.2f} GiB"
                 )
             resident = 0
             while resident < self.num_layers and self.layer_bytes[resident] <= left:

@@ -12,7 +12,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load_attached
-from river_llm.cli.settings import exit_policy, river_config
+from river_llm.cli.settings import exit_policy, offload_config, river_config
 from river_llm.cli.usage import check_text, read_stdin, usage_error
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from river_llm.attachment import AttachedRiver
     from river_llm.inspection import TextInspection
+    from river_llm.residency import OffloadConfig, ResidencyPlan
 
 
 def inspect(
@@ -42,6 +43,7 @@ def inspect(
     threshold: options.Threshold = None,
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
+    offload: options.Offload = None,
     json_output: options.Json = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
@@ -50,6 +52,7 @@ def inspect(
 ) -> None:
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, None)
+    offloading = offload_config(offload, no_miss=False, mode="river")
     text = _read_text(text, text_file)
     if plot is not None:
         if text is None:
@@ -66,6 +69,9 @@ def inspect(
     )
     attached, tokenizer = load_attached(loading)
     output = _describe(attached)
+    plan = None
+    if offloading is not None:
+        plan = _plan(attached, offloading, output)
     inspection = None
     if text is not None:
         inspection, pieces = _inspect(attached, tokenizer, text, max_tokens)
@@ -78,15 +84,25 @@ def inspect(
             "mean_exit_layer": float(inspection.exit_layers.float().mean()),
             "policy": attached.policy.to_dict(),
         }
+        if plan is not None:
+            plan.note(output["exit_layers"])
         if plot is not None:
             from river_llm.plots import plot_inspection
 
             command = shlex.join(["river-llm", *sys.argv[1:]])
             plot_inspection(inspection, attached.policy, command, plot)
+    if plan is not None:
+        output["offload"] = {
+            "resident_layers": plan.resident,
+            "resident_bytes": plan.resident_bytes,
+            "all_bytes": plan.fixed_bytes + sum(plan.layer_bytes),
+        }
     if json_output:
         print(json.dumps(output, ensure_ascii=False))
     else:
         _show(output, inspection)
+        if plan is not None:
+            _show_plan(plan)
 
 
 def _read_text(text: str | None, text_file: Path | None) -> str | None:
@@ -137,6 +153,31 @@ def _describe(attached: AttachedRiver) -> dict[str, Any]:
         "river_bytes": attached.num_bytes,
         "bits_per_weight": 8 * attached.num_bytes / sum(weight.numel() for weight in linears),
     }
+
+
+def _plan(
+    attached: AttachedRiver, config: OffloadConfig, described: dict[str, Any]
+) -> ResidencyPlan:
+    """Which layers stay in memory by the policy, before a token was decoded."""
+    from river_llm.backbone import decoder_layers, linear_weight
+    from river_llm.residency import ResidencyPlan
+
+    layer_bytes = [
+        sum(linear_weight(linear).nbytes for linear in layer.linears.values())
+        for layer in decoder_layers(attached.model)
+    ]
+    rest = described["model_bytes"] - sum(layer_bytes) + described["river_bytes"]
+    return ResidencyPlan(config, layer_bytes, rest, attached.policy)
+
+
+def _show_plan(plan: ResidencyPlan) -> None:
+    from river_llm.cli.render import format_bytes, stdout
+
+    everything = plan.fixed_bytes + sum(plan.layer_bytes)
+    stdout.print(
+        f"offloading: {plan.describe()}, {format_bytes(plan.resident_bytes)} of weights instead of "
+        f"{format_bytes(everything)}"
+    )
 
 
 def _inspect(

@@ -59,7 +59,7 @@ def load(options: LoadOptions) -> RiverLM:
     Raises:
         RiverError: see `RiverLM.from_pretrained`.
     """
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.render import LoadingProgress, format_bytes
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)
@@ -83,7 +83,8 @@ def load(options: LoadOptions) -> RiverLM:
         lm.check_drafts(options.drafts)
     notes = []
     if lm.residency is not None:
-        notes.append(f"offloading: {lm.residency.describe()}")
+        weights = format_bytes(lm.residency.resident_bytes)
+        notes.append(f"offloading: {lm.residency.describe()}, {weights} of weights")
     if lm.fallback_reason is not None:
         notes.append(f"PyTorch computes: {lm.fallback_reason}")
     for name, bits in (("backbone", options.backbone_bits), ("LM head", options.lm_head_bits)):
