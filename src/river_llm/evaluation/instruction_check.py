@@ -1,0 +1,61 @@
+"""Whether an answer follows IFEval's instructions, by the checker that comes with `lm-eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from river_llm.errors import DataError
+from river_llm.evaluation.extras import import_extra
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionScore:
+    """One answer's score (Zhou et al. 2023).
+
+    Attributes:
+        strict, loose: for each instruction, whether it is followed to the letter, and whether it
+            is once markdown and the first or last line are left out.
+    """
+
+    strict: list[bool]
+    loose: list[bool]
+
+
+class InstructionChecker:
+    """Checks answers to IFEval's prompts.
+
+    Raises:
+        MissingExtraError: `lm-eval`, or a package that its IFEval needs, is not installed.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells of its download
+            self._checker = import_extra("lm_eval.tasks.ifeval.utils", "the score of ifeval")
+
+    def score(self, item: Mapping[str, Any], answer: str) -> InstructionScore:
+        """Score the answer to one prompt.
+
+        Args:
+            item: IFEval's own record: key, prompt, instruction_id_list, kwargs.
+
+        Raises:
+            DataError: there is no such instruction, or its arguments are wrong, or a file of NLTK
+                that the instruction needs is missing.
+        """
+        try:
+            result = self._checker.process_results(item, [answer])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"ifeval's item {item.get('key')} can't be checked: {error}") from error
+        except LookupError as error:  # of NLTK
+            raise DataError(
+                f"ifeval's item {item.get('key')} needs NLTK's punkt_tab, which is not there; "
+                "python -m nltk.downloader punkt_tab gets it"
+            ) from error
+        return InstructionScore(
+            strict=[bool(value) for value in result["inst_level_strict_acc"]],
+            loose=[bool(value) for value in result["inst_level_loose_acc"]],
+        )
