@@ -49,7 +49,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     for k in range(min(only_first, only_second) + 1):
         tail += term
         term = term * (discordant - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * tail / (1 << discordant))
 
 
 @dataclass(frozen=True, slots=True)
