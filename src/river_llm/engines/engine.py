@@ -16,7 +16,8 @@ from river_llm.exit_policy import ExitPolicy
 class StepResult:
     """What one pass over the model gives, for the last token of each sequence.
 
-    After `verify` and `score` each attribute has one more dimension, the tokens of the pass: `[batch, tokens]`.
+    After `verify` and `score` each attribute has one more dimension, the tokens of the pass:
+    `[batch, tokens]`.
 
     Attributes:
         exit_layers: int64 `[batch]`, how many backbone layers the token ran.
