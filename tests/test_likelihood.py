@@ -20,7 +20,7 @@ POLICIES = {
     "never": ExitPolicy.never(),
     "always": ExitPolicy.always(),
     "fixed": ExitPolicy.fixed(2),
-    "similarity": ExitPolicy.similarity(0.9),
+    "similarity": ExitPolicy.similarity(0.65),
 }
 any_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
@@ -84,14 +84,14 @@ class TestScores:
     def test_do_not_depend_on_the_logits_held_at_a_time(
         self, make_lm: Callable[..., RiverLM], rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        engine = engine_with(make_lm, ExitPolicy.similarity(0.9))
+        engine = engine_with(make_lm, ExitPolicy.similarity(0.65))
         expected = LikelihoodScorer(engine).score(ITEMS)
         monkeypatch.setattr(likelihood, "_LOGIT_ROWS", rows)
         for found, score in zip(LikelihoodScorer(engine).score(ITEMS), expected, strict=True):
             assert_equal(found, score)
 
     def test_a_beginning_that_items_share_runs_once(self, make_lm: Callable[..., RiverLM]) -> None:
-        engine = engine_with(make_lm, ExitPolicy.similarity(0.9))
+        engine = engine_with(make_lm, ExitPolicy.similarity(0.65))
         examples = tuple(range(10, 40))
         items = [
             [Candidate((*examples, i, i + 1, 50), 32), Candidate((*examples, i, i + 1, 51), 32)]
@@ -104,6 +104,11 @@ class TestScores:
             assert_equal(one, other)
         # the question's first token and twice its second one, which differ
         assert scorer.tokens_run == 30 + 3 * (1 + 2)
+
+    def test_tokens_of_these_items_leave_at_different_layers(self, lm: RiverLM) -> None:
+        lm.policy = POLICIES["similarity"]
+        scores = [score for item in LikelihoodScorer(lm.engine).score(ITEMS) for score in item]
+        assert len({layer for score in scores for layer in score.exit_layers}) > 1
 
     def test_the_policy_is_what_it_was(self, lm: RiverLM) -> None:
         policy = ExitPolicy.similarity(0.5, prefill="sequence")
@@ -161,7 +166,7 @@ class TestScoreVerb:
     def test_together_all_leave_by_the_smallest_similarity(self, kind: str) -> None:
         engine = ENGINES[kind]
         tokens = torch.arange(1, 19).view(3, 6)
-        engine.policy = ExitPolicy.similarity(0.9, batch="minimum", prefill="token")
+        engine.policy = ExitPolicy.similarity(0.65, batch="minimum", prefill="token")
         engine.truncate(0)
         exits = [engine.prefill(tokens[:, :1]).exit_layers]
         exits += [engine.decode(tokens[:, place]).exit_layers for place in range(1, 6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from river_llm.errors import ConfigError
@@ -19,11 +20,13 @@ from river_llm.evaluation.run import (
 from river_llm.evaluation.tasks.task import GenerationTask
 from river_llm.generation import GenerationResult
 from river_llm.river_lm import RiverLM
+from river_llm.sampling import SamplingConfig
 from river_llm.text import Prompt, encode_prompt
 
 
 class GenerationRun:
-    """See `Run`. The prompt runs by the policy's prefill rule, the answer is decoded."""
+    """See `Run`. The prompt runs by the policy's prefill rule, the answer is decoded. Where items
+    are answered one at a time, what a prompt shares with the one before, as examples, runs once."""
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class GenerationRun:
         self._examples = read_examples(task.examples, directory, shots)[:shots]
         self.ids = select([None] * len(self._records), limit)
         self._scorer = task.make_scorer()
+        lm.forget_cache()  # it may have been filled by another rule
         self.identity = {
             **describe_model(lm, model_name),
             "task": task.name,
@@ -85,24 +89,31 @@ class GenerationRun:
 
     def summarise(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         summary = summarise_verdicts(records, self._lm.engine.num_layers)
+        for name in ("time_to_first_token", "decode_tokens_per_second"):
+            values = [record[name] for record in records if record[name] is not None]
+            summary[f"median_{name}"] = median(values) if values else None
+        summary["prompt_tokens"] = sum(record["prompt_tokens"] for record in records)
         summary["cut_short"] = sum(r["finish_reason"] in ("length", "context") for r in records)
         return summary
 
     def _generate(self, prompts: list[Prompt]) -> list[GenerationResult]:
-        settings: dict[str, Any] = {
-            "raw": not self._is_chat,
-            "max_new_tokens": self._new_tokens,
-            "stop": () if self._is_chat else self._task.stop,
-        }
-        room = self._lm.engine.context_length
-        if len(prompts) > 1 and room is not None:
-            longest = max(
-                len(encode_prompt(self._lm.tokenizer, prompt, not self._is_chat))
-                for prompt in prompts
+        lm, is_raw = self._lm, not self._is_chat
+        encoded = [encode_prompt(lm.tokenizer, prompt, is_raw) for prompt in prompts]
+        stop = () if self._is_chat else self._task.stop
+        room = lm.engine.context_length
+        fits = room is None or max(map(len, encoded)) + self._new_tokens <= room
+        if len(prompts) > 1 and fits:  # else the longest would cut the others short
+            return lm.generate_batch(
+                prompts, raw=is_raw, max_new_tokens=self._new_tokens, stop=stop
             )
-            if longest + self._new_tokens > room:  # the longest would cut the others short
-                return [self._lm.generate_batch([p], **settings)[0] for p in prompts]
-        return self._lm.generate_batch(prompts, **settings)
+        sampling = SamplingConfig(max_new_tokens=self._new_tokens, stop=stop)
+        # the prompt that leaves as a whole has to run as a whole
+        reuse = lm.policy.prefill != "sequence"
+        results = []
+        for token_ids in encoded:
+            responses = list(lm.stream_tokens(token_ids, sampling, reuse_cache=reuse))
+            results.append(GenerationResult.of(lm.engine, responses, len(token_ids)))
+        return results
 
     def _record(self, record: Record, result: GenerationResult) -> dict[str, Any]:
         verdict = self._scorer.score(record, result.text, self._is_chat)
@@ -113,6 +124,8 @@ class GenerationRun:
             "answer": result.text,
             "finish_reason": result.finish_reason,
             "prompt_tokens": result.prompt_tokens,
+            "time_to_first_token": result.time_to_first_token,
+            "decode_tokens_per_second": result.decode_tokens_per_second,
             "tokens": len(result.tokens),
             "exit_layers": count_layers(result.exit_layers),
             **verdict.details,

@@ -33,7 +33,8 @@ class InstructionChecker:
     """
 
     def __init__(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells of its download
+        nowhere = io.StringIO()  # it tells of its download
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             self._checker = import_extra("lm_eval.tasks.ifeval.utils", "the score of ifeval")
 
     def score(self, item: Mapping[str, Any], answer: str) -> InstructionScore:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from river_llm.engines import Engine
+from river_llm.errors import RiverError
 
 _LOGIT_ROWS = 256  # whose logits are held at a time
 
@@ -155,7 +156,19 @@ class LikelihoodScorer:
 def log_likelihoods(logits: Tensor, targets: Sequence[int]) -> Tensor:
     """float32 `[tokens]`: of each target by the logits `[tokens, vocabulary]` that predict it."""
     chosen = torch.tensor(targets, device=logits.device).unsqueeze(1)
-    return logits.float().log_softmax(-1).gather(1, chosen).squeeze(1).cpu()
+    found = logits.float().log_softmax(-1).gather(1, chosen).squeeze(1).cpu()
+    check_finite(found)
+    return found
+
+
+def check_finite(values: Tensor) -> None:
+    """See that a model's likelihoods are numbers.
+
+    Raises:
+        RiverError: they are not, as where activations overflow.
+    """
+    if not bool(values.isfinite().all()):
+        raise RiverError("the model's logits are no numbers; another --dtype may hold them")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from river_llm.errors import ConfigError, DataError
+from river_llm.evaluation.likelihood import check_finite
 from river_llm.evaluation.run import count_layers, describe_model, summarise_work
 from river_llm.evaluation.statistics import mean_and_error
 from river_llm.exit_policy import ExitPolicy
@@ -97,9 +98,13 @@ class TextRun:
             "perplexity_error": error,
         }
         if self._with_backbone:
-            parts = {name: _joined(records, name) for name in ("nll_backbone", "kld", "change")}
-            same = [float(value) for value in _joined(records, "same")]
-            summary |= summarise_divergence(nll, *parts.values(), same)
+            summary |= summarise_divergence(
+                nll,
+                _joined(records, "nll_backbone"),
+                _joined(records, "kld"),
+                _joined(records, "change"),
+                [float(value) for value in _joined(records, "same")],
+            )
         return {**summary, **summarise_work(records, self._lm.engine.num_layers)}
 
     def _measure(self, window: list[int]) -> dict[str, Any]:
@@ -119,6 +124,7 @@ class TextRun:
             layers += exit_layers
             done += len(logits)
         for name, parts in found.items():
+            check_finite(torch.cat(parts))
             record[name] = [float(f"{value:.7g}") for value in torch.cat(parts).tolist()]
         return {
             **record,

@@ -60,7 +60,7 @@ class _HumanEvalScorer:
         if is_chat:
             program = function_of_answer(prompt, answer, entry_point)
         else:
-            program = completed_function(prompt, answer)
+            program = completed_function(prompt.rstrip("\n"), answer)
         result = run_program(with_test(program, record.text("test"), entry_point), self._limits)
         details = {
             "task_id": record.fields.get("task_id"),
@@ -68,7 +68,7 @@ class _HumanEvalScorer:
             "output": result.output[-500:],
             "isolation": result.isolation,
         }
-        return Verdict(program, result.passed, details=details)
+        return Verdict(answer, result.passed, details=details)
 
 
 class _IfevalScorer:
@@ -148,7 +148,7 @@ GENERATION_TASKS = (
     GenerationTask(
         "humaneval",
         DataSource("humaneval*.jsonl", HubSource("openai/openai_humaneval", None, "test")),
-        prompt=lambda record: record.text("prompt"),
+        prompt=lambda record: record.text("prompt").rstrip("\n"),
         request=_humaneval_request,
         make_scorer=_HumanEvalScorer,
         stop=STOP,
