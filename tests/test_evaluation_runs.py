@@ -17,6 +17,7 @@ from lossless_lm import lm_on, subject_with
 from river_llm import (
     ConfigError,
     ContextFullError,
+    DataError,
     ExitPolicy,
     ResultFileError,
     RiverError,
@@ -30,7 +31,7 @@ from river_llm.evaluation.harness import compare_results, evaluate
 from river_llm.evaluation.result_file import Result, read_result
 from river_llm.evaluation.run import Run, select
 from river_llm.evaluation.tasks import TASKS
-from river_llm.evaluation.tasks.task import ChoiceTask, GenerationTask
+from river_llm.evaluation.tasks.task import ChoiceTask, GenerationTask, Scorer
 
 MIXED = ExitPolicy.similarity(0.65)
 
@@ -241,6 +242,23 @@ class TestGeneration:
         assert (record["prediction"], record["correct"]) == (prediction, is_right)
         assert record["metrics"] == {"strict": strict}
 
+    def test_items_that_cannot_be_scored_are_left_out_and_told(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lm = lm_on("torch", subject_with(1024))
+
+        def cannot_score(scorer: object, record: Record) -> str | None:
+            return "no ruler" if "has 2 pens" in record.text("question") else None
+
+        monkeypatch.setattr(Scorer, "cannot_score", cannot_score)
+        run = generation_run_of(lm, "gsm8k", directory, limit=3)
+        assert run.ids == [0, 1, 3]
+        assert run.identity["left_out"] == 1
+        assert run.notes == ["gsm8k: 1 items are left out: no ruler"]
+        monkeypatch.setattr(Scorer, "cannot_score", lambda *_: "no ruler")
+        with pytest.raises(DataError, match="no item can be scored: no ruler"):
+            generation_run_of(lm, "gsm8k", directory)
+
     def test_the_prefix_that_prompts_share_runs_once(
         self, lm: RiverLM, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -288,6 +306,7 @@ class Interrupted:
 
     def __init__(self, run: Run, batches: int) -> None:
         self.name, self.ids, self.identity = run.name, run.ids, run.identity
+        self.notes = run.notes
         self.summarise = run.summarise
         self.answered: list[int] = []
         self._run, self._batches = run, batches

@@ -245,6 +245,16 @@ class TestInstructionChecker:
         assert score.strict == [False, False]
         assert score.loose == [True, True]
 
+    def test_says_what_it_has_no_rules_for(
+        self, checker: InstructionChecker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sentences = {"instruction_id_list": ["length_constraints:number_sentences"]}
+        monkeypatch.setattr(checker, "_has_sentences", False)
+        assert "nltk.downloader punkt_tab" in (checker.cannot_check(sentences) or "")
+        assert checker.cannot_check(INSTRUCTIONS) is None
+        monkeypatch.setattr(checker, "_has_sentences", True)
+        assert checker.cannot_check(sentences) is None
+
     @pytest.mark.parametrize(
         "change", [{"instruction_id_list": ["no:such"], "kwargs": [{}]}, {"kwargs": [{"a": 1}] * 2}]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -170,26 +171,32 @@ def evaluate(
     if compare_backbone and chosen.kind != "never":
         arms.insert(0, ExitPolicy.never())
     other = None if against is None else read_result(against)
-    rows = []
+    rows: list[_Row] = []
+    notes: list[str] = []
     for name in tasks:
         first: Result | None = None
         for arm in arms:
             lm.policy = arm
             arm_name = _arm_name(arm, lm.river_config.bits)
             with _progress(f"{name}, {arm.describe()}") as progress:
+                run = _make_run(lm, name, given)
                 result = evaluate(
-                    _make_run(lm, name, given),
+                    run,
                     output / f"{_file_name(name, chat)}.{arm_name}.jsonl",
                     batch_size=batch_size,
                     restart=restart,
                     settings={"engine_setting": lm.engine.setting},
                     progress=progress.steps_done,
                 )
+            if first is None:
+                notes += run.notes
             reference = first or other
             comparable = reference is not None and "accuracy" in (result.summary or {})
             compared = compare_results(result, reference) if reference and comparable else None
             rows.append(_Row(name, arm_name, result, compared))
             first = first or (result if len(arms) > 1 else None)
+    for note in notes:
+        print(f"river-llm: {note}", file=sys.stderr)
     if json_output:
         print(json.dumps({"results": [row.to_dict() for row in rows]}, ensure_ascii=False))
     else:

@@ -51,6 +51,7 @@ class ChoiceRun:
         self._examples = [task.question(record) for record in examples]
         self.ids = select([question.group for question in self._questions], limit)
         self._scorer = LikelihoodScorer(lm.engine)
+        self.notes: list[str] = []
         self.identity = {
             **describe_model(lm, model_name),
             "task": task.name,

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from river_llm.errors import ConfigError
+from river_llm.errors import ConfigError, DataError
 from river_llm.evaluation.code_execution import check_confinement
 from river_llm.evaluation.data import Record, digest, read_records
 from river_llm.evaluation.run import (
@@ -48,6 +48,8 @@ class GenerationRun:
                 model has no chat template; and see `read_examples`.
             DataError, MissingExtraError: see `read_records`, and the task's scorer.
             RiverError: programs can't be confined here.
+
+        Items that can't be scored are left out; `notes` and `identity` say so.
         """
         if task.runs_code and not allow_code_execution:
             raise ConfigError(
@@ -66,8 +68,12 @@ class GenerationRun:
             raise ConfigError(f"--max-new-tokens is {self._new_tokens}; give 1 or more")
         self._records = read_records(task.source, directory)
         self._examples = read_examples(task.examples, directory, shots)[:shots]
-        self.ids = select([None] * len(self._records), limit)
         self._scorer = task.make_scorer()
+        reasons = [self._scorer.cannot_score(record) for record in self._records]
+        can = [item for item, reason in enumerate(reasons) if reason is None]
+        if not can:
+            raise DataError(f"{task.name}: no item can be scored: {reasons[0]}")
+        self.ids = [can[place] for place in select([None] * len(can), limit)]
         lm.forget_cache()  # it may have been filled by another rule
         self.identity = {
             **describe_model(lm, model_name),
@@ -79,6 +85,13 @@ class GenerationRun:
             "max_new_tokens": self._new_tokens,
             "sampling": "greedy",
         }
+        self.notes = []
+        if len(can) < len(reasons):
+            self.identity["left_out"] = len(reasons) - len(can)
+            reason = next(reason for reason in reasons if reason is not None)
+            self.notes.append(
+                f"{task.name}: {len(reasons) - len(can)} items are left out: {reason}"
+            )
         if task.runs_code:
             self.identity["isolation"] = check_confinement()
 

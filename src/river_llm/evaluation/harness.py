@@ -16,7 +16,16 @@ from river_llm.evaluation.statistics import compare_pairs
 
 _PACKAGES = ("river-llm", "torch", "transformers", "tokenizers", "numpy", "lm-eval", "math-verify")
 # What two results have to share so that their items can be compared.
-_COMPARABLE = ("task", "data", "form", "shots", "examples", "max_new_tokens", "window")
+_COMPARABLE = (
+    "task",
+    "data",
+    "left_out",
+    "form",
+    "shots",
+    "examples",
+    "max_new_tokens",
+    "window",
+)
 
 
 def evaluate(

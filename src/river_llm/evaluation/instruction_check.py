@@ -11,6 +11,9 @@ from typing import Any
 from river_llm.errors import DataError
 from river_llm.evaluation.extras import import_extra
 
+# Instructions whose check splits a text into sentences.
+_SENTENCES = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
 
 @dataclass(frozen=True, slots=True)
 class InstructionScore:
@@ -36,6 +39,19 @@ class InstructionChecker:
         nowhere = io.StringIO()  # it tells of its download
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             self._checker = import_extra("lm_eval.tasks.ifeval.utils", "the score of ifeval")
+        try:
+            import_extra("nltk", "the score of ifeval").data.find("tokenizers/punkt_tab")
+            self._has_sentences = True
+        except LookupError:
+            self._has_sentences = False
+
+    def cannot_check(self, item: Mapping[str, Any]) -> str | None:
+        """Why an item can't be checked: NLTK's rules of where sentences end are not there, which
+        come by a download of their own; None where it can."""
+        asked = item.get("instruction_id_list")
+        if self._has_sentences or not isinstance(asked, list) or _SENTENCES.isdisjoint(asked):
+            return None
+        return "NLTK's punkt_tab is not there; python -m nltk.downloader punkt_tab gets it"
 
     def score(self, item: Mapping[str, Any], answer: str) -> InstructionScore:
         """Score the answer to one prompt.
@@ -44,17 +60,14 @@ class InstructionChecker:
             item: IFEval's own record: key, prompt, instruction_id_list, kwargs.
 
         Raises:
-            DataError: there is no such instruction, or its arguments are wrong, or a file of NLTK
-                that the instruction needs is missing.
+            DataError: there is no such instruction, or its arguments are wrong.
         """
         try:
             result = self._checker.process_results(item, [answer])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"ifeval's item {item.get('key')} can't be checked: {error}") from error
-        except LookupError as error:  # of NLTK
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            detail = " ".join(str(error).split())[:120]
             raise DataError(
-                f"ifeval's item {item.get('key')} needs NLTK's punkt_tab, which is not there; "
-                "python -m nltk.downloader punkt_tab gets it"
+                f"ifeval's item {item.get('key')} can't be checked: {detail}"
             ) from error
         return InstructionScore(
             strict=[bool(value) for value in result["inst_level_strict_acc"]],

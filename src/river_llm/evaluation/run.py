@@ -25,9 +25,11 @@ class Run(Protocol):
         name: of the task.
         ids: of the items, in order.
         identity: what decides over the answers, as plain JSON values.
+        notes: what the user should know of it, a line each.
     """
 
     name: str
+    notes: list[str]
     ids: list[int]
     identity: dict[str, Any]
 

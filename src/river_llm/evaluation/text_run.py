@@ -77,6 +77,7 @@ class TextRun:
                 one[0] = begin
         self.ids = list(range(count if limit is None else min(limit, count)))
         self._first = window // 2
+        self.notes: list[str] = []
         self.identity = {
             **describe_model(lm, model_name),
             "task": self.name,

@@ -18,12 +18,12 @@ from river_llm.evaluation.program_text import (
     function_of_answer,
     with_test,
 )
-from river_llm.evaluation.tasks.task import GenerationTask, Verdict
+from river_llm.evaluation.tasks.task import GenerationTask, Scorer, Verdict
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
 
 
-class _Gsm8kScorer:
+class _Gsm8kScorer(Scorer):
     """Exact match of the final number; ``strict`` asks for GSM8K's mark before it too."""
 
     def score(self, record: Record, answer: str, is_chat: bool) -> Verdict:
@@ -38,7 +38,7 @@ class _Gsm8kScorer:
         )
 
 
-class _MathScorer:
+class _MathScorer(Scorer):
     """Equality as `math-verify` sees it."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _MathScorer:
         return Verdict(self._verifier.extract(answer), self._verifier.is_right(answer, expected))
 
 
-class _HumanEvalScorer:
+class _HumanEvalScorer(Scorer):
     """pass@1: whether the program passes the task's test, run confined."""
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -71,7 +71,7 @@ class _HumanEvalScorer:
         return Verdict(answer, result.passed, details=details)
 
 
-class _IfevalScorer:
+class _IfevalScorer(Scorer):
     """All instructions of a prompt followed, strictly; the other three scores beside."""
 
     def __init__(self) -> None:
@@ -88,6 +88,9 @@ class _IfevalScorer:
                 "instruction_loose": score.loose,
             },
         )
+
+    def cannot_score(self, record: Record) -> str | None:
+        return self._checker.cannot_check(record.fields)
 
 
 def _gsm8k_solution(record: Record) -> str:

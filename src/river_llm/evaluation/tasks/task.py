@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from river_llm.evaluation.data import DataSource, Record
 
@@ -67,12 +68,16 @@ class Verdict:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Scores the answers of one task."""
 
+    @abstractmethod
     def score(self, record: Record, answer: str, is_chat: bool) -> Verdict:
         """Score the answer to an item, given as a chat or as a text that goes on."""
-        ...
+
+    def cannot_score(self, record: Record) -> str | None:
+        """Why an item has to be left out, as where a file that its check needs is missing."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
