@@ -7,7 +7,8 @@ What holds everywhere:
     time        a clock, and a limit of processor time; then all its processes are killed
     memory      a limit of address space for each process, and of what all of them hold together
     processes   a limit of their number; as root the program runs as a user of its own, for which
-                the kernel keeps that limit (for root it wouldn't)
+                the kernel keeps that limit (for root it wouldn't). Where that user can't reach the
+                interpreter and there are no namespaces, the supervisor counts and kills
     files       a limit of what all written files take, of open files, no core dumps
     leftovers   processes that detach themselves are found and killed too
 
