@@ -150,6 +150,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "no text": (["kld"], "kld needs --text FILE"),
     "a text for nothing": (["piqa", "--text", "x"], "--text goes with perplexity and kld"),
     "against for two": (["piqa", "boolq", "--against", "x"], "--against goes with one task"),
+    "against for a text": (["kld", "--text", "x", "--against", "x"], "task that has answers"),
     "a threshold too many": (["piqa", "--threshold", 0.9, "--exit-layer", 1], "not both"),
     "no items": (["piqa", "--limit", 0], "--limit"),
 }

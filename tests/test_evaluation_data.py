@@ -107,6 +107,7 @@ class TestFields:
             ("arc_easy", {"answer": True}, "answer is no whole number"),
             ("arc_easy", {"choices": ["a"]}, "choices is no list of two"),
             ("arc_easy", {"choices": ["a", 2]}, "choices is no list of two"),
+            ("arc_easy", {"choices": ["a", " "], "answer": 0}, "a choice is empty"),
             ("boolq", {"answer": "yes"}, "answer is no true or false"),
             ("winogrande", {"question": "no blank"}, "no blank"),
             ("winogrande", {"question": "at the end _"}, "no blank"),

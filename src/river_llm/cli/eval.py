@@ -258,8 +258,10 @@ def _check_tasks(
         raise usage_error(f"{of_text[0]} needs --text FILE")
     if text is not None and not of_text:
         raise usage_error("--text goes with perplexity and kld")
-    if against is not None and (compare_backbone or len(tasks) > 1):
-        raise usage_error("--against goes with one task, and not with --compare-backbone")
+    if against is not None and (compare_backbone or len(tasks) > 1 or of_text):
+        raise usage_error(
+            "--against goes with one task that has answers, and not with --compare-backbone"
+        )
 
 
 def _make_run(lm: RiverLM, name: str, given: _Given) -> Run:

@@ -19,36 +19,40 @@ _LETTERS = "ABCDEFGHIJ"
 _Row = Mapping[str, Any]
 
 
-def _question(context: str, choices: list[str], answer: int, **more: Any) -> Question:
+def _question(
+    record: Record, context: str, choices: list[str], answer: int, **more: Any
+) -> Question:
+    if not all(choice.strip() for choice in choices):
+        raise DataError(f"{record.place}: a choice is empty")
     texts = tuple(f" {choice}" for choice in choices)
     return Question((context,) * len(texts), texts, answer, **more)
 
 
 def _hellaswag(record: Record) -> Question:
     endings = record.texts("endings")
-    return _question(record.text("context"), endings, record.place_in("label", endings))
+    return _question(record, record.text("context"), endings, record.place_in("label", endings))
 
 
 def _arc(record: Record) -> Question:
     choices = record.texts("choices")
     context = f"Question: {record.text('question')}\nAnswer:"
-    return _question(context, choices, record.place_in("answer", choices))
+    return _question(record, context, choices, record.place_in("answer", choices))
 
 
 def _openbookqa(record: Record) -> Question:
     choices = record.texts("choices")
-    return _question(record.text("question"), choices, record.place_in("answer", choices))
+    return _question(record, record.text("question"), choices, record.place_in("answer", choices))
 
 
 def _piqa(record: Record) -> Question:
     choices = [record.text("sol1"), record.text("sol2")]
     context = f"Question: {record.text('goal')}\nAnswer:"
-    return _question(context, choices, record.place_in("label", choices))
+    return _question(record, context, choices, record.place_in("label", choices))
 
 
 def _boolq(record: Record) -> Question:
     context = f"{record.text('passage')}\nQuestion: {record.text('question')}?\nAnswer:"
-    return _question(context, ["no", "yes"], int(record.truth("answer")))
+    return _question(record, context, ["no", "yes"], int(record.truth("answer")))
 
 
 def _winogrande(record: Record) -> Question:
@@ -75,6 +79,7 @@ def _mmlu(record: Record) -> Question:
     subject = record.text("subject")
     about = subject.replace("_", " ")
     return _question(
+        record,
         "\n".join([*lines, "Answer:"]),
         letters,
         record.place_in("answer", choices),
@@ -85,7 +90,7 @@ def _mmlu(record: Record) -> Question:
 
 def _blimp(record: Record) -> Question:
     sentences = [record.text("sentence_good"), record.text("sentence_bad")]
-    return _question("", sentences, 0, group=record.text("UID"))
+    return _question(record, "", sentences, 0, group=record.text("UID"))
 
 
 def _from_hellaswag(row: _Row) -> _Row:
