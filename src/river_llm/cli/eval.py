@@ -346,7 +346,7 @@ def _print(rows: list[_Row]) -> None:
     from river_llm.cli import render
     from river_llm.evaluation.text_run import divergence_block
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True)
     table.add_column("arm", overflow="fold")
     for heading in ("items", "accuracy %", "agree %", "p", "depth", "tokens/s"):
