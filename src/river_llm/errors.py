@@ -26,3 +26,15 @@ class RiverFileError(RiverError):
 
 class ContextFullError(RiverError):
     """The prompt, or the prompt and what was generated, doesn't fit the model's context."""
+
+
+class DataError(RiverError):
+    """The items of an evaluation can't be found or read."""
+
+
+class ResultFileError(RiverError):
+    """A result file is of another run, or can't be read or written."""
+
+
+class MissingExtraError(RiverError):
+    """A package that only some users need is not installed."""

@@ -334,6 +334,10 @@ class RiverLM:
                 self._cached_tokens = text[: self.engine.length]
                 self._keep_learnt(lossless)
 
+    def forget_cache(self) -> None:
+        """Trust the engine's cache no longer: someone else has run the engine."""
+        self._cached_tokens = []
+
     def check_drafts(self, drafts: DraftConfig) -> None:
         """See that the engine can draft so, without making what drafts need.
 

@@ -22,16 +22,23 @@ _PACKAGES = ("river-llm", "torch", "transformers", "numpy", "llama-cpp-python", 
 
 
 def describe_environment() -> dict[str, Any]:
-    """Plain JSON values about this run and this machine."""
+    """Plain JSON values about this run, this machine and how its memory is measured."""
+    return {
+        **describe_run(_PACKAGES),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "bandwidth_buffer_bytes": buffer_bytes(),
+        "bandwidth_source": bandwidth_source(),
+    }
+
+
+def describe_run(packages: Iterable[str]) -> dict[str, Any]:
+    """Plain JSON values about this run and this machine, with the versions of `packages`."""
     return {
         "command": shlex.join(["river-llm", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor_name(),
         "cores": usable_cores(),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-        "bandwidth_buffer_bytes": buffer_bytes(),
-        "bandwidth_source": bandwidth_source(),
-        "versions": {"python": platform.python_version(), **_installed(_PACKAGES)},
+        "versions": {"python": platform.python_version(), **_installed(packages)},
     }
 
 

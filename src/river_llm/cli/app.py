@@ -13,6 +13,7 @@ from river_llm.cli.build import build
 from river_llm.cli.cache import cache
 from river_llm.cli.chat import chat
 from river_llm.cli.check_exact import check_exact
+from river_llm.cli.eval import evaluate
 from river_llm.cli.generate import generate
 from river_llm.cli.inspect import inspect
 from river_llm.cli.options import print_version
@@ -37,6 +38,7 @@ app.command()(chat)
 app.command()(inspect)
 app.command()(bench)
 app.command()(check_exact)
+app.command("eval")(evaluate)
 app.command()(cache)
 
 

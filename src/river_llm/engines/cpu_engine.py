@@ -317,34 +317,15 @@ class CpuEngine:
 
     @_in_turn
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
-        batch, num_tokens = self._check_tokens(token_ids, dims=2)
-        tokens = self._token_list(token_ids)
-        counts = [num_tokens] * batch if counts is None else list(counts)
-        if len(counts) != batch or not all(0 <= count <= num_tokens for count in counts):
-            raise RiverError(
-                f"the counts are {counts}; give 0 to {num_tokens} for each of {batch} sequences"
-            )
         if self.depth_limit is not None:
             raise RiverError(
                 "verifying takes the whole backbone; take the depth limit away (no_miss)"
             )
-        if not any(counts):
-            raise RiverError("there is nothing to verify; give one token or more")
-        self._begin(batch, max(counts), None)
-        places = [
-            sequence * num_tokens + place
-            for sequence, count in enumerate(counts)
-            for place in range(count)
-        ]
-        with self._whole_or_undone(counts):
-            return self._forward(
-                [tokens[place] for place in places],
-                [place // num_tokens for place in places],
-                [math.inf] * self.num_layers,
-                list(range(len(places))),
-                shape=(batch, num_tokens),
-                places=places,
-            )
+        return self._append(token_ids, counts, [math.inf] * self.num_layers, together=False)
+
+    @_in_turn
+    def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        return self._append(token_ids, counts, self._thresholds, self.policy.batch == "minimum")
 
     @_in_turn
     def prepare_drafts(self, lm_head_bits: int) -> None:
@@ -508,6 +489,41 @@ class CpuEngine:
             if not 0 <= token < self._vocab_size:
                 raise RiverError(f"there is no token {token}; the model has {self._vocab_size}")
         return tokens
+
+    def _append(
+        self,
+        token_ids: Tensor,
+        counts: Sequence[int] | None,
+        thresholds: list[float],
+        together: bool,
+    ) -> StepResult:
+        """The first `counts` of the tokens `[batch, tokens]`, with the logits of each; where they
+        leave `together`, those of one column do."""
+        batch, num_tokens = self._check_tokens(token_ids, dims=2)
+        tokens = self._token_list(token_ids)
+        counts = [num_tokens] * batch if counts is None else list(counts)
+        if len(counts) != batch or not all(0 <= count <= num_tokens for count in counts):
+            raise RiverError(
+                f"the counts are {counts}; give 0 to {num_tokens} for each of {batch} sequences"
+            )
+        if not any(counts):
+            raise RiverError("there is nothing to verify or score; give one token or more")
+        self._begin(batch, max(counts), None)
+        places = [
+            sequence * num_tokens + place
+            for sequence, count in enumerate(counts)
+            for place in range(count)
+        ]
+        with self._whole_or_undone(counts):
+            return self._forward(
+                [tokens[place] for place in places],
+                [place // num_tokens for place in places],
+                thresholds,
+                list(range(len(places))),
+                minimum_groups=[place % num_tokens for place in places] if together else (),
+                shape=(batch, num_tokens),
+                places=places,
+            )
 
     @contextmanager
     def _whole_or_undone(self, counts: list[int]) -> Iterator[None]:

@@ -17,7 +17,8 @@ from river_llm.residency import OffloadStatistics
 class StepResult:
     """What one pass over the model gives, for the last token of each sequence.
 
-    After `verify` each attribute has one more dimension, the tokens of the pass: `[batch, tokens]`.
+    After `verify` and `score` each attribute has one more dimension, the tokens of the pass:
+    `[batch, tokens]`.
 
     Attributes:
         exit_layers: int64 `[batch]`, how many backbone layers the token ran.
@@ -136,6 +137,20 @@ class Engine(Protocol):
         Args:
             counts: only the first so many tokens of each sequence are meant, 0 to all of them; what
                 the result says of the others means nothing. None: all are.
+
+        Raises:
+            ContextFullError: they don't fit; the cache stays as it was.
+        """
+        ...
+
+    def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        """Append tokens `[batch, tokens]` of a given text, with the logits of every one; each
+        leaves by the exit policy, as decoding would take it.
+
+        The logits are held until the next pass: give a long text in parts.
+
+        Args:
+            counts: as of `verify`.
 
         Raises:
             ContextFullError: they don't fit; the cache stays as it was.

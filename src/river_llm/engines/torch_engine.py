@@ -103,9 +103,12 @@ class TorchEngine:
         policy = self.policy
         self.policy = ExitPolicy.never()
         try:
-            result = self._run(token_ids, None, "decode", all_logits=True)
+            return self.score(token_ids, counts)
         finally:
             self.policy = policy
+
+    def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        result = self._run(token_ids, None, "decode", all_logits=True)
         if counts is not None:
             self.rewind([token_ids.shape[1] - count for count in counts])
         return result

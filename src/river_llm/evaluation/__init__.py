@@ -1,1 +1,1 @@
-"""Quality of the river, measured against the backbone."""
+"""What the river does to quality: tasks, given text, and how sure a figure is."""

@@ -1,0 +1,402 @@
+"""`river-llm eval`: tasks, perplexity and KL divergence, resumable and comparable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from river_llm.cli import options
+from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.settings import exit_policy, river_config
+from river_llm.cli.usage import usage_error
+from river_llm.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from river_llm.evaluation.result_file import Result
+    from river_llm.evaluation.run import Run
+    from river_llm.exit_policy import ExitPolicy
+    from river_llm.river_lm import RiverLM
+
+_TASKS, _RESULTS = "Tasks", "Results"
+_BACKBONE = "backbone"
+
+
+def evaluate(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK...",
+            help="gsm8k, math500, humaneval, ifeval; hellaswag, arc_easy, arc_challenge, piqa, "
+            "boolq, openbookqa, winogrande, mmlu, blimp; perplexity, kld.",
+        ),
+    ],
+    model: options.Model = "smollm2",
+    river: options.RiverPath = None,
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    quantizer: options.Quantizer = options.QuantizerName.hqq,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    exit_layer: options.ExitLayer = None,
+    first_layer: options.FirstLayer = 1,
+    prefill: options.Prefill = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Items (windows of a text) at most; of each subject or phenomenon in turn.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Solved examples in the prompt. \\[default: gsm8k 8 as text and 0 as chat, "
+            "mmlu 5, others 0]",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask through the chat template. \\[default: math500 and ifeval]",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", min=1, help="Of an answer.", rich_help_panel=_TASKS),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Items that run together.", rich_help_panel=_TASKS),
+    ] = 8,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="The text of perplexity and kld.", rich_help_panel=_TASKS),
+    ] = None,
+    window: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of a window of that text; the second half of each counts.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = 512,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Let humaneval run the model's programs, confined.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the result files, one for each task and arm.",
+            rich_help_panel=_RESULTS,
+        ),
+    ] = Path("eval-results"),
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Begin anew where a result file is there; without it the run goes on.",
+            rich_help_panel=_RESULTS,
+        ),
+    ] = False,
+    compare_backbone: Annotated[
+        bool,
+        typer.Option(
+            "--compare-backbone",
+            help="Run the backbone alone on the same items first, and compare with it.",
+            rich_help_panel=_RESULTS,
+        ),
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Compare with this result file.", rich_help_panel=_RESULTS),
+    ] = None,
+    json_output: options.Json = False,
+    engine: options.Engine = options.EngineName.auto,
+    backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
+    lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Measure a model with its river on tasks or on a text. A run that was cut short goes on with
+    the same command."""
+    chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    _check_tasks(tasks, text, compare_backbone, against)
+    given = _Given(
+        model, limit, shots, chat, max_new_tokens, text, window, data_dir, allow_code_execution
+    )
+    lm = load(
+        LoadOptions(
+            model=model,
+            river=river_config(river, bits, group_size, quantizer),
+            policy=chosen,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            engine=engine,
+            backbone_bits=backbone_bits,
+            lm_head_bits=lm_head_bits,
+        )
+    )
+    from river_llm.evaluation.harness import compare_results, evaluate
+    from river_llm.evaluation.result_file import read_result
+    from river_llm.exit_policy import ExitPolicy
+
+    arms = [chosen]
+    if compare_backbone and chosen.kind != "never":
+        arms.insert(0, ExitPolicy.never())
+    other = None if against is None else read_result(against)
+    rows: list[_Row] = []
+    notes: list[str] = []
+    for name in tasks:
+        first: Result | None = None
+        for arm in arms:
+            lm.policy = arm
+            arm_name = _arm_name(arm, lm.river_config.bits)
+            with _progress(f"{name}, {arm.describe()}") as progress:
+                run = _make_run(lm, name, given)
+                result = evaluate(
+                    run,
+                    output / f"{_file_name(name, chat)}.{arm_name}.jsonl",
+                    batch_size=batch_size,
+                    restart=restart,
+                    settings={"engine_setting": lm.engine.setting},
+                    progress=progress.steps_done,
+                )
+            if first is None:
+                notes += run.notes
+            reference = first or other
+            comparable = reference is not None and "accuracy" in (result.summary or {})
+            compared = compare_results(result, reference) if reference and comparable else None
+            rows.append(_Row(name, arm_name, result, compared))
+            first = first or (result if len(arms) > 1 else None)
+    for note in notes:
+        print(f"river-llm: {note}", file=sys.stderr)
+    if json_output:
+        print(json.dumps({"results": [row.to_dict() for row in rows]}, ensure_ascii=False))
+    else:
+        _print(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the command line says of the tasks."""
+
+    model: str
+    limit: int | None
+    shots: int | None
+    chat: bool | None
+    max_new_tokens: int | None
+    text: Path | None
+    window: int
+    data_dir: Path | None
+    allow_code_execution: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    task: str
+    arm: str
+    result: Result
+    compared: dict[str, Any] | None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(self.result.summary or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "arm": self.arm,
+            "file": str(self.result.path),
+            "run": self.result.run,
+            "parts": self.result.parts,
+            "summary": self.summary,
+            "comparison": self.compared,
+        }
+
+
+def _check_tasks(
+    tasks: list[str], text: Path | None, compare_backbone: bool, against: Path | None
+) -> None:
+    from river_llm.evaluation.tasks import TEXT_TASKS, check_task
+
+    try:
+        for name in tasks:
+            check_task(name)
+    except ConfigError as error:
+        raise usage_error(str(error)) from error
+    if len(set(tasks)) < len(tasks):
+        raise usage_error("a task is named twice")
+    of_text = [name for name in tasks if name in TEXT_TASKS]
+    if of_text and text is None:
+        raise usage_error(f"{of_text[0]} needs --text FILE")
+    if text is not None and not of_text:
+        raise usage_error("--text goes with perplexity and kld")
+    if against is not None and (compare_backbone or len(tasks) > 1 or of_text):
+        raise usage_error(
+            "--against goes with one task that has answers, and not with --compare-backbone"
+        )
+
+
+def _make_run(lm: RiverLM, name: str, given: _Given) -> Run:
+    """The run that the options name.
+
+    Raises:
+        typer.Exit: an option doesn't go with the task.
+        RiverError: see the runs.
+    """
+    from river_llm.evaluation.choice_run import ChoiceRun
+    from river_llm.evaluation.data import data_directory
+    from river_llm.evaluation.generation_run import GenerationRun
+    from river_llm.evaluation.tasks import TASKS
+    from river_llm.evaluation.tasks.task import ChoiceTask
+    from river_llm.evaluation.text_run import TextRun
+
+    task = TASKS[name]
+    try:
+        if task is None:
+            assert given.text is not None
+            return TextRun(
+                lm,
+                given.text,
+                model_name=given.model,
+                with_backbone=name == "kld",
+                window=given.window,
+                limit=given.limit,
+            )
+        shared: dict[str, Any] = {
+            "model_name": given.model,
+            "directory": data_directory(given.data_dir),
+            "shots": given.shots,
+            "limit": given.limit,
+        }
+        if isinstance(task, ChoiceTask):
+            if given.chat is not None or given.max_new_tokens is not None:
+                raise usage_error(f"--chat and --max-new-tokens are not for {name}")
+            return ChoiceRun(lm, task, **shared)
+        return GenerationRun(
+            lm,
+            task,
+            **shared,
+            chat=given.chat,
+            new_tokens=given.max_new_tokens,
+            allow_code_execution=given.allow_code_execution,
+        )
+    except ConfigError as error:
+        raise usage_error(f"{name}: {error}") from error
+    except MissingExtraError as error:
+        raise MissingExtraError(f"{name}: {error}") from error
+
+
+def _arm_name(policy: ExitPolicy, bits: int) -> str:
+    """A short name, good for a file."""
+    names = {
+        "never": _BACKBONE,
+        "always": f"full-{bits}bit",
+        "fixed": f"exit-{policy.exit_layer}",
+        "similarity": f"similarity-{policy.threshold}",
+        "thresholds": "thresholds",
+    }
+    name = names[policy.kind]
+    if policy.first_layer > 1:
+        name += f"-from-{policy.first_layer}"
+    usual = "river" if policy.kind == "always" else "backbone"
+    return name if policy.prefill == usual else f"{name}-prefill-{policy.prefill}"
+
+
+def _file_name(task: str, chat: bool | None) -> str:
+    return task if chat is None else f"{task}-{'chat' if chat else 'text'}"
+
+
+def _progress(description: str) -> Any:
+    from river_llm.cli.render import LoadingProgress
+
+    return LoadingProgress(description)
+
+
+def _print(rows: list[_Row]) -> None:
+    from rich.table import Table
+
+    from river_llm.cli import render
+    from river_llm.evaluation.text_run import divergence_block
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    table.add_column("arm", overflow="fold")
+    for heading in ("items", "accuracy %", "agree %", "p", "depth", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if "accuracy" in row.summary:
+            table.add_row(*_accuracy_cells(row))
+        elif "mean_kld" in row.summary:
+            title = f"{row.arm}: {row.summary['predicted_tokens']} predicted tokens"
+            render.stdout.print(title, highlight=False)
+            render.stdout.print(divergence_block(row.summary), highlight=False)
+        else:
+            found = row.summary
+            render.stdout.print(
+                f"{row.arm}: perplexity {found['perplexity']:.4f} "
+                f"{_spread(found['perplexity_error'], 4)}, {found['predicted_tokens']} tokens, "
+                f"mean exit depth {_depth(found)}",
+                highlight=False,
+            )
+    if table.row_count:
+        render.stdout.print(table)
+    for row in rows:
+        render.stderr.print(f"{row.result.path}", highlight=False)
+
+
+def _accuracy_cells(row: _Row) -> list[str]:
+    found, compared = row.summary, row.compared
+    error = found["standard_error"]
+    spread = _spread(None if error is None else 100 * error, 1)
+    agreement, p = "", ""
+    if compared is not None:
+        agreement = f"{100 * compared['agreement']:.1f}"
+        p = f"{compared['mcnemar_p']:.3g}"
+    speed = found["tokens_per_second"]
+    return [
+        row.task,
+        row.arm,
+        str(found["items"]),
+        f"{100 * found['accuracy']:.1f} {spread}",
+        agreement,
+        p,
+        _depth(found),
+        "" if speed is None else f"{speed:.0f}",
+    ]
+
+
+def _depth(found: dict[str, Any]) -> str:
+    depth = found["mean_exit_layer"]
+    return "" if depth is None else f"{depth:.1f}/{found['num_layers']}"
+
+
+def _spread(error: float | None, digits: int) -> str:
+    return "" if error is None else f"± {error:.{digits}f}"
