@@ -43,6 +43,7 @@ class GenerationResponse:
         origin: in lossless mode, what guessed this token before the backbone chose it: ``"river"``,
             ``"ngram"`` (the text itself), or ``"backbone"`` if nothing did.
         lossless: in lossless mode, what drafting has brought so far; else None.
+        cached_prompt_tokens: tokens of the prompt that were in the cache already.
     """
 
     text: str
@@ -58,6 +59,7 @@ class GenerationResponse:
     peak_memory_bytes: int
     origin: Origin = "backbone"
     lossless: LosslessStatistics | None = None
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class GenerationResult:
     peak_memory_bytes: int
     mode: Mode = "river"
     lossless: LosslessStatistics | None = None
+    cached_prompt_tokens: int = 0
 
     @classmethod
     def of(
@@ -118,6 +121,7 @@ class GenerationResult:
             peak_memory_bytes=last.peak_memory_bytes if last else peak_memory_bytes(),
             mode=mode,
             lossless=last.lossless if last else None,
+            cached_prompt_tokens=last.cached_prompt_tokens if last else 0,
         )
 
 
@@ -207,6 +211,7 @@ def generate_rows(
                         peak_memory_bytes=memory,
                         origin=new.origin,
                         lossless=drafting[i],
+                        cached_prompt_tokens=cached_tokens,
                     )
                 )
             yield responses

@@ -183,7 +183,7 @@ class TorchEngine:
         cache = DynamicCache()
         for index in range(self.num_layers):
             keys, values = (tensors[f"{name}.{index}"].to(self.device) for name in _ENTRIES)
-            cache.update(keys.to(self.model.dtype), values.to(self.model.dtype), index)
+            cache.update(keys, values, index)
         self._cache, self._length = cache, length
 
     @torch.no_grad()
