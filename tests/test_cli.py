@@ -35,6 +35,7 @@ FIELDS = {
     "peak_memory_bytes",
     "mode",
     "lossless",
+    "cached_prompt_tokens",
 }
 
 
