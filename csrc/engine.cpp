@@ -316,6 +316,14 @@ void Engine::keep_layers(int layers) {
   decoder_.residency.keep(layers);
 }
 
+nb::object Engine::stored_weights(size_t begin, size_t end) {
+  Turn turn(*this);
+  if (begin > end || end > model_.packed_bytes()) throw std::invalid_argument("there are no such weights");
+  std::vector<uint8_t> bytes(end - begin);
+  decoder_.residency.copy(begin, end, bytes.data());
+  return numpy_array(std::move(bytes), {end - begin});
+}
+
 nb::tuple Engine::offload_counts() const {
   const Residency& residency = decoder_.residency;
   return nb::make_tuple(residency.misses(), residency.bytes_read(),
@@ -365,6 +373,40 @@ nb::object Engine::read_cache(int sequence) {
                             key, key + half);
       }
   return numpy_array(std::move(out), {2, layers, heads, length, dims});
+}
+
+nb::list Engine::read_pages(int sequence, int length, nb::handle self) {
+  Turn turn(*this);
+  check_sequence(sequence);
+  const KvCache& cache = decoder_.cache;
+  if (length < 0 || length > cache.length(sequence))
+    throw std::invalid_argument("the sequence has no such positions");
+  const size_t bytes = cache.page_bytes();
+  nb::list pages;
+  for (int page = 0; page < length / kPagePositions; ++page)
+    pages.append(
+        nb::cast(nb::ndarray<nb::numpy, uint8_t>(cache.page(sequence, page), {bytes}, self)));
+  if (length % kPagePositions > 0) {
+    std::vector<uint8_t> last(bytes);
+    cache.copy_page(sequence, length / kPagePositions, length, last.data());
+    pages.append(numpy_array(std::move(last), {bytes}));
+  }
+  return pages;
+}
+
+void Engine::write_pages(int sequence, const std::vector<Bytes>& pages, int length) {
+  Turn turn(*this);
+  check_sequence(sequence);
+  if (length < 0 || pages.size() != (static_cast<size_t>(length) + kPagePositions - 1) / kPagePositions)
+    throw std::invalid_argument("so many positions don't stand in so many pages");
+  std::vector<const uint8_t*> places;
+  for (const Bytes& page : pages) {
+    if (page.size() != decoder_.cache.page_bytes())
+      throw std::invalid_argument("a page has the wrong size");
+    places.push_back(page.data());
+  }
+  nb::gil_scoped_release release;
+  decoder_.cache.restore(sequence, places, length);
 }
 
 size_t Engine::layer_bytes(int layer, int side) {

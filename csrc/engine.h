@@ -60,6 +60,12 @@ class Engine {
   int length(int sequence) const;
   // Keys and values [2, layers, kv_heads, length, head_dim] of a sequence, as bfloat16 in uint16.
   nb::object read_cache(int sequence);
+  // The pages [page_bytes] with the first `length` positions of a sequence. They are no copies and
+  // good until the next pass, but for a last one that is not full, which holds nothing else; the
+  // arrays keep the engine, whose handle `self` is.
+  nb::list read_pages(int sequence, int length, nb::handle self);
+  // A sequence becomes `length` positions in such pages.
+  void write_pages(int sequence, const std::vector<Bytes>& pages, int length);
 
   size_t layer_bytes(int layer, int side);
   size_t head_bytes() const { return model_.head_bytes(); }
@@ -72,6 +78,8 @@ class Engine {
   // See Residency.
   void open_weights(const std::string& path);
   void keep_layers(int layers);
+  // Bytes [begin, end) of the file of packed weights.
+  nb::object stored_weights(size_t begin, size_t end);
   int resident_layers() const { return decoder_.residency.resident(); }
   // Misses, bytes read, seconds waited.
   nb::tuple offload_counts() const;

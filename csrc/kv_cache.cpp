@@ -55,8 +55,7 @@ void KvCache::truncate(int sequence, int length) {
 void KvCache::forget(int sequence, int begin, int end) {
   if (begin >= end) return;
   const int page = begin / kPagePositions;
-  const int parts = static_cast<int>(page_bytes_ / (2 * part_words_ * sizeof(uint32_t)));
-  for (int part = 0; part < parts; ++part) {
+  for (int part = 0; part < parts(); ++part) {
     auto* all = reinterpret_cast<bf16*>(values(sequence, page, 0, part));
     for (int place = begin % kPagePositions; place < end - page * kPagePositions; ++place) {
       bf16* v = all + static_cast<size_t>(place / 2) * 2 * head_dim_ + place % 2;
@@ -72,6 +71,32 @@ void KvCache::copy(int from, int to) {
   for (size_t p = 0; p < sequences_[to].pages.size(); ++p)
     std::memcpy(sequences_[to].pages[p], sequences_[from].pages[p], page_bytes_);
   sequences_[to].length = sequences_[from].length;
+}
+
+void KvCache::copy_page(int sequence, int page, int end, uint8_t* out) const {
+  std::memcpy(out, sequences_[sequence].pages[page], page_bytes_);
+  for (int place = std::max(0, end - page * kPagePositions); place < kPagePositions; ++place)
+    for (int part = 0; part < parts(); ++part) {
+      auto* k = reinterpret_cast<uint32_t*>(out) + part_words_ * 2 * part;
+      auto* v = reinterpret_cast<bf16*>(k + part_words_);
+      for (int d = 0; d < head_dim_ / 2; ++d)
+        k[(place / kLanes * head_dim_ / 2 + d) * kLanes + place % kLanes] = 0;
+      for (int d = 0; d < head_dim_; ++d) v[(place / 2 * head_dim_ + d) * 2 + place % 2] = 0;
+    }
+}
+
+void KvCache::restore(int sequence, const std::vector<const uint8_t*>& pages, int length) {
+  truncate(sequence, 0);
+  try {
+    reserve(sequence, length);
+  } catch (...) {
+    truncate(sequence, 0);
+    throw;
+  }
+  for (size_t p = 0; p < sequences_[sequence].pages.size(); ++p)
+    std::memcpy(sequences_[sequence].pages[p], pages[p], page_bytes_);
+  sequences_[sequence].length = length;
+  forget(sequence, length, static_cast<int>(sequences_[sequence].pages.size()) * kPagePositions);
 }
 
 void KvCache::write(int sequence, int position, int layer, int head, const float* key,

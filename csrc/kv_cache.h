@@ -11,6 +11,8 @@
 
 namespace river {
 
+constexpr int kCacheLayout = 1;  // counts the changes of how a page lies in memory
+
 class KvCache {
  public:
   KvCache(int layers, int kv_heads, int head_dim);
@@ -28,6 +30,17 @@ class KvCache {
   void truncate(int sequence, int length);
   // `to` becomes what `from` is, by copy of its pages.
   void copy(int from, int to);
+
+  // A page as it lies in memory, to be kept and put back where kCacheLayout and the sizes are the same.
+  size_t page_bytes() const { return page_bytes_; }
+  uint8_t* page(int sequence, int page) const {
+    return reinterpret_cast<uint8_t*>(sequences_[sequence].pages[page]);
+  }
+  // Copies a page to `out`, with zeros at the sequence's positions from `end` on.
+  void copy_page(int sequence, int page, int end, uint8_t* out) const;
+  // `sequence` becomes `length` positions that stand in these pages. Throws std::bad_alloc, with the
+  // sequence empty.
+  void restore(int sequence, const std::vector<const uint8_t*>& pages, int length);
 
   // [position in page / 16][D / 2][16], pairs of dims
   uint32_t* keys(int sequence, int page, int layer, int head) const {
@@ -50,6 +63,7 @@ class KvCache {
   };
 
   void forget(int sequence, int begin, int end);
+  int parts() const { return static_cast<int>(page_bytes_ / (2 * part_words_ * sizeof(uint32_t))); }
 
   int kv_heads_, head_dim_;
   size_t part_words_;  // words of the keys, or of the values, of one page, layer and head

@@ -33,6 +33,7 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
   m.attr("__doc__") = "The native core of River-LLM; see river_llm.engines.cpu_engine.";
   m.attr("weight_layout") = river::kWeightLayout;
+  m.attr("cache_layout") = river::kCacheLayout;
   m.def("kernel_names", &river::kernel_names, "Kernel sets that this processor can run, best first.");
   m.def("usable_threads", &river::usable_threads,
         "Threads that this process may use: its affinity mask and its control group's limit.");
@@ -70,6 +71,12 @@ NB_MODULE(_core, m) {
       .def("lengthen", &Engine::lengthen, "sequence"_a, "length"_a)
       .def("length", &Engine::length, "sequence"_a)
       .def("read_cache", &Engine::read_cache, "sequence"_a)
+      .def("read_pages",
+           [](nb::handle self, int sequence, int length) {
+             return nb::cast<Engine&>(self).read_pages(sequence, length, self);
+           },
+           "sequence"_a, "length"_a)
+      .def("write_pages", &Engine::write_pages, "sequence"_a, "pages"_a.noconvert(), "length"_a)
       .def("layer_bytes", &Engine::layer_bytes, "layer"_a, "side"_a)
       .def_prop_ro("head_bytes", &Engine::head_bytes)
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
@@ -77,6 +84,7 @@ NB_MODULE(_core, m) {
                    [](nb::handle self) { return nb::cast<Engine&>(self).packed_weights(self); })
       .def_prop_ro("packed_bytes", &Engine::packed_bytes)
       .def("open_weights", &Engine::open_weights, "path"_a)
+      .def("stored_weights", &Engine::stored_weights, "begin"_a, "end"_a)
       .def("keep_layers", &Engine::keep_layers, "layers"_a)
       .def_prop_ro("resident_layers", &Engine::resident_layers)
       .def_prop_ro("offload_counts", &Engine::offload_counts)

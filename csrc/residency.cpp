@@ -28,6 +28,13 @@ void Residency::keep(int layers) {
   }
 }
 
+void Residency::copy(size_t begin, size_t end, uint8_t* out) const {
+  if (!file_.is_open() || begin > end || end > model_.packed_bytes())
+    throw std::runtime_error("there is no file with these weights");
+  const State state = file_.read(begin, end, out);
+  if (state != State::kWhole) refuse(state);
+}
+
 void Residency::begin() {
   if (resident_ == model_.shape.num_layers) return;
   if (!file_.is_open())

@@ -24,6 +24,9 @@ class Residency {
   // std::bad_alloc; some layers fewer than before may stay then.
   void keep(int layers);
 
+  // Bytes [begin, end) of the packed weights, from the file. Throws std::runtime_error.
+  void copy(size_t begin, size_t end, uint8_t* out) const;
+
   int resident() const { return resident_; }
   // Evicted layers that came back, the bytes that were read for it, and how long passes waited.
   long misses() const { return misses_; }

@@ -37,6 +37,7 @@ FIELDS = {
     "mode",
     "lossless",
     "offload",
+    "cached_prompt_tokens",
 }
 
 

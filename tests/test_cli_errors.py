@@ -40,6 +40,7 @@ WRONG_USAGE = [
     ("--min-p 1.1", "min_p"),
     ("--repetition-penalty 0", "repetition_penalty"),
     ("--max-new-tokens 0", "max_new_tokens"),
+    ("--prefill sequence --prompt-cache prompt", "--prompt-cache doesn't go with"),
     ("--river somewhere --bits 8", "--river brings its own"),
     ("--river somewhere --group-size 32", "--river brings its own"),
     ("--river somewhere --quantizer rtn", "--river brings its own"),

@@ -209,6 +209,12 @@ def test_a_pass_that_cannot_be_leaves_the_cache_as_it_was(case: str) -> None:
     np.testing.assert_array_equal(core.logits(), untouched.logits())
 
 
+def _page(core: _core.Engine) -> Any:
+    run_pass(core)
+    (page,) = core.read_pages(0, 1)
+    return page.copy()
+
+
 WRONG_CACHES: dict[str, tuple[Call, str]] = {
     "a negative number of sequences": (lambda core: core.resize(-1), "negative"),
     "a negative length": (lambda core: core.truncate(0, -1), "negative"),
@@ -216,6 +222,14 @@ WRONG_CACHES: dict[str, tuple[Call, str]] = {
     "no sequence to measure": (lambda core: core.length(1), "no such sequence"),
     "sequence -1": (lambda core: core.length(-1), "no such sequence"),
     "no sequence to read": (lambda core: core.read_cache(1), "no such sequence"),
+    "no sequence to read pages of": (lambda core: core.read_pages(1, 0), "no such sequence"),
+    "pages of more positions": (lambda core: core.read_pages(0, 1), "no such positions"),
+    "pages of -1 positions": (lambda core: core.read_pages(0, -1), "no such positions"),
+    "no sequence to write to": (lambda core: core.write_pages(1, [], 0), "no such sequence"),
+    "a page too many": (lambda core: core.write_pages(0, [_page(core)], 0), "in so many pages"),
+    "a page too few": (lambda core: core.write_pages(0, [_page(core)], 65), "in so many pages"),
+    "pages of a negative length": (lambda core: core.write_pages(0, [], -1), "in so many pages"),
+    "half a page": (lambda core: core.write_pages(0, [_page(core)[::2].copy()], 1), "wrong size"),
     "no layer to weigh": (lambda core: core.layer_bytes(2, 0), "no such layer"),
     "layer -1": (lambda core: core.layer_bytes(-1, 0), "no such layer"),
 }
@@ -226,6 +240,16 @@ def test_what_the_cache_does_not_hold(case: str) -> None:
     call, message = WRONG_CACHES[case]
     with pytest.raises(ValueError, match=message):
         call(ready_core())
+
+
+def test_pages_of_other_values_than_bytes_or_with_gaps_are_refused() -> None:
+    core = ready_core()
+    page = _page(core)
+    for other in (page.view(np.uint16), np.repeat(page, 2)[::2], page[None], page.tolist()):
+        with pytest.raises(TypeError, match="incompatible"):
+            core.write_pages(0, [other], 1)
+    assert core.length(0) == 1
+    core.write_pages(0, [page], 1)
 
 
 def test_a_pass_before_positions_are_set() -> None:
@@ -291,12 +315,14 @@ except ValueError as error:
 def test_arrays_outlive_the_core() -> None:
     core = ready_core()
     best, exits, similarities, _ = run_pass(core, tokens=[5, 6], record_similarities=True)
-    logits, states = core.logits(), core.read_cache(0)
-    kept = [array.copy() for array in (best, exits, similarities, logits, states)]
+    arrays = [best, exits, similarities, core.logits(), core.read_cache(0)]
+    run_pass(core, tokens=[5] * (POSITIONS - 2))
+    arrays += core.read_pages(0, POSITIONS)
+    kept = [array.copy() for array in arrays]
     for _ in range(20):  # its memory goes to others
         core = ready_core()
         run_pass(core)
-    for array, copy in zip((best, exits, similarities, logits, states), kept, strict=True):
+    for array, copy in zip(arrays, kept, strict=True):
         np.testing.assert_array_equal(array, copy)
 
 

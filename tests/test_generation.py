@@ -200,7 +200,7 @@ class TestStatistics:
         result = GenerationResult.of(lm.engine, responses, responses[-1].prompt_tokens)
         last = responses[-1]
         shared = set(GenerationResult.__slots__) & set(type(last).__slots__) - {"text"}
-        assert len(shared) == 9
+        assert len(shared) == 10
         for name in shared:
             assert getattr(result, name) == getattr(last, name), name
         assert result.tokens == lm.generate(PROMPT, max_new_tokens=10).tokens

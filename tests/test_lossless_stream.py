@@ -320,11 +320,14 @@ class TestConversation:
         conversation.mode = "river"
         reply(conversation, self.QUESTIONS[1])
         assert prefilled[1] == 1 + len(f"\nu:{self.QUESTIONS[1]}\na:")
-        # and that turn was the river's: it isn't kept
+        # of that turn the backbone read the question, and exits wrote the answer: it isn't kept
         conversation.mode = "lossless"
+        kept = len(encode_prompt(lm.tokenizer, conversation.messages[:-1]))
         messages = [*conversation.messages, {"role": "user", "content": self.QUESTIONS[2]}]
-        reply(conversation, self.QUESTIONS[2])
-        assert prefilled[2] == len(encode_prompt(lm.tokenizer, messages))
+        answer = reply(conversation, self.QUESTIONS[2])
+        assert prefilled[2] == len(encode_prompt(lm.tokenizer, messages)) - kept
+        lm.policy = ExitPolicy.never()
+        assert lm.chat(messages, **self.SETTINGS).text == answer
 
     def test_cut_short_goes_on_as_the_chat_so_far_would(self, lm: RiverLM) -> None:
         for given in (1, 3, 7, 9):

@@ -23,7 +23,7 @@ from torch import Tensor
 from river_llm import ExitPolicy, RiverLM
 from river_llm.cache import cached_folders
 from river_llm.engines import CpuEngine, DraftRule
-from river_llm.errors import ConfigError, RiverError
+from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.memory import resident_memory_bytes
 from river_llm.residency import OffloadConfig, OffloadStatistics
 
@@ -281,6 +281,19 @@ class TestRiverLM:
         assert result.offload.held_back == result.prompt_tokens + 5
         with pytest.raises(ConfigError, match="whole backbone"):
             lm.generate(PROMPT, mode="lossless")
+
+    def test_shares_prompt_caches_with_whatever_stays(self, model: Path, tmp_path: Path) -> None:
+        lm, file = start(model), tmp_path / "prompt.safetensors"
+        expected = answer(lm)
+        lm.save_prompt_cache(file)
+        offloaded = start(model, offload="1")
+        assert offloaded.load_prompt_cache(file) > 0
+        assert answer(offloaded) == expected
+        offloaded.save_prompt_cache(file)
+        assert lm.load_prompt_cache(file) > 0
+        limited = start(model, offload="1", no_miss=True)
+        with pytest.raises(PromptCacheError, match="depth limit"):
+            limited.load_prompt_cache(file)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -42,6 +42,7 @@ constexpr Test kTests[] = {
     RIVER_TEST(pages_stay_where_they_are),
     RIVER_TEST(freed_pages_are_used_again),
     RIVER_TEST(copies_are_apart),
+    RIVER_TEST(pages_are_put_back),
     RIVER_TEST(any_number_of_threads_gives_the_same_bits),
     RIVER_TEST(a_sequence_of_a_batch_is_that_sequence_alone),
     RIVER_TEST(several_tokens_at_once_are_single_steps),

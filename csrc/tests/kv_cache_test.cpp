@@ -115,4 +115,48 @@ void copies_are_apart() {
   CHECK(cache.length(2) == 150 && holds(cache, 2, 0));
 }
 
+void pages_are_put_back() {
+  KvCache cache(kLayers, kHeads, kDims);
+  cache.resize(3);
+  fill(cache, 0, 0, 0, 200);
+  fill(cache, 2, 2, 0, 500);  // what a page held before must not be seen in it
+  cache.truncate(2, 0);
+  for (const int length : {1, 2, 63, 64, 65, 128, 199, 200}) {
+    std::vector<std::vector<uint8_t>> copies;
+    std::vector<const uint8_t*> pages;
+    for (int page = 0; page * kPagePositions < length; ++page) {
+      copies.emplace_back(cache.page_bytes());
+      cache.copy_page(0, page, length, copies.back().data());
+    }
+    for (const auto& copy : copies) pages.push_back(copy.data());
+    cache.restore(1, pages, length);
+    CHECK(cache.length(1) == length && holds(cache, 1, 0));
+    bool is_clean = true;
+    cache.set_length(1, static_cast<int>(pages.size()) * kPagePositions);
+    bf16 key[kDims], value[kDims];
+    for (int p = length; p < cache.length(1); ++p)
+      for (int l = 0; l < kLayers; ++l)
+        for (int h = 0; h < kHeads; ++h) {
+          cache.read(1, p, l, h, key, value);
+          for (int d = 0; d < kDims; ++d) is_clean = is_clean && key[d] == 0 && value[d] == 0;
+        }
+    CHECK(is_clean);
+    cache.set_length(1, length);
+    CHECK(cache.length(0) == 200 && holds(cache, 0, 0));
+    fill(cache, 1, 0, length, 200);  // and it goes on
+    CHECK(holds(cache, 1, 0));
+  }
+  cache.restore(1, {}, 0);
+  CHECK(cache.length(1) == 0);
+  // values of a page are no numbers where nobody wrote: they don't come in with it
+  std::vector<uint8_t> page(cache.page_bytes(), 0xff);
+  cache.restore(1, {page.data()}, 10);
+  cache.set_length(1, kPagePositions);
+  bf16 key[kDims], value[kDims];
+  for (int p = 0; p < kPagePositions; ++p) {
+    cache.read(1, p, kLayers - 1, kHeads - 1, key, value);
+    CHECK(value[kDims - 1] == (p < 10 ? 0xffff : 0));
+  }
+}
+
 }  // namespace river::test

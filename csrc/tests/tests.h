@@ -30,6 +30,7 @@ void what_was_written_is_read();
 void pages_stay_where_they_are();
 void freed_pages_are_used_again();
 void copies_are_apart();
+void pages_are_put_back();
 
 // decoder_test.cpp
 void any_number_of_threads_gives_the_same_bits();

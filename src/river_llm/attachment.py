@@ -44,6 +44,7 @@ class AttachedRiver:
         config: how the river is quantised.
         num_bytes: bytes of the river's weights.
         num_layers: L, the number of decoder layers.
+        matrices: the river's weights, layer after layer.
         router: the exit decisions of the running pass.
         exit_counts: int64 `[L + 1]`, how many tokens decoded since `clear_counts` ran
             0, 1, ... L backbone layers.
@@ -68,14 +69,15 @@ class AttachedRiver:
         self.clear_counts()
         self._linears = [linear for layer in layers for linear in layer.linears.values()]
         self._hooks: list[RemovableHandle] = []
-        forwards = [
-            _routed_forward(
-                linear,
-                make_kernel(matrix, *_device_and_dtype(linear), kernel),
-                self.router,
-            )
+        kernels = [
+            make_kernel(matrix, *_device_and_dtype(linear), kernel)
             for layer, exit_layer in zip(layers, river.exit_layers, strict=True)
             for linear, matrix in zip(layer.linears.values(), exit_layer.values(), strict=True)
+        ]
+        self.matrices = [kernel.matrix for kernel in kernels]
+        forwards = [
+            _routed_forward(linear, kernel, self.router)
+            for linear, kernel in zip(self._linears, kernels, strict=True)
         ]
         for linear, forward in zip(self._linears, forwards, strict=True):
             linear.forward = forward
@@ -118,7 +120,7 @@ class AttachedRiver:
             hook.remove()
         for linear in self._linears:
             linear.__dict__.pop("forward", None)
-        self._hooks, self._linears = [], []
+        self._hooks, self._linears, self.matrices = [], [], []
         if getattr(self.model, _ATTRIBUTE, None) is self:
             delattr(self.model, _ATTRIBUTE)
 

@@ -24,6 +24,10 @@ class RiverFileError(RiverError):
     """A river on disk is cut short, of another format, or made from other weights."""
 
 
+class PromptCacheError(RiverError):
+    """A prompt cache on disk is damaged, or of another model or setting; or it can't be written."""
+
+
 class ContextFullError(RiverError):
     """The prompt, or the prompt and what was generated, doesn't fit the model's context."""
 

@@ -46,6 +46,7 @@ class GenerationResponse:
         lossless: in lossless mode, what drafting has brought so far; else None.
         offload: where backbone layers are offloaded, what that has cost this answer so far, or the
             batch that it is one of; else None.
+        cached_prompt_tokens: tokens of the prompt that were in the cache already.
     """
 
     text: str
@@ -62,6 +63,7 @@ class GenerationResponse:
     origin: Origin = "backbone"
     lossless: LosslessStatistics | None = None
     offload: OffloadStatistics | None = None
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class GenerationResult:
     mode: Mode = "river"
     lossless: LosslessStatistics | None = None
     offload: OffloadStatistics | None = None
+    cached_prompt_tokens: int = 0
 
     @classmethod
     def of(
@@ -124,6 +127,7 @@ class GenerationResult:
             mode=mode,
             lossless=last.lossless if last else None,
             offload=last.offload if last else None,
+            cached_prompt_tokens=last.cached_prompt_tokens if last else 0,
         )
 
 
@@ -218,6 +222,7 @@ def generate_rows(
                         origin=new.origin,
                         lossless=drafting[i],
                         offload=offload,
+                        cached_prompt_tokens=cached_tokens,
                     )
                 )
             yield responses

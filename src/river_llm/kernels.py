@@ -7,8 +7,7 @@ oracle that tests compare the other with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,21 @@ from torch import Tensor
 from river_llm.quantization import QuantizedMatrix
 
 KernelChoice = Literal["auto", "packed", "dequantize"]
-Kernel = Callable[[Tensor], Tensor]  # [rows, in_features] -> [rows, out_features]
+
+
+class Kernel(Protocol):
+    """A quantised matrix and the product with it.
+
+    Attributes:
+        matrix: on the device that computes.
+    """
+
+    matrix: QuantizedMatrix
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`."""
+        ...
+
 
 # The packed product's time grows with the number of rows; from here on it is faster to dequantise
 # the matrix once and use the dense product (SmolLM2's shapes on a CPU: the two meet near 180 rows).

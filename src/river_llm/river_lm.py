@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,6 +12,7 @@ import torch
 
 from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.cache import CachedFolder
+from river_llm.cached_text import CachedText, prefill_thresholds, text_of_answer
 from river_llm.config import DraftConfig, Mode, RiverConfig
 from river_llm.engines import (
     CpuEngine,
@@ -21,7 +22,7 @@ from river_llm.engines import (
     choose_engine,
     make_engine,
 )
-from river_llm.errors import ConfigError, RiverError
+from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
 from river_llm.loading import load_backbone
@@ -35,6 +36,7 @@ from river_llm.packed_copy import (
     packed_folder,
     read_packed,
 )
+from river_llm.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
@@ -79,8 +81,7 @@ class RiverLM:
         if residency is not None and residency.config.no_miss:
             engine.depth_limit = residency.resident
         self._river_directory = river_directory
-        self._cached_tokens: list[int] = []  # what the engine's cache holds, if one sequence
-        self._cached_mode: Mode = "river"  # in which it was written
+        self._cached: CachedText | None = None  # what the engine's cache holds, if one sequence
         self._lossless: dict[DraftConfig, LosslessDecoder] = {}
         self._answers = 0  # begun so far
 
@@ -186,6 +187,7 @@ class RiverLM:
         raw: bool = False,
         mode: Mode = "river",
         drafts: DraftConfig | None = None,
+        reuse_cache: bool = False,
         **sampling: Any,
     ) -> GenerationResult:
         """Answer a prompt.
@@ -197,13 +199,18 @@ class RiverLM:
                 drafts and the backbone verifies; every token is the backbone's, and the policy
                 doesn't count.
             drafts: how lossless mode drafts.
+            reuse_cache: run only what isn't in the KV cache yet, see `stream_tokens`.
             **sampling: fields of `SamplingConfig`.
 
         Raises:
             ConfigError: the prompt is empty, or a setting out of its range.
             ContextFullError: the prompt doesn't fit the model's context.
         """
-        responses = list(self.stream(prompt, raw=raw, mode=mode, drafts=drafts, **sampling))
+        responses = list(
+            self.stream(
+                prompt, raw=raw, mode=mode, drafts=drafts, reuse_cache=reuse_cache, **sampling
+            )
+        )
         return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, mode)
 
     def stream(
@@ -213,12 +220,15 @@ class RiverLM:
         raw: bool = False,
         mode: Mode = "river",
         drafts: DraftConfig | None = None,
+        reuse_cache: bool = False,
         **sampling: Any,
     ) -> Iterator[GenerationResponse]:
         """Answer a prompt token by token; arguments and errors as of `generate`. In lossless mode
         a token appears once it is verified."""
         token_ids = encode_prompt(self.tokenizer, prompt, raw)
-        return self.stream_tokens(token_ids, sampling_config(sampling), mode=mode, drafts=drafts)
+        return self.stream_tokens(
+            token_ids, sampling_config(sampling), reuse_cache, mode=mode, drafts=drafts
+        )
 
     def generate_batch(
         self,
@@ -236,7 +246,7 @@ class RiverLM:
         """
         encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
         lossless = self._decoder(mode, drafts)
-        self._cached_tokens = []
+        self._cached = None
         self._answers += 1
         config = sampling_config(sampling)
         steps = list(
@@ -283,7 +293,8 @@ class RiverLM:
         Args:
             reuse_cache: keep what the KV cache holds of this prompt's beginning, as the exits of
                 the answers before left it, and run only the rest. Lossless mode keeps nothing that
-                exits have written.
+                exits have written, and of a loaded prompt cache nothing is kept that this prompt
+                would read otherwise.
             mode, drafts: see `generate`.
         """
         lossless = self._decoder(mode, drafts)
@@ -297,13 +308,17 @@ class RiverLM:
         mode: Mode,
         lossless: LosslessDecoder | None,
     ) -> Iterator[GenerationResponse]:
-        common = 0
-        if reuse_cache and (mode == "river" or self._cached_mode == "lossless"):
-            # at least one token has to run, to give the first logits
-            pairs = zip(token_ids[:-1], self._cached_tokens, strict=False)
-            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._cached_tokens = []
-        self._cached_mode = mode
+        before = self._text_in_cache()
+        kept = 0
+        policy = self._policy_in(mode)
+        if reuse_cache and before is not None:
+            if mode == "river" and not before.is_loaded:
+                kept = before.beginning(token_ids)
+            else:
+                thresholds = prefill_thresholds(policy, self.engine.num_layers)
+                limit = self.engine.angle_limit
+                kept = before.exact_beginning(token_ids, thresholds, limit)
+        self._cached = None
         self._answers += 1
         answer = self._answers
         steps = generate_rows(
@@ -312,7 +327,7 @@ class RiverLM:
             [token_ids],
             sampling,
             self.stop_tokens,
-            common,
+            kept,
             lossless,
             self.residency,
         )
@@ -328,15 +343,117 @@ class RiverLM:
                         "finish a stream before the next call, or load a second RiverLM"
                     )
         finally:
-            # without a first token the prompt may not have come into the cache, and a stream that
-            # is closed late may find another answer there
-            if len(text) > len(token_ids) and answer == self._answers:
-                self._cached_tokens = text[: self.engine.length]
+            # a stream that is closed late may find another answer in the cache, and without a first
+            # token the prompt may not have come into it
+            if answer == self._answers and len(text) == len(token_ids):
+                self._cached = before.first(kept) if before is not None and kept else None
+            elif answer == self._answers:
+                cached = text_of_answer(
+                    text[: self.engine.length],
+                    len(token_ids),
+                    policy,
+                    self.engine.num_layers,
+                    self.engine.angle_limit,
+                    before,
+                    kept,
+                )
+                if policy != self._policy_in(mode):  # changed in between: who knows where
+                    cached = replace(cached, exact=min(cached.exact, len(token_ids)))
+                self._cached = cached
                 self._keep_learnt(lossless)
 
     def forget_cache(self) -> None:
         """Trust the engine's cache no longer: someone else has run the engine."""
-        self._cached_tokens = []
+        self._cached = None
+
+    # ---- prompt caches ----
+
+    @property
+    def prompt_cache_tokens(self) -> list[int]:
+        """The tokens that `save_prompt_cache` would write."""
+        cached = self._text_in_cache()
+        return [] if cached is None else cached.tokens[: cached.exact]
+
+    def save_prompt_cache(self, path: str | Path, length: int | None = None) -> int:
+        """Write the keys and values of the last prompt to a file, so that it needn't be read again
+        (`prompt_cache`); what is written in its place is whole or not at all.
+
+        Of the answer only what a prompt would read likewise is written: in lossless mode and with a
+        policy that treats prompt and answer alike all of it, else nothing.
+
+        Args:
+            length: at most so many tokens.
+
+        Returns:
+            How many tokens were written.
+
+        Raises:
+            PromptCacheError: there is nothing to write, or it can't be written.
+            ConfigError: the length is no positive number.
+        """
+        if length is not None and length < 1:
+            raise ConfigError(f"the length of the prompt cache is {length}; it must be 1 or more")
+        cached = self._text_in_cache()
+        if cached is None:
+            raise PromptCacheError(
+                "the KV cache holds no single text to write to a file; answer one prompt first"
+            )
+        text = cached.first(min(cached.exact, length or cached.exact))
+        if not text.tokens:
+            raise PromptCacheError(
+                "the prompt in the KV cache left the backbone as a whole, so its tokens would be "
+                'others in another prompt; take another prefill rule than "sequence"'
+            )
+        write_prompt_cache(Path(path), self.engine, text)
+        return len(text.tokens)
+
+    def load_prompt_cache(self, path: str | Path, mode: Mode = "river") -> int:
+        """Read what `save_prompt_cache` has written.
+
+        Answers with ``reuse_cache=True`` then run only what comes after the common beginning of its
+        tokens and their prompt's. They are what they are when the whole prompt is read: on the
+        native engine bit for bit, on PyTorch up to the rounding of larger matrix products.
+
+        Args:
+            mode: of the answers to come. Those for which the file's tokens would be others (after a
+                change of mode or policy, or where the text's length changes the model's rotary
+                angles) read their whole prompt.
+
+        Returns:
+            How many tokens the file holds.
+
+        Raises:
+            PromptCacheError: there is no such file, it is damaged, or it belongs to another model,
+                river, engine or prefill rule. The KV cache stays as it was.
+        """
+        text, tensors = read_prompt_cache(Path(path), self.engine)
+        if prefill_thresholds(self._policy_in(mode), self.engine.num_layers) != text.thresholds:
+            raise PromptCacheError(
+                f"the tokens in {path} left the backbone otherwise than prompts of this run do; "
+                "take the prefill rule with which it was written, or give another file"
+            )
+        self._cached = None
+        self._answers += 1
+        self.engine.write_cache(tensors, len(text.tokens))
+        self._cached = text
+        return len(text.tokens)
+
+    def _text_in_cache(self) -> CachedText | None:
+        """None where the engine's cache was used for something else since."""
+        cached = self._cached
+        return cached if cached and self.engine.length >= len(cached.tokens) else None
+
+    def _policy_in(self, mode: Mode) -> ExitPolicy:
+        """By which tokens leave; in lossless mode they never do."""
+        return ExitPolicy.never() if self._check_mode(mode) == "lossless" else self.policy
+
+    @staticmethod
+    def _check_mode(mode: Mode) -> Mode:
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
+        return mode
+
+    # ---- lossless mode ----
 
     def check_drafts(self, drafts: DraftConfig) -> None:
         """See that the engine can draft so, without making what drafts need.
@@ -353,9 +470,7 @@ class RiverLM:
             ConfigError: there is no such mode, drafts are for the other one, or the engine can't
                 draft so.
         """
-        if mode not in get_args(Mode):
-            raise ConfigError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
-        if mode == "river":
+        if self._check_mode(mode) == "river":
             if drafts is not None:
                 raise ConfigError('drafts are for mode="lossless"')
             return None

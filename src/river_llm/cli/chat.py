@@ -11,6 +11,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
     decoding_mode,
     exit_policy,
@@ -19,7 +20,7 @@ from river_llm.cli.settings import (
     sampling_config,
 )
 from river_llm.cli.usage import check_text, is_text
-from river_llm.errors import ConfigError, ContextFullError
+from river_llm.errors import ConfigError, ContextFullError, PromptCacheError
 
 if TYPE_CHECKING:
     from river_llm.river_lm import Conversation, RiverLM
@@ -62,6 +63,7 @@ def chat(
     device: options.Device = None,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    prompt_cache: options.PromptCacheFile = None,
 ) -> None:
     """Talk with a model; its KV cache is kept from turn to turn."""
     if system is not None:
@@ -76,6 +78,7 @@ def chat(
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    check_prompt_cache(prompt_cache, mode, prefill)
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
@@ -97,10 +100,13 @@ def chat(
     if not lm.tokenizer.chat_template:
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
     settings: dict[str, Any] = {**asdict(sampling), "mode": decoding, "drafts": drafts}
-    _converse(lm, system, settings)
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
+    _converse(lm, cache, system, settings)
 
 
-def _converse(lm: RiverLM, system: str | None, settings: dict[str, Any]) -> None:
+def _converse(
+    lm: RiverLM, cache: PromptCache | None, system: str | None, settings: dict[str, Any]
+) -> None:
     from river_llm.cli import render
     from river_llm.river_lm import Conversation
 
@@ -117,7 +123,7 @@ def _converse(lm: RiverLM, system: str | None, settings: dict[str, Any]) -> None
         elif not is_text(text):
             render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:
-            _reply(lm, conversation, text)
+            _reply(lm, cache, conversation, text)
 
 
 def _read_line() -> str | None:
@@ -131,7 +137,7 @@ def _read_line() -> str | None:
         return None
 
 
-def _reply(lm: RiverLM, conversation: Conversation, text: str) -> None:
+def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, text: str) -> None:
     from river_llm.cli import render
     from river_llm.generation import GenerationResult
 
@@ -139,6 +145,8 @@ def _reply(lm: RiverLM, conversation: Conversation, text: str) -> None:
     try:
         for response in conversation.stream(text):
             responses.append(response)
+            if cache is not None:
+                cache.note_use(response)
             render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
         pass
@@ -153,3 +161,8 @@ def _reply(lm: RiverLM, conversation: Conversation, text: str) -> None:
         if result.lossless is not None:
             render.stderr.print(render.lossless_line(result.lossless), style="dim")
         render.stderr.print(render.statistics_line(result), style="dim")
+        if cache is not None:
+            try:
+                cache.keep(result.prompt_tokens)
+            except PromptCacheError as error:
+                render.stderr.print(str(error))

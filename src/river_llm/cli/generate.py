@@ -10,6 +10,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
     decoding_mode,
     exit_policy,
@@ -18,6 +19,7 @@ from river_llm.cli.settings import (
     sampling_config,
 )
 from river_llm.cli.usage import check_text, read_stdin, usage_error
+from river_llm.errors import PromptCacheError
 
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
@@ -62,6 +64,7 @@ def generate(
             "own greedy answer: speed, exit depth, agreement.",
         ),
     ] = False,
+    prompt_cache: options.PromptCacheFile = None,
     json_output: options.Json = False,
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
@@ -87,6 +90,7 @@ def generate(
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     if compare and no_miss:
         raise usage_error("--compare runs the whole backbone: leave out --no-miss")
+    check_prompt_cache(prompt_cache, mode, prefill)
     if compare and drafts is not None:
         raise usage_error(
             "--compare goes with --mode river; river-llm check-exact compares lossless"
@@ -113,11 +117,14 @@ def generate(
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
     )
-    _answer(load(loading), prompt, raw, sampling, decoding, drafts, compare, json_output)
+    lm = load(loading)
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
+    _answer(lm, cache, prompt, raw, sampling, decoding, drafts, compare, json_output)
 
 
 def _answer(
     lm: RiverLM,
+    cache: PromptCache | None,
     prompt: str,
     raw: bool,
     sampling: SamplingConfig,
@@ -133,8 +140,12 @@ def _answer(
     token_ids = encode_prompt(lm.tokenizer, prompt, raw)
     responses = []
     try:
-        for response in lm.stream_tokens(token_ids, sampling, mode=mode, drafts=drafts):
+        for response in lm.stream_tokens(
+            token_ids, sampling, reuse_cache=cache is not None, mode=mode, drafts=drafts
+        ):
             responses.append(response)
+            if cache is not None:
+                cache.note_use(response)
             if not json_output:
                 render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
@@ -147,6 +158,12 @@ def _answer(
         elif result.tokens:
             render.stderr.print(render.exit_depth_table(result.exit_layers, result.num_layers))
         render.stderr.print(render.statistics_line(result))
+    not_kept = None
+    if cache is not None and responses:
+        try:
+            cache.keep(len(token_ids))
+        except PromptCacheError as error:
+            not_kept = error  # and said once the answer is out
     arms = _compare(lm, token_ids, sampling.max_new_tokens) if compare else None
     if json_output:
         output = asdict(result)
@@ -155,6 +172,8 @@ def _answer(
         print(json.dumps(output, ensure_ascii=False))
     elif arms is not None:
         render.stdout.print(render.comparison_table(arms, lm.engine.num_layers))
+    if not_kept is not None:
+        raise not_kept
 
 
 def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[ArmResult] | None:

@@ -215,6 +215,15 @@ TrustRemoteCode = Annotated[
         rich_help_panel=_SYSTEM,
     ),
 ]
+PromptCacheFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache",
+        help="Read the beginning of the prompt from this file, as far as it is the same, and keep "
+        "the prompt there for the next time.",
+        rich_help_panel=_SYSTEM,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

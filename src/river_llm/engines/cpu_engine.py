@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from river_llm.backbone import decoder_layers
+from river_llm.engines.cache_identity import native_identity
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.engine import StepResult
 from river_llm.engines.llama_family import check_supported, describe
@@ -413,6 +414,33 @@ class CpuEngine:
         self._length = length
         self._padding = [min(padding, length) for padding in self._padding] if length else []
 
+    def cache_identity(self, token_ids: Sequence[int]) -> dict[str, str]:
+        with one_clear_line():
+            identity = native_identity(
+                self._core, self.model, self.formats, self.embedding, token_ids
+            )
+        return {**identity, "depth limit": str(self.depth_limit)}
+
+    @_in_turn
+    def read_cache(self, length: int) -> dict[str, Tensor]:
+        if self._padding != [0] or not 0 < length <= self._length:
+            raise RiverError(f"the KV cache holds no single sequence of {length} tokens")
+        with one_clear_line():
+            pages = self._core.read_pages(0, length)
+        return {_page_name(index): torch.from_numpy(page) for index, page in enumerate(pages)}
+
+    @_in_turn
+    def write_cache(self, tensors: Mapping[str, Tensor], length: int) -> None:
+        self._check_fits(length)
+        self.truncate(0)
+        pages = [tensors.get(_page_name(index)) for index in range(len(tensors))]
+        if not all(page is not None and page.dtype is torch.uint8 for page in pages):
+            raise RiverError("these are no pages of the native engine's KV cache")
+        with one_clear_line():
+            self._core.resize(1)
+            self._core.write_pages(0, [page.numpy() for page in pages if page is not None], length)
+        self._padding, self._length = [0], length
+
     @_in_turn
     def lengthen(self, length: int) -> None:
         """As if one sequence of so many tokens were in the cache, with keys and values of zero: so
@@ -448,11 +476,7 @@ class CpuEngine:
     def _begin(self, batch: int, num_tokens: int, padding_mask: Tensor | None) -> None:
         """See that the tokens fit, and note the padding of new sequences."""
         end = self._length + num_tokens
-        if self.context_length is not None and end > self.context_length:
-            raise ContextFullError(
-                f"{end} tokens don't fit the model's context of {self.context_length}; shorten the "
-                "prompt or lower the number of new tokens"
-            )
+        self._check_fits(end)
         padding = _padding(padding_mask, batch, num_tokens)
         if self._length == 0:
             with one_clear_line():
@@ -470,6 +494,13 @@ class CpuEngine:
             if self._length > 0:
                 self._cut(self._length)  # Ctrl-C may have come before a pass was counted
             self._positions.cover(end - min(self._padding))  # padding has no position
+
+    def _check_fits(self, length: int) -> None:
+        if self.context_length is not None and length > self.context_length:
+            raise ContextFullError(
+                f"{length} tokens don't fit the model's context of {self.context_length}; shorten "
+                "the prompt or lower the number of new tokens"
+            )
 
     def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
         """Their shape, seen to be that of whole numbers."""
@@ -615,6 +646,10 @@ class CpuEngine:
     def _cut(self, length: int) -> None:
         for sequence, padding in enumerate(self._padding):
             self._core.truncate(sequence, max(0, length - padding))
+
+
+def _page_name(index: int) -> str:
+    return f"page.{index:06}"
 
 
 def _draft_vocabularies(vocab_size: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -199,4 +199,28 @@ class Engine(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens. 0 forgets the batch too."""
+        ...
+
+    def cache_identity(self, token_ids: Sequence[int]) -> dict[str, str]:
+        """What decides over the keys and values of these tokens, beside their exits and angles, by
+        name; see `cache_identity`. Those of tokens that never left don't depend on ``"river"``."""
+        ...
+
+    def read_cache(self, length: int) -> dict[str, Tensor]:
+        """The keys and values of the first `length` tokens of a single sequence, in a form of the
+        engine's own, on the CPU; good until its next pass.
+
+        Raises:
+            RiverError: the cache holds no single sequence, or fewer tokens.
+        """
+        ...
+
+    def write_cache(self, tensors: Mapping[str, Tensor], length: int) -> None:
+        """Begin anew with one sequence of `length` tokens, as `read_cache` gave it. The tensors are
+        copied.
+
+        Raises:
+            RiverError: they are not of this form; the cache is empty then.
+            ContextFullError: they don't fit; the cache stays as it was.
+        """
         ...

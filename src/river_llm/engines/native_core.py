@@ -29,6 +29,11 @@ def weight_layout() -> int | None:
     return None if _core is None else int(_core.weight_layout)
 
 
+def cache_layout() -> int:
+    """The version of how a page of the core's KV cache lies in memory."""
+    return int(_core.cache_layout)
+
+
 def check_built() -> None:
     """See that it was.
 

@@ -61,6 +61,10 @@ class AngleLimit:
             return end > self.positions
         return self.keep_changing and end > length
 
+    def is_shared_by(self, first: int, second: int) -> bool:
+        """Whether texts of so many positions have the same angles."""
+        return not self.is_crossed(min(first, second), max(first, second))
+
 
 @dataclass(frozen=True, slots=True)
 class NativeModel:

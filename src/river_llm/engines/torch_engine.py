@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from river_llm.attachment import AttachedRiver
+from river_llm.engines.cache_identity import torch_identity
 from river_llm.engines.drafting import (
     Choose,
     Draft,
@@ -24,6 +25,8 @@ from river_llm.errors import ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
 from river_llm.residency import OffloadStatistics
+
+_ENTRIES = ("keys", "values")
 
 
 class TorchEngine:
@@ -173,6 +176,36 @@ class TorchEngine:
         if self._padding_mask is not None:
             self._padding_mask = self._padding_mask[:, : self._length]
 
+    def cache_identity(self, token_ids: Sequence[int]) -> dict[str, str]:
+        identity = torch_identity(self.model, self.attached.matrices, token_ids)
+        return {**identity, "depth limit": str(self.depth_limit)}
+
+    def read_cache(self, length: int) -> dict[str, Tensor]:
+        layers = self._cache.layers
+        single = self._padding_mask is None and all(len(layer.keys) == 1 for layer in layers)
+        if not single or not 0 < length <= self._length:
+            raise RiverError(f"the KV cache holds no single sequence of {length} tokens")
+        return {
+            f"{name}.{index}": entries[:, :, :length].contiguous().cpu()
+            for index, layer in enumerate(layers)
+            for name, entries in zip(_ENTRIES, (layer.keys, layer.values), strict=True)
+        }
+
+    def write_cache(self, tensors: Mapping[str, Tensor], length: int) -> None:
+        self._check_fits(length)
+        self.truncate(0)
+        names = [f"{name}.{index}" for index in range(self.num_layers) for name in _ENTRIES]
+        if set(names) != set(tensors) or not all(
+            entries.ndim == 4 and entries.shape[0] == 1 and entries.shape[2] == length
+            for entries in tensors.values()
+        ):
+            raise RiverError("this is no KV cache of the torch engine for this model")
+        cache = DynamicCache()
+        for index in range(self.num_layers):
+            keys, values = (tensors[f"{name}.{index}"].to(self.device) for name in _ENTRIES)
+            cache.update(keys, values, index)
+        self._cache, self._length = cache, length
+
     @torch.no_grad()
     def _run(
         self,
@@ -182,11 +215,7 @@ class TorchEngine:
         all_logits: bool = False,
     ) -> StepResult:
         num_tokens = token_ids.shape[1]
-        if self.context_length is not None and self._length + num_tokens > self.context_length:
-            raise ContextFullError(
-                f"{self._length + num_tokens} tokens don't fit the model's context of "
-                f"{self.context_length}; shorten the prompt or lower the number of new tokens"
-            )
+        self._check_fits(self._length + num_tokens)
         inputs = self._inputs(token_ids, padding_mask)
         self.attached.phase = phase
         length = self._length
@@ -227,6 +256,13 @@ class TorchEngine:
             positions = self._padding_mask.long().cumsum(1).sub_(1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -num_tokens:].to(token_ids.device)
         return inputs
+
+    def _check_fits(self, length: int) -> None:
+        if self.context_length is not None and length > self.context_length:
+            raise ContextFullError(
+                f"{length} tokens don't fit the model's context of {self.context_length}; shorten "
+                "the prompt or lower the number of new tokens"
+            )
 
     def _undo(self, length: int) -> None:
         self._length = length + 1  # some layers hold more than others: cut them all back

@@ -1,0 +1,93 @@
+"""`--prompt-cache FILE`: a prompt that is read once, for `generate` and `chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from river_llm.cli.options import ModeName, PrefillName
+from river_llm.cli.usage import usage_error
+from river_llm.errors import PromptCacheError
+
+if TYPE_CHECKING:
+    from river_llm.config import Mode
+    from river_llm.generation import GenerationResponse
+    from river_llm.river_lm import RiverLM
+
+
+def check_prompt_cache(path: Path | None, mode: ModeName, prefill: PrefillName | None) -> None:
+    """See that prompts can be kept at all.
+
+    Raises:
+        typer.Exit: by their prefill rule, they can't.
+    """
+    if path is not None and mode is ModeName.river and prefill is PrefillName.sequence:
+        raise usage_error(
+            "--prompt-cache doesn't go with --prefill sequence: the prompt leaves as a whole, so "
+            "its beginning would be another one in another prompt"
+        )
+
+
+class PromptCache:
+    """The file, and what it holds."""
+
+    def __init__(self, path: Path, lm: RiverLM, mode: Mode) -> None:
+        """Load the file if it is there.
+
+        Raises:
+            PromptCacheError: it is damaged, of another model or setting, or it isn't there and
+                can't be written either.
+        """
+        from river_llm.prompt_cache import check_writable
+
+        self._path = path
+        self._lm = lm
+        self._kept: list[int] = []
+        self._is_new = False  # loaded, and not used yet
+        self._is_left = False  # it was said that it holds another text
+        if path.exists():
+            lm.load_prompt_cache(path, mode)
+            self._kept, self._is_new = lm.prompt_cache_tokens, True
+        else:
+            check_writable(path)
+
+    def note_use(self, response: GenerationResponse) -> None:
+        """Say how much of the first prompt came from the file, by a response to it."""
+        if self._is_new:
+            taken, total = response.cached_prompt_tokens, response.prompt_tokens
+            _note(f"{taken} of {total} prompt tokens come from {self._path}")
+            self._is_new = False
+
+    def keep(self, prompt_tokens: int) -> None:
+        """Write the file, if the prompt just answered, of so many tokens, is worth it. Where there
+        is one already and that can't be done, or Ctrl-C comes, it stays as it is.
+
+        Raises:
+            PromptCacheError: there is none, and it can't be written.
+        """
+        from river_llm.cli.render import format_bytes
+        from river_llm.prompt_cache import is_of_another_text, is_worth_keeping
+
+        tokens = self._lm.prompt_cache_tokens[:prompt_tokens]
+        if is_of_another_text(tokens, self._kept) and not self._is_left:
+            _note(f"{self._path} holds another text and stays as it is; give this one its own file")
+            self._is_left = True
+        if not is_worth_keeping(tokens, self._kept):
+            return
+        try:
+            self._lm.save_prompt_cache(self._path, len(tokens))
+        except PromptCacheError as error:
+            if not self._kept:
+                raise
+            _note(str(error))
+        except KeyboardInterrupt:
+            _note(f"interrupted; the prompt is not kept in {self._path}")
+        else:
+            self._kept = tokens
+            size = format_bytes(self._path.stat().st_size)
+            _note(f"{len(tokens)} prompt tokens are kept in {self._path} ({size})")
+
+
+def _note(text: str) -> None:
+    print(f"river-llm: {text}", file=sys.stderr)

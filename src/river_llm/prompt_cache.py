@@ -1,0 +1,199 @@
+"""Prompt caches: the keys and values of a prompt's beginning in a file, so that it is read once.
+
+A safetensors file of:
+
+    tokens       int64 [T]
+    thresholds   float64 [L], by which each of them left the backbone
+    cache.*      keys and values, in a form of the engine's own (`Engine.read_cache`)
+
+Its metadata says what it belongs to (`Engine.cache_identity`), of how many positions the text was
+whose rotary angles the keys have, and the digest of all of it. It is written aside and renamed, and
+checked as a whole before any of it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import river_llm
+from river_llm.cached_text import CachedText, common_beginning
+from river_llm.engines import Engine
+from river_llm.errors import PromptCacheError
+
+# Goes up with every change of the file, and of the numbers that engines compute.
+FORMAT_VERSION = 1
+STAGING_PREFIX = ".writing-"
+_FORMAT = "river-llm prompt cache"
+_PART = "cache."
+_OTHER_FILE = "or give another file"
+
+
+def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
+    """Write the exact beginning of the text that the engine's cache holds, whole or not at all.
+
+    Raises:
+        PromptCacheError: something else is in that place, or it can't be written.
+    """
+    target = check_writable(path)
+    tokens = text.tokens[: text.exact]
+    tensors = {f"{_PART}{name}": part for name, part in engine.read_cache(len(tokens)).items()}
+    tensors["tokens"] = torch.tensor(tokens)
+    tensors["thresholds"] = torch.tensor(text.thresholds, dtype=torch.float64)
+    metadata = {
+        "format": _FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "identity": json.dumps(_identity(engine, tokens)),
+        "positions": str(text.positions),
+    }
+    metadata["digest"] = _digest(tensors, metadata)
+    staging = None
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target.parent))
+        new = staging / target.name
+        with new.open("xb") as opened:  # safetensors would let the owner alone read it
+            mode = mode or stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+        save_file(tensors, new, metadata)
+        new.chmod(mode)
+        with new.open("r+b") as opened:
+            os.fsync(opened.fileno())  # on the disk before it has the name
+        new.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise PromptCacheError(f"can't write the prompt cache {path} ({_brief(error)})") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_prompt_cache(path: Path, engine: Engine) -> tuple[CachedText, dict[str, Tensor]]:
+    """The text in a file, and its keys and values for `Engine.write_cache`, mapped from the file.
+
+    Raises:
+        PromptCacheError: there is none, it is damaged, or it belongs to another model, river or
+            setting of the engine.
+    """
+    tensors, metadata = _open(path)
+    try:
+        if metadata["format_version"] != str(FORMAT_VERSION):
+            raise PromptCacheError(
+                f"{path} is of format version {metadata['format_version']}, this release reads "
+                f"{FORMAT_VERSION}; delete it, {_OTHER_FILE}"
+            )
+        if metadata.pop("digest") != _digest(tensors, metadata):
+            raise _damaged(path, "its bytes are not those that were written")
+        tokens = tensors.pop("tokens").tolist()
+        thresholds = tuple(tensors.pop("thresholds").tolist())
+        theirs = json.loads(metadata["identity"])
+        positions = int(metadata["positions"])
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, _brief(error)) from error
+    is_backbone = all(threshold == math.inf for threshold in thresholds)
+    for name, value in _identity(engine, tokens).items():
+        if theirs.get(name) != value and not (name == "river" and is_backbone):
+            raise _other(path, name, theirs.get(name), value)
+    parts = {name.removeprefix(_PART): part for name, part in tensors.items()}
+    return CachedText(tokens, len(tokens), thresholds, positions, is_loaded=True), parts
+
+
+def check_writable(path: Path) -> Path:
+    """Where a prompt cache is written: `path`, or what it links to.
+
+    Raises:
+        PromptCacheError: something else is there, or nothing can be written there.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        _open(path)
+    elif not target.parent.is_dir():
+        raise PromptCacheError(f"there is no folder {target.parent} to write {target.name} to")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PromptCacheError(f"{path} can't be written, its folder is read-only; give another")
+    return target
+
+
+def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
+    """Whether a prompt's tokens are to replace those that are kept: where they are of the same text
+    and more by a sixteenth.
+
+    So other questions about a document change nothing, a document that has grown does, and no text
+    takes another one's place.
+    """
+    is_longer = len(prompt) - len(kept) > len(prompt) / 16
+    return is_longer and not is_of_another_text(prompt, kept)
+
+
+def is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
+    """Whether a prompt begins with less than half of what is kept."""
+    return 2 * common_beginning(prompt, kept) < len(kept)
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors, mapped from it, and its metadata.
+
+    Raises:
+        PromptCacheError: it is no prompt cache, or damaged.
+    """
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise PromptCacheError(f"{path} is no file; give the prompt cache another name")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise PromptCacheError(f"{path} is another file, no prompt cache; give another")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise PromptCacheError(f"there is no prompt cache {path}") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(path, _brief(error)) from error
+
+
+def _identity(engine: Engine, tokens: Sequence[int]) -> dict[str, str]:
+    return {"river-llm": river_llm.__version__, **engine.cache_identity(tokens)}
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        content: Any = values.contiguous().view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _other(path: Path, name: str, theirs: Any, ours: str) -> PromptCacheError:
+    if name == "model":
+        return PromptCacheError(
+            f"{path} is of another model, or of other weights; take that model, {_OTHER_FILE}"
+        )
+    if name == "river":
+        return PromptCacheError(
+            f"the tokens in {path} ran through another river; take that one, {_OTHER_FILE}"
+        )
+    return PromptCacheError(
+        f"{path} was written with {name} {theirs}, this run has {ours}; take the same, "
+        f"{_OTHER_FILE}"
+    )
+
+
+def _damaged(path: Path, why: str) -> PromptCacheError:
+    return PromptCacheError(
+        f"{path} is no prompt cache, or one that is damaged ({why}); delete it, {_OTHER_FILE}"
+    )
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
