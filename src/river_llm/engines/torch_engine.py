@@ -20,9 +20,10 @@ from river_llm.engines.drafting import (
 )
 from river_llm.engines.engine import StepResult
 from river_llm.engines.llama_family import angle_limit
-from river_llm.errors import ContextFullError
+from river_llm.errors import ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
+from river_llm.residency import OffloadStatistics
 
 
 class TorchEngine:
@@ -74,6 +75,25 @@ class TorchEngine:
         self.attached.router.record_similarities = record
 
     @property
+    def depth_limit(self) -> int | None:
+        return self.attached.depth_limit
+
+    @depth_limit.setter
+    def depth_limit(self, limit: int | None) -> None:
+        self.attached.depth_limit = limit
+
+    @property
+    def resident_layers(self) -> int:
+        return self.attached.resident_layers
+
+    @property
+    def offload_statistics(self) -> OffloadStatistics:
+        return self.attached.offload_statistics
+
+    def keep_layers(self, count: int) -> None:
+        self.attached.keep_layers(count)
+
+    @property
     def length(self) -> int:
         return self._length
 
@@ -84,6 +104,12 @@ class TorchEngine:
         return self._run(token_ids.unsqueeze(1), None, "decode")
 
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        limit = self.depth_limit
+        if limit is not None and limit < self.num_layers:
+            raise RiverError(
+                f"verification needs the whole backbone, but tokens leave it after {limit} "
+                "layers at the latest; take the depth limit off"
+            )
         policy = self.policy
         self.policy = ExitPolicy.never()
         try:
@@ -180,6 +206,7 @@ class TorchEngine:
         finally:
             self.attached.phase = None
             if self._length == length:  # cut short by an error or Ctrl-C: undo half a pass
+                self.attached.abandon_pass()
                 self._undo(length)
         similarities = self.attached.router.similarities  # [L, B, T] or None
         if all_logits:
@@ -194,7 +221,7 @@ class TorchEngine:
 
     def _inputs(self, token_ids: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward; mask and positions only where there is padding."""
-        token_ids = token_ids.to(self.model.device)
+        token_ids = token_ids.to(self.device)
         if self._padding_mask is None and (padding_mask is None or bool(padding_mask.all())):
             return {"input_ids": token_ids}
         batch, num_tokens = token_ids.shape
