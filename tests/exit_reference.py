@@ -34,12 +34,18 @@ def layer_similarities(
 
 @torch.no_grad()
 def decode_with_exits(
-    model: PreTrainedModel, river: River, tokens: Sequence[int], thresholds: Sequence[float]
+    model: PreTrainedModel,
+    river: River,
+    tokens: Sequence[int],
+    thresholds: Sequence[float],
+    depth_limit: int | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Logits `[T, V]` and exit layers of tokens that come one by one.
 
     Args:
         thresholds: entry l is what the similarity of layer l has to exceed; entry 0 isn't used.
+        depth_limit: no token runs more backbone layers; the exit layers are those that they would
+            have had.
     """
     num_layers = len(model.model.layers)
     variants = [fake_quantised(model, river, layer) for layer in range(num_layers)] + [model]
@@ -51,6 +57,7 @@ def decode_with_exits(
             layer for layer in range(1, num_layers) if similarities[layer - 1] > thresholds[layer]
         ]
         exit_layers.append(exceeding[0] if exceeding else num_layers)
-        variant = variants[exit_layers[-1]]
+        depths = [exit_layers[-1], num_layers if depth_limit is None else depth_limit]
+        variant = variants[min(depths)]
         logits.append(variant(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
     return torch.stack(logits), exit_layers

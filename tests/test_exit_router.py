@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from river_llm.errors import ConfigError
 from river_llm.exit_policy import BatchRule, ExitPolicy, PrefillRule
 from river_llm.exit_router import ExitRouter, Phase, Route
 
@@ -113,13 +114,22 @@ def _check_rows(router: ExitRouter, depths: list[list[int]], layers_run: int) ->
 
 
 def _check_pass(router: ExitRouter, policy: ExitPolicy, one: Pass, phase: Phase) -> None:
-    num_layers = router.num_layers
-    depths = _exit_layers_slowly(policy, one, phase)
+    num_layers, limit = router.num_layers, router.depth_limit
+    wanted = _exit_layers_slowly(policy, one, phase)
+    depths = wanted if limit is None else [[min(d, limit) for d in row] for row in wanted]
+    held_back = router.held_back + sum(
+        real and depth < want
+        for row in zip(depths, wanted, one.real.tolist(), strict=True)
+        for depth, want, real in zip(*row, strict=True)
+    )
     batch, num_tokens = one.shape
     router.begin_pass(batch, num_tokens, phase, one.real if one.masked else None)
+    assert router.least_depth <= max(map(max, depths)) <= router.most_depth
     for layer in range(1, num_layers + 1):
         _check_rows(router, depths, layers_run=layer - 1)
         router.after_layer(layer, one.hidden_states[layer - 1], one.hidden_states[layer])
+    router.end_pass()
+    assert router.held_back == held_back
     assert router.exit_layers.dtype == torch.int64
     assert router.exit_layers.tolist() == depths
     if not router.record_similarities:
@@ -150,7 +160,50 @@ def test_tokens_leave_where_the_reference_lets_them(
     padded = (prefill, batch_rule) != ("token", "minimum")
     phases: tuple[Phase, ...] = ("prefill", "decode", "decode", "prefill")
     for phase in phases:
+        router.depth_limit = data.draw(st.none() | st.integers(0, num_layers))
         _check_pass(router, policy, data.draw(passes(num_layers, padded)), phase)
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit", "depths"),
+    [
+        (ExitPolicy.never(), None, (4, 4)),
+        (ExitPolicy.always(), None, (0, 0)),
+        (ExitPolicy.fixed(3), None, (3, 3)),
+        (ExitPolicy.similarity(0.9), None, (1, 4)),
+        (ExitPolicy.similarity(0.9, first_layer=3), None, (3, 4)),
+        (ExitPolicy.per_layer((0.5, math.inf, 0.9, -math.inf)), None, (2, 3)),
+        (ExitPolicy.per_layer((math.inf, -math.inf, 0.9, -math.inf)), None, (1, 1)),
+        (ExitPolicy.similarity(0.9), 2, (1, 2)),
+        (ExitPolicy.similarity(0.9, first_layer=3), 2, (2, 2)),
+        (ExitPolicy.never(), 4, (4, 4)),
+        (ExitPolicy.never(), 0, (0, 0)),
+    ],
+)
+def test_it_knows_beforehand_how_deep_tokens_go(
+    policy: ExitPolicy, limit: int | None, depths: tuple[int, int]
+) -> None:
+    router = ExitRouter(policy, 4)
+    router.depth_limit = limit
+    router.begin_pass(1, 1, "decode")
+    assert (router.least_depth, router.most_depth) == depths
+
+
+def test_a_pass_that_is_cut_short_holds_nothing_back() -> None:
+    router = ExitRouter(ExitPolicy.never(), 2)
+    router.depth_limit = 0
+    router.begin_pass(1, 3, "decode")
+    router.begin_pass(1, 1, "decode")
+    router.end_pass()
+    assert router.held_back == 1
+
+
+@pytest.mark.parametrize("limit", [-1, 5])
+def test_a_depth_limit_beyond_the_model_is_refused(limit: int) -> None:
+    router = ExitRouter(ExitPolicy.never(), 4)
+    with pytest.raises(ConfigError, match=f"limit is {limit}, .* choose 0 to 4"):
+        router.depth_limit = limit
+    assert router.depth_limit is None
 
 
 @given(data=st.data(), threshold=st.floats(-1, 1), first_layer=st.integers(1, 4))

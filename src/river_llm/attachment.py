@@ -28,6 +28,9 @@ from river_llm.errors import RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.exit_router import ExitRouter, Phase, Route
 from river_llm.kernels import Kernel, KernelChoice, make_kernel
+from river_llm.offloading import EvictedLayers
+from river_llm.quantization import QuantizedMatrix
+from river_llm.residency import OffloadStatistics
 from river_llm.river import Progress, River
 
 if TYPE_CHECKING:
@@ -44,10 +47,10 @@ class AttachedRiver:
         config: how the river is quantised.
         num_bytes: bytes of the river's weights.
         num_layers: L, the number of decoder layers.
-        matrices: the river's weights, layer after layer.
         router: the exit decisions of the running pass.
         exit_counts: int64 `[L + 1]`, how many tokens decoded since `clear_counts` ran
             0, 1, ... L backbone layers.
+        depth_limit: see `ExitRouter`; may be set at any time between passes.
         phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
             takes a pass over one token with a filled cache as decode, any other as prefill.
     """
@@ -67,27 +70,31 @@ class AttachedRiver:
         self.router = ExitRouter(policy, self.num_layers)
         self.phase: Phase | None = None
         self.clear_counts()
+        self._evicted = EvictedLayers(model, layers)
+        self._is_river_in_memory = False
         self._linears = [linear for layer in layers for linear in layer.linears.values()]
         self._hooks: list[RemovableHandle] = []
-        kernels = [
+        self._kernels = [
             make_kernel(matrix, *_device_and_dtype(linear), kernel)
             for layer, exit_layer in zip(layers, river.exit_layers, strict=True)
             for linear, matrix in zip(layer.linears.values(), exit_layer.values(), strict=True)
         ]
-        self.matrices = [kernel.matrix for kernel in kernels]
         forwards = [
             _routed_forward(linear, kernel, self.router)
-            for linear, kernel in zip(self._linears, kernels, strict=True)
+            for linear, kernel in zip(self._linears, self._kernels, strict=True)
         ]
         for linear, forward in zip(self._linears, forwards, strict=True):
             linear.forward = forward
         for index, layer in enumerate(layers):
-            hook = layer.module.register_forward_hook(self._after_layer(index), with_kwargs=True)
-            self._hooks.append(hook)
+            self._hooks += [
+                layer.module.register_forward_pre_hook(self._before_layer(index)),
+                layer.module.register_forward_hook(self._after_layer(index), with_kwargs=True),
+            ]
         decoder = text_decoder(model)
         self._hooks += [
             decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             decoder.register_forward_hook(self._after_pass),
+            model.register_state_dict_pre_hook(self._before_state_dict),
         ]
 
     @property
@@ -100,6 +107,11 @@ class AttachedRiver:
         self.router.set_policy(policy)
 
     @property
+    def matrices(self) -> list[QuantizedMatrix]:
+        """The river's weights, layer after layer; none once it is detached."""
+        return [kernel.matrix for kernel in self._kernels]
+
+    @property
     def last_exit_layers(self) -> Tensor:
         """How many backbone layers each token of the last pass ran, int64 `[B, T]`."""
         return self.router.exit_layers
@@ -110,17 +122,73 @@ class AttachedRiver:
         layers = torch.arange(self.num_layers + 1)
         return float((self.exit_counts * layers).sum() / self.exit_counts.sum())
 
+    def weight_bytes(self) -> tuple[tuple[int, ...], int]:
+        """Of each backbone layer's linear weights, and of all other weights with the river."""
+        layers = tuple(self._evicted.layer_bytes)
+        evicted = sum(layers[self._evicted.resident :])
+        held = sum(parameter.nbytes for parameter in self.model.parameters())
+        return layers, held + evicted - sum(layers) + self.num_bytes
+
+    @property
+    def depth_limit(self) -> int | None:
+        return self.router.depth_limit
+
+    @depth_limit.setter
+    def depth_limit(self, limit: int | None) -> None:
+        self.router.depth_limit = limit
+
+    @property
+    def resident_layers(self) -> int:
+        """How many of the first backbone layers have their weights in memory."""
+        return self._evicted.resident
+
+    @property
+    def offload_statistics(self) -> OffloadStatistics:
+        """What evicted layers have cost so far."""
+        return OffloadStatistics(
+            self._evicted.resident,
+            self._evicted.misses,
+            self._evicted.bytes_read,
+            self._evicted.seconds_waited,
+            self.router.held_back,
+        )
+
+    def keep_layers(self, count: int) -> None:
+        """Keep the weights of the first `count` backbone layers in memory, evict the others, which
+        come back one by one where a pass needs them. May be called between passes, up and down.
+
+        Evicted layers go to a temporary file in the cache directory (a CPU) or to the host's
+        memory (CUDA). Weights may not be changed from then on until the river is detached.
+
+        Raises:
+            ConfigError: the model has fewer layers.
+            RiverError: there is no room for evicted layers, they can't be brought back, or the
+                river is detached.
+        """
+        if getattr(self.model, _ATTRIBUTE, None) is not self:
+            raise RiverError("layers can be evicted only while the river is attached")
+        self._evicted.keep(count)
+        if count < self.num_layers and not self._is_river_in_memory:
+            for kernel in self._kernels:
+                kernel.take_into_memory()
+            self._is_river_in_memory = True
+
     def clear_counts(self) -> None:
         """Set `exit_counts` to zero."""
         self.exit_counts = torch.zeros(self.num_layers + 1, dtype=torch.long)
 
     def detach(self) -> None:
-        """Take the river off; the model is then bit for bit what it was."""
+        """Take the river off; the model is then bit for bit what it was.
+
+        Raises:
+            RiverError: evicted layers can't be brought back; the river stays.
+        """
+        self._evicted.keep(self.num_layers)
         for hook in self._hooks:
             hook.remove()
         for linear in self._linears:
             linear.__dict__.pop("forward", None)
-        self._hooks, self._linears, self.matrices = [], [], []
+        self._hooks, self._linears, self._kernels = [], [], []
         if getattr(self.model, _ATTRIBUTE, None) is self:
             delattr(self.model, _ATTRIBUTE)
 
@@ -130,25 +198,45 @@ class AttachedRiver:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = args[0]
+        self.abandon_pass()
         batch, num_tokens = inputs.shape[:2]
         self._running_phase = self.phase or _phase_of(num_tokens, kwargs.get("past_key_values"))
         padding_mask = None
-        if self._running_phase == "prefill" and self.policy.prefill == "sequence":
+        leaves_by_mean = self._running_phase == "prefill" and self.policy.prefill == "sequence"
+        if leaves_by_mean or self.depth_limit is not None:
             attention_mask = kwargs.get("attention_mask")
             if attention_mask is not None and attention_mask.ndim == 2:
                 padding_mask = attention_mask[:, -num_tokens:].bool().cpu()
         self.router.begin_pass(batch, num_tokens, self._running_phase, padding_mask)
+
+    def abandon_pass(self) -> None:
+        """Let go of the layers that came back for a pass which was cut short."""
+        self._evicted.end_pass()
+
+    def _before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self.resident_layers < self.num_layers:
+            raise RiverError("the model can't be saved while layers are evicted; keep all of them")
+
+    def _before_layer(self, index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            router = self.router
+            if router.route is not Route.RIVER:
+                self._evicted.before_layer(index, router.least_depth, router.most_depth)
+
+        return hook
 
     def _after_layer(self, index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             new_hidden_states = output[0] if isinstance(output, tuple) else output
             self.router.after_layer(index + 1, hidden_states, new_hidden_states)
+            self._evicted.after_layer(index)
 
         return hook
 
     def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        self.router.route = Route.BACKBONE
+        self.router.end_pass()
+        self._evicted.end_pass()
         if self._running_phase == "decode":
             counts = torch.bincount(
                 self.router.exit_layers.flatten(), minlength=self.num_layers + 1
@@ -198,7 +286,11 @@ def attach_river(
 
 
 def detach_river(model: PreTrainedModel) -> None:
-    """Undo `attach_river`: the model is then bit for bit what it was. Does nothing without one."""
+    """Undo `attach_river`: the model is then bit for bit what it was. Does nothing without one.
+
+    Raises:
+        RiverError: evicted layers can't be brought back; the river stays.
+    """
     attached = getattr(model, _ATTRIBUTE, None)
     if attached is not None:
         attached.detach()

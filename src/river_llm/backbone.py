@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from river_llm.errors import UnsupportedModelError
+from river_llm.errors import RiverError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,13 +95,31 @@ def linear_weight(linear: nn.Module) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
+def check_in_memory(layers: list[DecoderLayer]) -> None:
+    """See that the layers have their weights.
+
+    Raises:
+        RiverError: they were evicted, or given up to an engine.
+    """
+    for layer in layers:
+        if any(linear_weight(linear).is_meta for linear in layer.linears.values()):
+            raise RiverError(
+                f"the weights of {layer.name} are not in memory; "
+                "detach the river to bring evicted layers back, or load the model again"
+            )
+
+
 def fingerprint(layers: list[DecoderLayer]) -> str:
     """A digest of the decoder layers' weights, the same in float32 and in bfloat16.
 
     Covers the name and shape of every linear layer and 1024 of its values, spread over all its
     rows and columns and rounded to bfloat16, so that it costs milliseconds and reads only those
     pages of a mapped file. Any training, merging or re-quantising changes it.
+
+    Raises:
+        RiverError: weights are not in memory.
     """
+    check_in_memory(layers)
     digest = hashlib.sha256()
     for layer in layers:
         for name, linear in layer.linears.items():

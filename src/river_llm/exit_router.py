@@ -8,6 +8,7 @@ row. A row is one token of one sequence: row `b * T + t` of a pass over `[B, T]`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import Enum
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from river_llm.errors import ConfigError
 from river_llm.exit_policy import ExitPolicy
 
 Phase = Literal["prefill", "decode"]
@@ -35,6 +37,12 @@ class ExitRouter:
         route: where the rows of the layer that runs now go.
         backbone_rows, river_rows: the row indices of either side, while `route` is BOTH.
         exit_layers: int64 `[B, T]`, how many backbone layers each token of the last pass ran.
+        depth_limit: tokens still in the backbone after so many layers leave there, from the next
+            pass on; None: no limit.
+        held_back: tokens of all passes so far that left by the depth limit and not by the policy;
+            padding doesn't count.
+        least_depth, most_depth: layers that tokens of the running pass run in the backbone by
+            policy and limit, whatever their similarities: the deepest one surely and at most.
         similarities: float32 `[L, B, T]` of the last pass, NaN where a token had left before;
             None unless `record_similarities` is set.
     """
@@ -42,6 +50,9 @@ class ExitRouter:
     def __init__(self, policy: ExitPolicy, num_layers: int) -> None:
         self.num_layers = num_layers
         self.record_similarities = False
+        self.depth_limit = None
+        self.held_back = 0
+        self.least_depth = self.most_depth = num_layers
         self.route = Route.BACKBONE
         self.backbone_rows = self.river_rows = torch.empty(0, dtype=torch.long)
         self.exit_layers = torch.empty(0, 0, dtype=torch.long)
@@ -56,6 +67,23 @@ class ExitRouter:
         """
         self.thresholds = policy.thresholds(self.num_layers)
         self.policy = policy
+
+    @property
+    def depth_limit(self) -> int | None:
+        return self._depth_limit
+
+    @depth_limit.setter
+    def depth_limit(self, limit: int | None) -> None:
+        """
+        Raises:
+            ConfigError: the model has fewer layers.
+        """
+        if limit is not None and not 0 <= limit <= self.num_layers:
+            raise ConfigError(
+                f"the depth limit is {limit}, but the model has {self.num_layers} layers; "
+                f"choose 0 to {self.num_layers}"
+            )
+        self._depth_limit = limit
 
     def begin_pass(
         self, batch: int, num_tokens: int, phase: Phase, padding_mask: Tensor | None = None
@@ -72,6 +100,9 @@ class ExitRouter:
             self._pass_thresholds = (-math.inf,) * self.num_layers
         else:
             self._pass_thresholds = self.thresholds
+        self._pass_limit = self.num_layers if self.depth_limit is None else self.depth_limit
+        self.least_depth, self.most_depth = _depths(self._pass_thresholds, self._pass_limit)
+        self._held_back = 0  # in this pass
         self._leave_by_sequence = rule == "sequence"
         self._leave_together = self.policy.batch == "minimum"
         self._padding_mask = padding_mask
@@ -83,7 +114,9 @@ class ExitRouter:
             if self.record_similarities
             else None
         )
-        if self._pass_thresholds[0] == -math.inf:
+        if self.most_depth == 0:
+            if self._pass_thresholds[0] > -math.inf:
+                self._hold_back(self._in_backbone)
             self._leave(self._in_backbone, after=0)
 
     def after_layer(self, layers_run: int, layer_input: Tensor, layer_output: Tensor) -> None:
@@ -96,18 +129,27 @@ class ExitRouter:
             return
         is_last = layers_run == self.num_layers
         threshold = math.inf if is_last else self._pass_thresholds[layers_run]
-        if threshold == math.inf and self.similarities is None:
+        is_limit = layers_run == self._pass_limit and not is_last
+        if threshold == math.inf and self.similarities is None and not is_limit:
             return
-        leaving = self._in_backbone
-        if threshold > -math.inf or self.similarities is not None:
+        leaving = self._in_backbone & (threshold < math.inf)
+        if math.isfinite(threshold) or self.similarities is not None:
             # s[t,b,l] = cos(h[t,b,l-1], h[t,b,l]), in float32: [B, T]
             similarity = F.cosine_similarity(layer_input.float(), layer_output.float(), dim=-1)
             similarity = similarity.cpu()
             if self.similarities is not None:
                 self.similarities[layers_run - 1] = similarity.where(self._in_backbone, math.nan)
-            if threshold > -math.inf:
+            if math.isfinite(threshold):
                 leaving = (self._join(similarity) > threshold) & self._in_backbone
+        if is_limit:
+            self._hold_back(self._in_backbone & ~leaving)
+            leaving = self._in_backbone
         self._leave(leaving, after=layers_run)
+
+    def end_pass(self) -> None:
+        """The pass came to its end."""
+        self.route = Route.BACKBONE
+        self.held_back += self._held_back
 
     def _join(self, similarity: Tensor) -> Tensor:
         """What is held against the threshold: `[B or 1, T or 1]`, from similarities `[B, T]`."""
@@ -123,6 +165,12 @@ class ExitRouter:
             similarity = similarity.amin(0, keepdim=True)
         return similarity
 
+    def _hold_back(self, tokens: Tensor) -> None:
+        """Count the tokens, bool `[B, T]`, that leave by the depth limit alone."""
+        if self._padding_mask is not None:
+            tokens = tokens & self._padding_mask
+        self._held_back += int(tokens.sum())
+
     def _leave(self, leaving: Tensor, after: int) -> None:
         """Send the tokens `leaving`, bool `[B, T]`, into the river after `after` layers."""
         if not bool(leaving.any()):
@@ -136,3 +184,14 @@ class ExitRouter:
         self.route = Route.BOTH
         self.backbone_rows = rows.nonzero().flatten()
         self.river_rows = (~rows).nonzero().flatten()
+
+
+def _depths(thresholds: Sequence[float], limit: int) -> tuple[int, int]:
+    """How many layers the deepest token runs in the backbone: surely, and at most."""
+    most = least = min(limit, len(thresholds))
+    for depth in range(most - 1, -1, -1):
+        if thresholds[depth] == -math.inf:
+            most = least = depth
+        elif depth > 0 and thresholds[depth] < math.inf:  # before the first layer it says nothing
+            least = depth
+    return least, most

@@ -7,7 +7,8 @@ oracle that tests compare the other with.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +17,6 @@ from torch import Tensor
 from river_llm.quantization import QuantizedMatrix
 
 KernelChoice = Literal["auto", "packed", "dequantize"]
-
-
-class Kernel(Protocol):
-    """A quantised matrix and the product with it.
-
-    Attributes:
-        matrix: on the device that computes.
-    """
-
-    matrix: QuantizedMatrix
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """`[rows, in_features]` -> `[rows, out_features]`."""
-        ...
-
 
 # The packed product's time grows with the number of rows; from here on it is faster to dequantise
 # the matrix once and use the dense product (SmolLM2's shapes on a CPU: the two meet near 180 rows).
@@ -64,17 +50,34 @@ def has_packed_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
-class DequantizeKernel:
-    """Dequantise the whole matrix, then multiply."""
+class Kernel(ABC):
+    """A quantised matrix and the product with it: activations `[rows, in_features]` to
+    `[rows, out_features]`.
+
+    Attributes:
+        matrix: on the device that computes.
+    """
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
         self.matrix = matrix.to(device)
+
+    @abstractmethod
+    def __call__(self, inputs: Tensor) -> Tensor: ...
+
+    def take_into_memory(self) -> None:
+        """Hold nothing in pages of a mapped file."""
+        if self.matrix.packed.device.type == "cpu":
+            self.matrix = self.matrix.copy()
+
+
+class DequantizeKernel(Kernel):
+    """Dequantise the whole matrix, then multiply."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.matrix.dequantize(inputs.dtype))
 
 
-class PackedInt4Kernel:
+class PackedInt4Kernel(Kernel):
     """PyTorch's packed 4-bit product, for codes of any width.
 
     Codes of up to 4 bits are one product. Wider codes are two: a code is 16 h + l, and both halves
@@ -85,7 +88,7 @@ class PackedInt4Kernel:
     """
 
     def __init__(self, matrix: QuantizedMatrix, device: torch.device, dtype: torch.dtype) -> None:
-        self.matrix = matrix.to(device)
+        super().__init__(matrix, device)
         self.dtype = dtype
         codes = self.matrix.codes().to(torch.int16)
         scales, zeros = self.matrix.scales.float(), self.matrix.zeros.float()

@@ -78,6 +78,15 @@ class QuantizedMatrix:
             zeros=self.zeros.to(device),
         )
 
+    def copy(self) -> QuantizedMatrix:
+        """The same matrix in memory of its own."""
+        return replace(
+            self,
+            packed=self.packed.clone(),
+            scales=self.scales.clone(),
+            zeros=self.zeros.clone(),
+        )
+
     def codes(self) -> Tensor:
         """The codes, uint8 `[out_features, in_features]`."""
         return unpack_codes(self.packed, self.bits, self.shape[1])

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from river_llm.backbone import (
     DecoderLayer,
+    check_in_memory,
     check_plain_decoder,
     decoder_layers,
     fingerprint,
@@ -80,10 +81,12 @@ class River:
 
         Raises:
             UnsupportedModelError: a layer is no plain decoder layer.
+            RiverError: layers are evicted.
             ConfigError: the group size doesn't divide the input width of some linear layer.
         """
         config = config or RiverConfig()
         layers = decoder_layers(model)
+        check_in_memory(layers)
         check_plain_decoder(model, layers)
         exit_layers = []
         for done, layer in enumerate(layers, start=1):

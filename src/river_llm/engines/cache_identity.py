@@ -91,10 +91,8 @@ def _sampled_layer(core: Any, weights: Any | None, start: int, size: int) -> Any
     return b"".join(bytes(core.stored_weights(place, place + _LINE_BYTES)) for place in places)
 
 
-def torch_identity(
-    model: PreTrainedModel, river: Iterable[QuantizedMatrix], token_ids: Sequence[int]
-) -> dict[str, str]:
-    """Of the torch engine: equal values give equal keys and values up to rounding."""
+def torch_weights_digest(model: PreTrainedModel) -> str:
+    """Of a model's config and of samples of its weights, but for embedding and LM head."""
     config = {
         name: value
         for name, value in model.config.to_dict().items()
@@ -107,6 +105,22 @@ def torch_identity(
     for name, parameter in model.named_parameters():
         if not any(parameter is weight for weight in apart):
             _add_tensor(model_digest, name, parameter.detach())
+    return str(model_digest.hexdigest())
+
+
+def torch_identity(
+    model: PreTrainedModel,
+    weights_digest: str,
+    river: Iterable[QuantizedMatrix],
+    token_ids: Sequence[int],
+) -> dict[str, str]:
+    """Of the torch engine: equal values give equal keys and values up to rounding.
+
+    Args:
+        weights_digest: see `torch_weights_digest`.
+    """
+    model_digest = hashlib.sha256(weights_digest.encode())
+    embedding = model.get_input_embeddings().weight
     rows = torch.tensor(_known(token_ids, len(embedding)), device=embedding.device)
     model_digest.update(_bytes(embedding.detach()[rows]))
     river_digest = hashlib.sha256()

@@ -318,7 +318,7 @@ class CpuEngine:
 
     @_in_turn
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
-        if self.depth_limit is not None:
+        if self.depth_limit is not None and self.depth_limit < self.num_layers:
             raise RiverError(
                 "verifying takes the whole backbone; take the depth limit away (no_miss)"
             )

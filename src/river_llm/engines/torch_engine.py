@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from river_llm.attachment import AttachedRiver
-from river_llm.engines.cache_identity import torch_identity
+from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.drafting import (
     Choose,
     Draft,
@@ -51,9 +51,8 @@ class TorchEngine:
         self.device = self.model.device
         self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
         self.angle_limit = angle_limit(self.model)
-        self.layer_bytes = (0,) * self.num_layers
-        self.rest_bytes = 0
-        self.depth_limit: int | None = None
+        self.layer_bytes, self.rest_bytes = attached.weight_bytes()
+        self._weights_digest: str | None = None
         self._cache = DynamicCache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
         self._length = 0
@@ -81,20 +80,29 @@ class TorchEngine:
         self.attached.router.record_similarities = record
 
     @property
-    def length(self) -> int:
-        return self._length
+    def depth_limit(self) -> int | None:
+        return self.attached.depth_limit
+
+    @depth_limit.setter
+    def depth_limit(self, limit: int | None) -> None:
+        self.attached.depth_limit = limit
 
     @property
     def resident_layers(self) -> int:
-        return self.num_layers
+        return self.attached.resident_layers
 
     @property
     def offload_statistics(self) -> OffloadStatistics:
-        return OffloadStatistics(self.num_layers)
+        return self.attached.offload_statistics
 
     def keep_layers(self, count: int) -> None:
-        if count != self.num_layers:
-            raise RiverError("offloading needs the native engine; take --engine cpu")
+        if self._weights_digest is None:
+            self._weights_digest = torch_weights_digest(self.model)
+        self.attached.keep_layers(count)
+
+    @property
+    def length(self) -> int:
+        return self._length
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
         return self._run(token_ids, padding_mask, "prefill")
@@ -103,6 +111,12 @@ class TorchEngine:
         return self._run(token_ids.unsqueeze(1), None, "decode")
 
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        limit = self.depth_limit
+        if limit is not None and limit < self.num_layers:
+            raise RiverError(
+                f"verification needs the whole backbone, but tokens leave it after {limit} "
+                "layers at the latest; take the depth limit off"
+            )
         policy = self.policy
         self.policy = ExitPolicy.never()
         try:
@@ -177,7 +191,11 @@ class TorchEngine:
             self._padding_mask = self._padding_mask[:, : self._length]
 
     def cache_identity(self, token_ids: Sequence[int]) -> dict[str, str]:
-        identity = torch_identity(self.model, self.attached.matrices, token_ids)
+        if self._weights_digest is None:  # else some of the weights may be evicted
+            self._weights_digest = torch_weights_digest(self.model)
+        identity = torch_identity(
+            self.model, self._weights_digest, self.attached.matrices, token_ids
+        )
         return {**identity, "depth limit": str(self.depth_limit)}
 
     def read_cache(self, length: int) -> dict[str, Tensor]:
@@ -228,6 +246,7 @@ class TorchEngine:
         finally:
             self.attached.phase = None
             if self._length == length:  # cut short by an error or Ctrl-C: undo half a pass
+                self.attached.abandon_pass()
                 self._undo(length)
         similarities = self.attached.router.similarities  # [L, B, T] or None
         if all_logits:
@@ -242,7 +261,7 @@ class TorchEngine:
 
     def _inputs(self, token_ids: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward; mask and positions only where there is padding."""
-        token_ids = token_ids.to(self.model.device)
+        token_ids = token_ids.to(self.device)
         if self._padding_mask is None and (padding_mask is None or bool(padding_mask.all())):
             return {"input_ids": token_ids}
         batch, num_tokens = token_ids.shape

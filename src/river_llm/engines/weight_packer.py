@@ -90,10 +90,14 @@ def check_weights(model: PreTrainedModel) -> None:
     """See that the model still has its weights.
 
     Raises:
-        RiverError: an engine has taken them over (`CpuEngine`, ``free_model``).
+        RiverError: an engine has taken them over (`CpuEngine`, ``free_model``), or they are
+            evicted.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise RiverError("the model's weights were given up to an engine; load it again")
+        raise RiverError(
+            "the model's weights were given up to an engine, or are evicted; "
+            "load it again, or detach its river"
+        )
 
 
 def _bfloat16_bits(weight: Tensor) -> Any:
