@@ -42,17 +42,19 @@ def engine_with(make_lm: Callable[..., RiverLM], policy: ExitPolicy) -> Engine:
 def step_by_step(engine: Engine, candidate: Candidate) -> CandidateScore:
     """The plain reference: one token after the other."""
     engine.truncate(0)
-    total, layers = 0.0, []
+    total, layers, is_greedy = 0.0, [], True
     for place, (token, target) in enumerate(pairwise(candidate.token_ids), start=1):
         step = engine.decode(torch.tensor([token]))
         if place >= candidate.start:
             total += float(step.logits[0].double().log_softmax(-1)[target])
             layers.append(int(step.exit_layers[0]))
-    return CandidateScore(total, layers)
+            is_greedy &= int(step.best_tokens[0]) == target
+    return CandidateScore(total, layers, is_greedy)
 
 
 def assert_equal(found: Sequence[CandidateScore], expected: Sequence[CandidateScore]) -> None:
     assert [score.exit_layers for score in found] == [score.exit_layers for score in expected]
+    assert [score.is_greedy for score in found] == [score.is_greedy for score in expected]
     assert [score.log_likelihood for score in found] == pytest.approx(
         [score.log_likelihood for score in expected], abs=2e-4
     )
@@ -67,6 +69,23 @@ class TestScores:
         engine = engine_with(make_lm, policy)
         (found,) = LikelihoodScorer(engine).score([item])
         assert_equal(found, [step_by_step(engine, candidate) for candidate in item])
+
+    @any_policy
+    def test_say_whether_greedy_decoding_gives_the_answer(
+        self, make_lm: Callable[..., RiverLM], policy: ExitPolicy
+    ) -> None:
+        engine = engine_with(make_lm, policy)
+        engine.truncate(0)
+        for token in QUESTION:
+            step = engine.decode(torch.tensor([token]))
+        answer = []
+        for _ in range(4):
+            answer.append(int(step.best_tokens[0]))
+            step = engine.decode(step.best_tokens)
+        other = [*answer[:-1], (answer[-1] + 1) % 90]
+        item = [Candidate((*QUESTION, *tokens), len(QUESTION)) for tokens in (answer, other)]
+        (scores,) = LikelihoodScorer(engine).score([item])
+        assert [score.is_greedy for score in scores] == [True, False]
 
     @any_policy
     def test_of_a_batch_are_those_of_single_items(

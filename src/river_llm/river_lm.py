@@ -245,16 +245,28 @@ class RiverLM:
         products. All of them end where the longest one fills the model's context.
         """
         encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
+        return self.generate_batch_tokens(
+            encoded, sampling_config(sampling), mode=mode, drafts=drafts
+        )
+
+    def generate_batch_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
+    ) -> list[GenerationResult]:
+        """Continue several prompts given in tokens; else as `generate_batch`."""
         lossless = self._decoder(mode, drafts)
         self._cached = None
         self._answers += 1
-        config = sampling_config(sampling)
         steps = list(
             generate_rows(
                 self.engine,
                 self.tokenizer,
-                encoded,
-                config,
+                prompts,
+                sampling,
                 self.stop_tokens,
                 lossless=lossless,
                 residency=self.residency,
@@ -263,7 +275,7 @@ class RiverLM:
         self._keep_learnt(lossless)
         return [
             GenerationResult.of(self.engine, [r for r in row if r is not None], len(prompt), mode)
-            for row, prompt in zip(zip(*steps, strict=True), encoded, strict=True)
+            for row, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
         ]
 
     def chat(self, messages: str | Sequence[Message], **settings: Any) -> GenerationResult:

@@ -16,6 +16,7 @@ from river_llm.cli.check_exact import check_exact
 from river_llm.cli.eval import evaluate
 from river_llm.cli.generate import generate
 from river_llm.cli.inspect import inspect
+from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
 from river_llm.errors import RiverError
 
@@ -39,6 +40,11 @@ app.command()(inspect)
 app.command()(bench)
 app.command()(check_exact)
 app.command("eval")(evaluate)
+app.command(
+    "lm-eval",
+    add_help_option=False,  # lm-eval has its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(lm_eval)
 app.command()(cache)
 
 

@@ -46,10 +46,12 @@ class CandidateScore:
     Attributes:
         log_likelihood: natural logarithm of the probability of the tokens that count.
         exit_layers: how many backbone layers each prediction of them ran.
+        is_greedy: whether each of them is the likeliest one, so that greedy decoding gives them.
     """
 
     log_likelihood: float
     exit_layers: list[int]
+    is_greedy: bool
 
 
 class LikelihoodScorer:
@@ -124,6 +126,7 @@ class LikelihoodScorer:
         width = max(1, _LOGIT_ROWS // len(rests))
         sums = [0.0] * len(rests)
         layers: list[list[int]] = [[] for _ in rests]
+        are_greedy = [True] * len(rests)
         cached, self._cached = self._cached, []
         for first in range(0, max(lengths), width):
             counts = [min(max(length - first, 0), width) for length in lengths]
@@ -141,6 +144,7 @@ class LikelihoodScorer:
                 if targets:
                     logits = step.logits[row, skipped:count]
                     sums[row] += float(log_likelihoods(logits, targets).double().sum())
+                    are_greedy[row] &= logits.argmax(-1).tolist() == list(targets)
                     layers[row] += step.exit_layers[row, skipped:count].tolist()
         if max(shared) == 0:
             self._engine.truncate(0)
@@ -148,8 +152,10 @@ class LikelihoodScorer:
             self._engine.rewind(lengths)
             self._cached = cached
         return [
-            None if candidate is None else CandidateScore(total, exit_layers)
-            for candidate, total, exit_layers in zip(candidates, sums, layers, strict=True)
+            None if candidate is None else CandidateScore(total, exit_layers, is_greedy)
+            for candidate, total, exit_layers, is_greedy in zip(
+                candidates, sums, layers, are_greedy, strict=True
+            )
         ]
 
 

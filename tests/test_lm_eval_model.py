@@ -1,0 +1,454 @@
+"""River-LLM as a model of lm-eval: beside lm-eval's own `hf` model, on tasks over local data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command_line import run
+from packed_models import save_model, save_river
+from tiny_lm import END, character_tokenizer, tiny_lm
+
+from river_llm import ConfigError, DataError, ExitPolicy, RiverConfig, RiverLM
+from river_llm.config import SamplingConfig
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+from river_llm.evaluation.lm_eval_model import RiverEvalLM  # noqa: E402
+
+CONTEXT = 64
+QUESTIONS = [
+    {"question": "The river", "choices": [" runs", " stands still", "!"], "label": 0},
+    {"question": "Q: 1+1? A:", "choices": [" 2", " 3", " 44"], "label": 0},
+    {"question": "The river", "choices": [" sea", " a"], "label": 1},
+    {"question": "", "choices": ["yes", "no"], "label": 1},  # nothing stands before the choice
+    {"question": "long" + " too long" * 12, "choices": [" for it", " by far"], "label": 0},
+]
+TEXTS = [
+    {"text": "A river runs to the sea."},
+    {"text": "Each window holds as many tokens as the model's context. " * 4},
+    {"text": "x"},
+]
+PROMPTS = [
+    {"prompt": "Hello, river", "answer": "y"},
+    {"prompt": "y", "answer": "n"},
+    {"prompt": "abcabcabcab", "answer": "c"},
+    {"prompt": "of this the beginning is left out, " * 4, "answer": "c"},
+]
+TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "tiny_choice": (
+        QUESTIONS,
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "target_delimiter": "",
+            "doc_to_target": "{{label}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+    ),
+    "tiny_text": (
+        TEXTS,
+        {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+    ),
+    "tiny_answer": (
+        PROMPTS,
+        {
+            "output_type": "generate_until",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["e", "S"], "max_gen_toks": 24},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ),
+}
+FLOAT32 = {"dtype": "float32", "engine": "torch", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """lm-eval's log goes to `caplog`, also after its command has taken it for itself."""
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="lm_eval")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("lm_eval") / "tiny"
+    settings = {"max_position_embeddings": CONTEXT, "initializer_range": 0.3, "eos_token_id": END}
+    return str(save_model(directory, **settings))
+
+
+@pytest.fixture(scope="module")
+def river(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_river(Path(model), tmp_path_factory.mktemp("lm_eval") / "r", RiverConfig()))
+
+
+@pytest.fixture(scope="module")
+def task_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tasks' files, and their data beside them."""
+    directory = tmp_path_factory.mktemp("tasks")
+    for name, (records, task) in TASKS.items():
+        data = directory / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(data)},
+                "cache_dir": str(directory / "cache"),
+            },
+            "test_split": "test",
+            **task,
+        }
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluate(task_directory: Path) -> Callable[..., dict[str, Any]]:
+    """All tasks with a model of lm-eval."""
+
+    def evaluate(name: Any, arguments: dict[str, Any] | None = None, **rest: Any) -> dict[str, Any]:
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model=name,
+            model_args=arguments,
+            tasks=rest.pop("tasks", list(TASKS)),
+            task_manager=TaskManager(include_path=task_directory, include_defaults=False),
+            bootstrap_iters=0,
+            **rest,
+        )
+        return results
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def hf(evaluate: Callable[..., dict[str, Any]], model: str) -> dict[str, Any]:
+    """What lm-eval's own model of `transformers` gives."""
+    return evaluate("hf", {"pretrained": model, "dtype": "float32"}, device="cpu", batch_size=2)
+
+
+def requests(*arguments: tuple[Any, ...]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=one) for one in arguments]
+
+
+def responses(results: dict[str, Any], task: str) -> list[Any]:
+    """Of each item, in order, as (log-likelihood, is greedy), log-likelihood, or text."""
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    return [one for sample in samples for one in sample["filtered_resps"]]
+
+
+def check_same(results: dict[str, Any], expected: dict[str, Any]) -> None:
+    for task in TASKS:
+        for found, other in zip(responses(results, task), responses(expected, task), strict=True):
+            if isinstance(found, tuple):
+                assert found[0] == pytest.approx(other[0], abs=2e-3)
+                assert found[1] == other[1]
+            elif isinstance(found, float):
+                assert found == pytest.approx(other, abs=2e-3)
+            else:
+                assert found == other
+        for metric, value in expected["results"][task].items():
+            assert results["results"][task][metric] == (
+                pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            )
+
+
+class TestBesideHf:
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_a_policy_that_never_leaves_is_the_plain_model(
+        self,
+        evaluate: Callable[..., dict[str, Any]],
+        hf: dict[str, Any],
+        model: str,
+        batch_size: int,
+    ) -> None:
+        arguments = {"pretrained": model, "policy": "never", **FLOAT32}
+        check_same(evaluate("river-llm", arguments, batch_size=batch_size), hf)
+
+    def test_lossless_mode_is_the_plain_model(
+        self, evaluate: Callable[..., dict[str, Any]], hf: dict[str, Any], model: str, river: str
+    ) -> None:
+        text = f"pretrained={model},river={river},mode=lossless,dtype=float32,engine=torch"
+        check_same(evaluate("river-llm", text, device="cpu", batch_size=2), hf)
+
+    def test_the_items_tell_models_apart(
+        self, evaluate: Callable[..., dict[str, Any]], hf: dict[str, Any], model: str
+    ) -> None:
+        arguments = {"pretrained": model, "exit_layer": 1, "bits": 2, **FLOAT32}
+        results = evaluate("river-llm", arguments)
+        for task in TASKS:
+            assert responses(results, task) != responses(hf, task)
+
+    def test_some_answers_end_by_a_stop_string_and_some_by_their_length(
+        self, hf: dict[str, Any]
+    ) -> None:
+        lengths = [len(text) for text in responses(hf, "tiny_answer")]
+        assert max(lengths) == 24
+        assert min(lengths) < 24
+
+
+class TestExits:
+    def test_results_and_log_say_how_deep_tokens_went(
+        self,
+        evaluate: Callable[..., dict[str, Any]],
+        model: str,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        arguments = {"pretrained": model, "exit_layer": 2, "prefill": "river", **FLOAT32}
+        results = evaluate("river-llm", arguments, tasks=["tiny_choice"])
+        info = results["config"]["river_llm"]
+        assert info["mean_exit_layer"] == 2
+        choices = sum(len(choice) for item in QUESTIONS for choice in item["choices"])
+        assert info["exit_layers"] == {"2": choices}
+        assert info["policy"]["exit_layer"] == 2
+        assert info["mode"] == "river"
+        assert f"likelihoods: mean exit depth 2.0 of 4 over {choices} tokens" in caplog.text
+
+    def test_the_native_engine_answers_too(
+        self, evaluate: Callable[..., dict[str, Any]], model: str
+    ) -> None:
+        alone = evaluate("river-llm", {"pretrained": model, "threshold": 0.8, "engine": "cpu"})
+        batch = evaluate(
+            "river-llm", f"pretrained={model},threshold=0.8,engine=cpu,batch_size=4", batch_size=1
+        )
+        for task in TASKS:
+            assert responses(alone, task) == responses(batch, task)  # bit for bit
+
+
+@pytest.fixture
+def eval_lm(tiny_llama: PreTrainedModel) -> RiverEvalLM:
+    return RiverEvalLM(tiny_lm(tiny_llama), batch_size=2, name="tiny")
+
+
+class TestRequests:
+    def test_a_greedy_continuation_is_known_as_one(self, eval_lm: RiverEvalLM) -> None:
+        (answer,) = eval_lm.generate_until(requests(("river", {"max_gen_toks": 5})))
+        assert len(answer) == 5
+        other = answer[:-1] + ("a" if answer[-1] != "a" else "b")
+        (_, first), (_, second) = eval_lm.loglikelihood(
+            requests(("river", answer), ("river", other))
+        )
+        assert (first, second) == (True, False)
+
+    def test_answers_follow_the_settings_of_each_request(self, eval_lm: RiverEvalLM) -> None:
+        short, long, again = eval_lm.generate_until(
+            requests(
+                ("river", {"max_gen_toks": 3}),
+                ("river", {"max_gen_toks": 9, "until": []}),
+                ("river", {"max_gen_toks": 3}),
+            )
+        )
+        assert short == again == long[:3]
+        assert len(long) == 9
+
+    def test_a_special_token_can_end_an_answer(self, eval_lm: RiverEvalLM) -> None:
+        whole, stopped = eval_lm.generate_until(
+            requests(("river", {"max_gen_toks": 9}), ("river", {"max_gen_toks": 9, "until": "X"}))
+        )
+        assert whole == stopped  # of which nothing is an X
+        token = eval_lm.tokenizer.convert_tokens_to_ids(whole[4])
+        place = whole.index(whole[4])
+        eval_lm.tokenizer.add_special_tokens({"additional_special_tokens": [whole[4]]})
+        assert eval_lm.tokenizer.convert_tokens_to_ids(whole[4]) == token
+        settings = {"max_gen_toks": 9, "until": [whole[4]]}
+        ended, again = eval_lm.generate_until(
+            requests(("river", settings), ("river", {"max_gen_toks": 9}))
+        )
+        assert ended == whole[:place]  # a special token has no text to be found in
+        assert again == whole.replace(whole[4], "")
+
+    def test_samples_depend_on_the_seed_of_pytorch(self, eval_lm: RiverEvalLM) -> None:
+        asked = requests(*[("river", {"do_sample": True, "max_gen_toks": 12})] * 4)
+        answers = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            answers.append(eval_lm.generate_until(asked))
+        assert answers[0] == answers[1] != answers[2]
+        assert len(set(answers[0])) == 4
+
+    def test_examples_that_prompts_share_run_once(
+        self, eval_lm: RiverEvalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        eval_lm.batch_size = 1
+        counts = []
+        prefill = eval_lm._lm.engine.prefill
+
+        def spy(token_ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+            counts.append(token_ids.numel())
+            return prefill(token_ids, mask)
+
+        monkeypatch.setattr(eval_lm._lm.engine, "prefill", spy)
+        settings = {"max_gen_toks": 1}
+        eval_lm.generate_until(requests(("examples, one", settings), ("examples, two", settings)))
+        assert counts == [13, 3]
+
+    def test_what_was_answered_goes_to_lm_eval_s_cache(self, eval_lm: RiverEvalLM) -> None:
+        kept: list[tuple[str, Any]] = []
+        hook = SimpleNamespace(add_partial=lambda name, args, _: kept.append((name, args)))
+        eval_lm.set_cache_hook(hook)
+        settings = {"max_gen_toks": 1}
+        eval_lm.generate_until(requests(("river", settings)))
+        eval_lm.loglikelihood(requests(("a", "b")))
+        eval_lm.loglikelihood_rolling(requests(("abc",)))
+        assert kept == [
+            ("generate_until", ("river", settings)),
+            ("loglikelihood", ("a", "b")),
+            ("loglikelihood_rolling", ("abc",)),
+        ]
+
+    def test_a_context_that_does_not_fit_loses_its_beginning(
+        self, eval_lm: RiverEvalLM, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        long = "a" * 40 + "b" * 62
+        ((found, _),) = eval_lm.loglikelihood(requests((long, "cd")))
+        ((expected, _),) = eval_lm.loglikelihood(requests((long[-63:], "cd")))
+        assert found == expected
+        assert "1 of 1 contexts lose their beginning: max_length is 64" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("continuation", "message"), [("", "adds no token"), ("x" * 65, "max_length is 64")]
+    )
+    def test_a_continuation_without_a_likelihood_is_refused(
+        self, eval_lm: RiverEvalLM, continuation: str, message: str
+    ) -> None:
+        with pytest.raises(DataError, match=message):
+            eval_lm.loglikelihood(requests(("river", continuation)))
+
+    def test_a_prompt_without_room_for_the_answer_loses_its_beginning(
+        self, eval_lm: RiverEvalLM, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        settings = {"max_gen_toks": 24}
+        long = "a" * 40 + "b" * 40
+        (found,) = eval_lm.generate_until(requests((long, settings)))
+        (expected,) = eval_lm.generate_until(requests((long[-40:], settings)))
+        assert found == expected
+        assert len(found) == 24
+        assert caplog.text.count("1 of 1 prompts lose their beginning") == 1
+
+    def test_an_answer_as_long_as_the_context_is_refused(self, eval_lm: RiverEvalLM) -> None:
+        with pytest.raises(ConfigError, match="max_gen_toks is 64, which leaves no room"):
+            eval_lm.generate_until(requests(("river", {"max_gen_toks": CONTEXT})))
+
+    def test_an_empty_text_has_no_windows(self, eval_lm: RiverEvalLM) -> None:
+        assert eval_lm.loglikelihood_rolling(requests(("",), ("a",)))[0] == 0
+
+
+class TestChat:
+    def test_a_message_goes_through_the_template(self, eval_lm: RiverEvalLM) -> None:
+        turns = [{"role": "user", "content": "Hi"}]
+        assert eval_lm.apply_chat_template(turns) == "u:Hi\na:"
+        assert eval_lm.chat_template(True) == character_tokenizer().chat_template
+        answered = [*turns, {"role": "assistant", "content": "Yes, "}]
+        assert eval_lm.apply_chat_template(answered, add_generation_prompt=False).endswith("Yes, ")
+
+    def test_a_task_is_asked_as_messages(
+        self, evaluate: Callable[..., dict[str, Any]], model: str
+    ) -> None:
+        settings: dict[str, Any] = {
+            "apply_chat_template": True,
+            "system_instruction": "Be brief.",
+            "tasks": ["tiny_answer"],
+        }
+        arguments = {"pretrained": model, "policy": "never", **FLOAT32}
+        results = evaluate("river-llm", arguments, **settings)
+        sample = results["samples"]["tiny_answer"][0]
+        assert sample["arguments"][0][0] == "s:Be brief.\nu:Hello, river\na:"
+        plain = {"pretrained": model, "dtype": "float32"}
+        expected = evaluate("hf", plain, device="cpu", **settings)
+        assert responses(results, "tiny_answer") == responses(expected, "tiny_answer")
+
+    def test_a_system_message_that_the_template_refuses_is_left_out(
+        self, eval_lm: RiverEvalLM, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        eval_lm.tokenizer.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'system' %}"
+            "{{ raise_exception('no system') }}{% endif %}{{ m['content'] }}{% endfor %}"
+        )
+        turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+        assert eval_lm.apply_chat_template(turns) == "U"
+        assert "no system" in caplog.text
+
+    def test_a_model_without_a_template_is_refused(self, eval_lm: RiverEvalLM) -> None:
+        eval_lm.tokenizer.chat_template = None
+        with pytest.raises(ConfigError, match="no chat template"):
+            eval_lm.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+    def test_a_text_that_begins_as_the_template_writes_it_gets_no_second_beginning(
+        self, model: str
+    ) -> None:
+        tokenizer = character_tokenizer()
+        tokenizer.bos_token = "<end>"
+        lm = SimpleNamespace(
+            tokenizer=tokenizer,
+            engine=SimpleNamespace(context_length=None, device=torch.device("cpu"), num_layers=1),
+        )
+        eval_lm = RiverEvalLM(lm)  # type: ignore[arg-type]
+        added: list[bool] = []
+
+        def encode(_: str, add_special_tokens: bool) -> list[int]:
+            added.append(add_special_tokens)
+            return [1]
+
+        tokenizer.encode = encode  # type: ignore[method-assign]
+        eval_lm.tok_encode("river")
+        eval_lm.tok_encode("<end>river")
+        eval_lm.tok_encode("river", add_special_tokens=False)
+        assert added == [True, False, False]
+        assert eval_lm.max_length == 2048
+
+
+class TestTheName:
+    def test_is_an_entry_point_that_gives_the_class(self) -> None:
+        (point,) = [p for p in entry_points(group="lm_eval.models") if p.name == "river-llm"]
+        assert point.load() is RiverEvalLM is get_model("river-llm")
+
+    def test_is_known_to_the_command(
+        self, model: str, task_directory: Path, tmp_path: Path
+    ) -> None:
+        outcome = run(
+            "lm-eval",
+            "--model",
+            "river-llm",
+            "--model_args",
+            f"pretrained={model},threshold=0.8,threads=1",
+            "--tasks",
+            "tiny_choice",
+            "--include_path",
+            task_directory,
+            "--output_path",
+            tmp_path,
+        )
+        assert outcome.exit_code == 0, outcome.stderr
+        assert "|tiny_choice|" in outcome.stdout
+        assert "likelihoods: mean exit depth" in outcome.stderr
+        (path,) = tmp_path.rglob("results_*.json")
+        written = json.loads(path.read_text("utf-8"))
+        assert written["config"]["river_llm"]["policy"]["threshold"] == 0.8
+
+
+def test_a_length_beyond_the_context_is_refused(tiny_llama: PreTrainedModel) -> None:
+    lm: RiverLM = tiny_lm(tiny_llama)
+    with pytest.raises(ConfigError, match="max_length is 65, but the model's context holds 64"):
+        RiverEvalLM(lm, max_length=65)
+    assert RiverEvalLM(lm, max_length=10).max_length == 10
+    assert lm.policy == ExitPolicy.never()
+    assert SamplingConfig().max_new_tokens == 256
