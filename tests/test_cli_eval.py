@@ -170,7 +170,7 @@ class TestRefusals:
                 ["humaneval"],
                 "humaneval: humaneval runs programs that the model wrote; --allow-code",
             ),
-            (["piqa", "--chat"], "--chat and --max-new-tokens are not for piqa"),
+            (["piqa", "--chat"], "piqa: --chat and --max-new-tokens are for generated answers"),
             (["blimp", "--shots", 2], "blimp: this task has no examples"),
             (["gsm8k", "--shots", 10], "gsm8k: --shots is 10, but there are 9 examples"),
         ],

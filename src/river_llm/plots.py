@@ -12,6 +12,8 @@ from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from river_llm.inspection import TextInspection
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -63,7 +65,16 @@ def plot_inspection(
     by_token.set(xlabel="token", ylabel="backbone layers run", ylim=(0, num_layers))
     by_token.set_title(f"exit depth, {policy.describe()}", fontsize="medium")
 
-    command = textwrap.fill(command, 140)
+    save_figure(figure, command, path)
+
+
+def save_figure(figure: Figure, command: str, path: Path) -> None:
+    """Write a figure with the command that made it below.
+
+    Raises:
+        RiverError: it can't be written.
+    """
+    command = textwrap.fill(command, int(15.5 * figure.get_figwidth()))
     figure.supxlabel(command, fontsize=7, family="monospace", parse_math=False)
     try:
         with warnings.catch_warnings():

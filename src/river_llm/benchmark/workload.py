@@ -18,7 +18,7 @@ _SEQUENCE_STRIDE = (
 )
 
 # Plain prose, so that a similarity policy meets text like that which models are used on.
-_TEXT = """\
+PROSE = """\
 A river begins where water gathers: in a spring, under a glacier, in a marsh that never dries. It
 takes the steepest way down that it can find, and where the ground is soft it carves a bed that
 later floods will follow. Stones that came down as blocks arrive at the plain as gravel, and the
@@ -112,7 +112,7 @@ class TokenSource:
     @classmethod
     def for_model(cls, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> TokenSource:
         """Prose where there is a tokeniser, else ids spread over the vocabulary."""
-        token_ids = [] if tokenizer is None else list(tokenizer(_TEXT).input_ids)
+        token_ids = [] if tokenizer is None else list(tokenizer(PROSE).input_ids)
         if len(token_ids) < 2 or max(token_ids) >= vocab_size:
             token_ids = [(1 + 7919 * index) % vocab_size for index in range(1009)]
         return cls(token_ids)

@@ -13,6 +13,7 @@ from river_llm.cli.build import build
 from river_llm.cli.cache import cache
 from river_llm.cli.chat import chat
 from river_llm.cli.check_exact import check_exact
+from river_llm.cli.compare import compare
 from river_llm.cli.eval import evaluate
 from river_llm.cli.generate import generate
 from river_llm.cli.inspect import inspect
@@ -45,6 +46,7 @@ app.command(
     add_help_option=False,  # lm-eval has its own
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval)
+app.command()(compare)
 app.command()(cache)
 
 

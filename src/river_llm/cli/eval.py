@@ -14,9 +14,10 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.settings import exit_policy, river_config
 from river_llm.cli.usage import usage_error
-from river_llm.errors import ConfigError, MissingExtraError
+from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from river_llm.evaluation.requests import TaskSettings
     from river_llm.evaluation.result_file import Result
     from river_llm.evaluation.run import Run
     from river_llm.exit_policy import ExitPolicy
@@ -146,9 +147,6 @@ def evaluate(
     the same command."""
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     _check_tasks(tasks, text, compare_backbone, against)
-    given = _Given(
-        model, limit, shots, chat, max_new_tokens, text, window, data_dir, allow_code_execution
-    )
     lm = load(
         LoadOptions(
             model=model,
@@ -164,9 +162,21 @@ def evaluate(
         )
     )
     from river_llm.evaluation.harness import compare_results, evaluate
+    from river_llm.evaluation.requests import TaskSettings
     from river_llm.evaluation.result_file import read_result
     from river_llm.exit_policy import ExitPolicy
 
+    given = TaskSettings(
+        model=model,
+        limit=limit,
+        shots=shots,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        text=text,
+        window=window,
+        data_dir=data_dir,
+        allow_code_execution=allow_code_execution,
+    )
     arms = [chosen]
     if compare_backbone and chosen.kind != "never":
         arms.insert(0, ExitPolicy.never())
@@ -201,21 +211,6 @@ def evaluate(
         print(json.dumps({"results": [row.to_dict() for row in rows]}, ensure_ascii=False))
     else:
         _print(rows)
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What the command line says of the tasks."""
-
-    model: str
-    limit: int | None
-    shots: int | None
-    chat: bool | None
-    max_new_tokens: int | None
-    text: Path | None
-    window: int
-    data_dir: Path | None
-    allow_code_execution: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,54 +259,19 @@ def _check_tasks(
         )
 
 
-def _make_run(lm: RiverLM, name: str, given: _Given) -> Run:
+def _make_run(lm: RiverLM, name: str, given: TaskSettings) -> Run:
     """The run that the options name.
 
     Raises:
         typer.Exit: an option doesn't go with the task.
         RiverError: see the runs.
     """
-    from river_llm.evaluation.choice_run import ChoiceRun
-    from river_llm.evaluation.data import data_directory
-    from river_llm.evaluation.generation_run import GenerationRun
-    from river_llm.evaluation.tasks import TASKS
-    from river_llm.evaluation.tasks.task import ChoiceTask
-    from river_llm.evaluation.text_run import TextRun
+    from river_llm.evaluation.requests import make_run
 
-    task = TASKS[name]
     try:
-        if task is None:
-            assert given.text is not None
-            return TextRun(
-                lm,
-                given.text,
-                model_name=given.model,
-                with_backbone=name == "kld",
-                window=given.window,
-                limit=given.limit,
-            )
-        shared: dict[str, Any] = {
-            "model_name": given.model,
-            "directory": data_directory(given.data_dir),
-            "shots": given.shots,
-            "limit": given.limit,
-        }
-        if isinstance(task, ChoiceTask):
-            if given.chat is not None or given.max_new_tokens is not None:
-                raise usage_error(f"--chat and --max-new-tokens are not for {name}")
-            return ChoiceRun(lm, task, **shared)
-        return GenerationRun(
-            lm,
-            task,
-            **shared,
-            chat=given.chat,
-            new_tokens=given.max_new_tokens,
-            allow_code_execution=given.allow_code_execution,
-        )
+        return make_run(lm, name, given)
     except ConfigError as error:
-        raise usage_error(f"{name}: {error}") from error
-    except MissingExtraError as error:
-        raise MissingExtraError(f"{name}: {error}") from error
+        raise usage_error(str(error)) from error
 
 
 def _arm_name(policy: ExitPolicy, bits: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -173,6 +174,19 @@ class LoadingProgress:
     def steps_done(self, done: int, total: int) -> None:
         """`done` of `total` steps of whatever the description says."""
         self._progress.update(self._task, completed=done, total=total)
+
+    def work_done(self, description: str, done: int, total: int) -> None:
+        """`done` of `total` steps of this work."""
+        self._progress.update(self._task, description=description, completed=done, total=total)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to another one meanwhile."""
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            self._progress.start()
 
     def __enter__(self) -> LoadingProgress:
         self._progress.start()
