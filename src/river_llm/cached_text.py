@@ -96,9 +96,8 @@ def text_of_answer(
     if thresholds is None:
         return CachedText(tokens, 0, (), prompt_length)
     exact = min(prompt_length, len(tokens))
-    if thresholds == policy.thresholds(num_layers) and _shares_angles(
-        limit, prompt_length, len(tokens)
-    ):
+    leave_alike = policy.has_thresholds and thresholds == policy.thresholds(num_layers)
+    if leave_alike and _shares_angles(limit, prompt_length, len(tokens)):
         exact = len(tokens)
     return CachedText(tokens, exact, thresholds, prompt_length)
 

@@ -103,6 +103,11 @@ class ExitPolicy:
         """One threshold for each number of layers run, 0 to L-1; infinities are allowed."""
         return cls("thresholds", layer_thresholds=tuple(map(float, thresholds)), **rules)
 
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether it comes down to one number per layer."""
+        return True
+
     def thresholds(self, num_layers: int) -> tuple[float, ...]:
         """One threshold for each number of layers run; entry l stands for "after l layers".
 

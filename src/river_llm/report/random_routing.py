@@ -61,6 +61,10 @@ class RandomRouting(ExitPolicy):
             place -= count
         raise AssertionError("the place lies within the histogram")
 
+    @property
+    def has_thresholds(self) -> bool:
+        return False
+
     def thresholds(self, num_layers: int) -> tuple[float, ...]:
         raise ConfigError("random routing has no thresholds; an engine of its own runs it")
 
