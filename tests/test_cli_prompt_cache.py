@@ -232,7 +232,7 @@ class TestErrors:
         monkeypatch.setattr("os.access", lambda _, mode: not mode & os.W_OK)
         outcome = generate(model, DOCUMENT * 2, path, "--json")
         assert outcome.json["cached_prompt_tokens"] > 20
-        assert "its folder is read-only" in outcome.stderr
+        assert "it is read-only" in outcome.stderr
         assert path.read_bytes() == content
 
 

@@ -163,6 +163,17 @@ class TestWriting:
             lm.save_prompt_cache(path)
         assert list(path.parent.iterdir()) == []
 
+    def test_leaves_a_read_only_file(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm = lm_with("cpu")
+        save(lm, path)
+        before = path.read_bytes()
+        ask(lm, DOCUMENT * 2)
+        monkeypatch.setattr("os.access", lambda place, _: Path(place).is_dir())
+        with pytest.raises(PromptCacheError, match="it is read-only; give another file"):
+            lm.save_prompt_cache(path)
+        assert path.read_bytes() == before
+        assert lm.load_prompt_cache(path)
+
 
 def _new_file_mode(directory: Path) -> int:
     other = directory / "other"

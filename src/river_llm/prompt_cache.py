@@ -68,9 +68,9 @@ def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
         with new.open("xb") as opened:  # safetensors would let the owner alone read it
             mode = mode or stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
         save_file(tensors, new, metadata)
-        new.chmod(mode)
         with new.open("r+b") as opened:
             os.fsync(opened.fileno())  # on the disk before it has the name
+        new.chmod(mode)
         new.replace(target)
     except (OSError, SafetensorError) as error:
         raise PromptCacheError(f"can't write the prompt cache {path} ({_brief(error)})") from error
@@ -120,8 +120,10 @@ def check_writable(path: Path) -> Path:
         _open(path)
     elif not target.parent.is_dir():
         raise PromptCacheError(f"there is no folder {target.parent} to write {target.name} to")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise PromptCacheError(f"{path} can't be written, its folder is read-only; give another")
+    is_read_only = target.exists() and not os.access(target, os.W_OK)
+    if is_read_only or not os.access(target.parent, os.W_OK | os.X_OK):
+        what = "it" if is_read_only else "its folder"
+        raise PromptCacheError(f"{path} can't be written, {what} is read-only; {_OTHER_FILE[3:]}")
     return target
 
 
