@@ -348,6 +348,20 @@ class TestRequests:
         with pytest.raises(ConfigError, match="max_gen_toks is 64, which leaves no room"):
             eval_lm.generate_until(requests(("river", {"max_gen_toks": CONTEXT})))
 
+    def test_windows_run_side_by_side(
+        self, eval_lm: RiverEvalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = []
+        score = eval_lm._lm.engine.score
+
+        def spy(token_ids: torch.Tensor, counts: list[int] | None = None) -> Any:
+            rows.append(len(token_ids))
+            return score(token_ids, counts)
+
+        monkeypatch.setattr(eval_lm._lm.engine, "score", spy)
+        eval_lm.loglikelihood_rolling(requests(("one text",), ("another",), ("a third one",)))
+        assert rows == [2, 1]
+
     def test_an_empty_text_has_no_windows(self, eval_lm: RiverEvalLM) -> None:
         assert eval_lm.loglikelihood_rolling(requests(("",), ("a",)))[0] == 0
 

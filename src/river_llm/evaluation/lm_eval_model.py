@@ -200,9 +200,11 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         Raises:
             DataError: a continuation has no tokens, or more than the model takes.
         """
-        questions: dict[tuple[int, ...], list[int]] = {}  # a question's choices share its pass
+        questions: dict[object, list[int]] = {}  # a question's choices share its pass
         for place, (_texts, context, _continuation) in enumerate(requests):
-            questions.setdefault(tuple(context), []).append(place)
+            # one token, as before windows of a text, is nothing to share
+            key = tuple(context) if len(context) > 1 else place
+            questions.setdefault(key, []).append(place)
         groups = list(questions.values())
         lengths = [len(context) + len(answer) for _texts, context, answer in requests]
         self._warn_of_cuts("contexts", sum(n > self.max_length + 1 for n in lengths), len(requests))
@@ -263,9 +265,8 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         alike: dict[str, list[int]] = {}  # requests of the same settings run together
         for place, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(
-                place
-            )
+            key = json.dumps(request.args[1], sort_keys=True, default=str)
+            alike.setdefault(key, []).append(place)
         texts = [""] * len(requests)
         exits: Counter[int] = Counter()
         self._lm.forget_cache()
