@@ -15,9 +15,9 @@ void check(bool holds, const char* what) {
 }
 
 void check_format(Format format, std::initializer_list<int> widths) {
-  const bool coded = (format.bits == 4 || format.bits == 8) &&
+  const bool coded = (format.bits == 4 || format.bits == 6 || format.bits == 8) &&
                      (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
-  check(format.bits == 16 || coded, "weights have 16, 8 or 4 bits and groups of 32, 64 or 128");
+  check(format.bits == 16 || coded, "weights have 16, 8, 6 or 4 bits and groups of 32, 64 or 128");
   if (coded)
     for (const int width : widths)
       check(width % format.group_size == 0, "a width is no multiple of the group");

@@ -28,7 +28,7 @@ struct Shape {
   bool tied_head;         // the LM head's bfloat16 weights are the embedding's
 };
 
-constexpr int kWeightLayout = 1;  // counts the changes of packing.h and of the order of weights
+constexpr int kWeightLayout = 2;  // counts the changes of packing.h and of the order of weights
 constexpr int kMaxGroupedQueries = 64;  // query heads that share a key-value head
 
 // What may be prefetched past the last weight has to be mapped for speed, not for safety.
@@ -36,8 +36,8 @@ constexpr size_t kSlack = 16u << 10;
 
 // How one side's weights are stored.
 struct Format {
-  int bits = 16;       // 16, 8 or 4
-  int group_size = 0;  // of 8 and 4 bits
+  int bits = 16;       // 16, or 8, 6 or 4 in groups
+  int group_size = 0;  // of codes
 };
 
 enum Side { kBackbone = 0, kRiver = 1 };

@@ -40,8 +40,36 @@ void pack_weights(const SourceRow* rows, int columns, uint32_t* out) {
   }
 }
 
+// A group's codes of a row as words, kLanes apart.
+void pack_four_bits(const uint8_t* codes, int group_size, uint32_t* out) {
+  for (int w = 0; w < group_size / 8; ++w) std::memcpy(out + w * kLanes, codes + 4 * w, sizeof *out);
+}
+
+void pack_eight_bits(const uint8_t* codes, int group_size, uint32_t* out) {
+  for (int w = 0; w < group_size / 4; ++w) {
+    const uint8_t* eight = codes + w / 2 * 8 + w % 2;
+    out[w * kLanes] =
+        eight[0] | eight[2] << 8 | eight[4] << 16 | static_cast<uint32_t>(eight[6]) << 24;
+  }
+}
+
+// `upper` points to the group's bits above the nibbles, two for each code.
+void pack_six_bits(const uint8_t* nibbles, const uint8_t* upper, int group_size, uint32_t* out) {
+  for (int k = 0; k < group_size; k += 16, nibbles += 8, upper += 4, out += 3 * kLanes) {
+    uint32_t words[4] = {};  // of the inputs 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t nibble = nibbles[i / 2] >> (i % 2 * 4) & 15u;
+      const uint32_t code = nibble | (upper[i / 4] >> (i % 4 * 2) & 3u) << 4;
+      words[i / 8 * 2 + i % 2] |= code << (i % 8 / 2 * 8);
+    }
+    for (int w = 0; w < 3; ++w)
+      out[w * kLanes] = words[w] | (words[3] >> (2 * w) & 0x03030303u) << 6;
+  }
+}
+
 void pack_codes(const SourceRow* rows, int columns, int bits, int group_size, uint32_t* out) {
-  const size_t num_groups = static_cast<size_t>(columns / group_size);
+  const auto num_groups = static_cast<size_t>(columns / group_size);
+  const auto row_bytes = static_cast<size_t>(columns) * bits / 8;
   const int words = group_size * bits / 32;  // of one row and group
   for (size_t g = 0; g < num_groups; ++g, out += kLanes * (1 + words)) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -49,17 +77,15 @@ void pack_codes(const SourceRow* rows, int columns, int bits, int group_size, ui
       if (matrix == nullptr) continue;
       const size_t place = rows[lane].row * num_groups + g;
       out[lane] = static_cast<uint32_t>(matrix->scales[place]) << 16 | matrix->zeros[place];
-      const uint8_t* codes = matrix->codes + place * words * 4;
-      for (int w = 0; w < words; ++w) {
-        uint32_t word;
-        if (bits == 4) {
-          std::memcpy(&word, codes + 4 * w, sizeof word);
-        } else {
-          const uint8_t* eight = codes + w / 2 * 8 + w % 2;
-          word = eight[0] | eight[2] << 8 | eight[4] << 16 | static_cast<uint32_t>(eight[6]) << 24;
-        }
-        out[(1 + w) * kLanes + lane] = word;
-      }
+      const uint8_t* row = matrix->codes + rows[lane].row * row_bytes;
+      const size_t first = g * static_cast<size_t>(group_size);
+      uint32_t* packed = out + kLanes + lane;
+      if (bits == 4)
+        pack_four_bits(row + first / 2, group_size, packed);
+      else if (bits == 6)
+        pack_six_bits(row + first / 2, row + columns / 2 + first / 4, group_size, packed);
+      else
+        pack_eight_bits(row + first, group_size, packed);
     }
   }
 }

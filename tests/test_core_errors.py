@@ -63,7 +63,7 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a negative rotary dim": ({"rotary_dim": -2}, "rotary dim"),
     "a group of 48": ({"river": (4, 48)}, "groups of 32, 64 or 128"),
     "a group that is too wide": ({"river": (4, 128)}, "a width is no multiple of the group"),
-    "3 bits": ({"river": (3, GROUP)}, "16, 8 or 4 bits"),
+    "3 bits": ({"river": (3, GROUP)}, "16, 8, 6 or 4 bits"),
     "8 bits without groups": ({"head": (8, 0)}, "groups of 32, 64 or 128"),
     "a size that is no number": ({"num_layers": "two"}, "num_layers"),
     "half a layer": ({"num_layers": 2.5}, "num_layers"),

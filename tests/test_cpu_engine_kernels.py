@@ -152,6 +152,18 @@ def test_codes_of_any_width_mean_what_they_mean_in_float32(
     _check_river(coded(bits, group_size), random_tokens(1, NUM_TOKENS, seed=2), kernels)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_the_river_is_held_in_4_6_or_8_bits(bits: int) -> None:
+    subject = coded(bits, 64)
+    engine = subject.engine()
+    matrices = [matrix for layer in subject.river.exit_layers for matrix in layer.values()]
+    groups = sum(matrix.scales.numel() for matrix in matrices)
+    held = {2: 4, 3: 4, 4: 4, 5: 6, 6: 6, 8: 8}[bits]
+    backbone = 64 * groups * 2  # its bytes, in bfloat16
+    river = backbone - (engine.step_bytes(subject.num_layers, 0) - engine.step_bytes(0, 0))
+    assert river == 64 * groups * held // 8 + 4 * groups
+
+
 @every_kernel_set
 def test_tokens_of_both_sides_share_a_pass(kernels: str) -> None:
     """Of a prompt some tokens leave after the first layer, so that a product has rows of both."""

@@ -11,9 +11,8 @@
 namespace river {
 namespace {
 
-// How far ahead of their use weights are fetched: bfloat16 a little ahead of the processor's own
-// prefetching, into the second level cache; codes, on which it spends longer, into the first.
-constexpr int kPairsAhead = 2048;
+// How far ahead of their use codes are fetched, into the first level cache. Weights of bfloat16 are
+// left to the processor's own prefetching: fetching them gained for two rows and lost for four.
 constexpr int kCodesAhead = 8192;
 
 #if defined(_MSC_VER)
@@ -123,9 +122,7 @@ void panel_pairs(const uint8_t* panel, size_t panel_bytes, int pairs, const uint
     repeat<kChains>([&]<int C>() RIVER_INLINE {
       Words w[Panels];
       repeat<Panels>([&]<int P>() RIVER_INLINE {
-        const uint8_t* word = panel + P * panel_bytes + 64 * C;
-        if constexpr (Panels == 1) prefetch(word + kPairsAhead);  // else they are in the cache
-        w[P] = load_words(word);
+        w[P] = load_words(panel + P * panel_bytes + 64 * C);
       });
       repeat<Rows>([&]<int R>() RIVER_INLINE {
         const auto* pair = reinterpret_cast<const Pair*>(x + R * x_stride) + k + C;
@@ -139,6 +136,35 @@ void panel_pairs(const uint8_t* panel, size_t panel_bytes, int pairs, const uint
     if constexpr (kChains == 2) acc[R][P][0] = add(acc[R][P][0], acc[R][P][1]);
     store(out + R * out_stride + P * kLanes, acc[R][P][0]);
   });
+}
+
+// Words of four codes that lie together: of the inputs 0 2 4 6, 1 3 5 7 (6 bits: 8 10 12 14 and
+// 9 11 13 15 too).
+template <int Bits>
+constexpr int kCodeWords = Bits == 6 ? 4 : 2;
+
+// Calls use.operator()<0>(codes) ... <kCodeWords<Bits> - 1>(codes) with the words at `panel`;
+// returns where the next ones are.
+template <int Bits, class Use>
+RIVER_INLINE inline const uint8_t* read_codes(const uint8_t* panel, Use use) {
+  constexpr int kRegisters = kCodeWords<Bits> * Bits / 8;
+  repeat<kRegisters>([&]<int R>() RIVER_INLINE { prefetch_near(panel + kCodesAhead + 64 * R); });
+  if constexpr (Bits == 4) {
+    const Words both = load_words(panel);
+    use.template operator()<0>(low_nibbles(both));
+    use.template operator()<1>(high_nibbles(both));
+  } else if constexpr (Bits == 6) {
+    const Words first = load_words(panel), second = load_words(panel + 64);
+    const Words third = load_words(panel + 128);
+    use.template operator()<0>(low_six_bits(first));
+    use.template operator()<1>(low_six_bits(second));
+    use.template operator()<2>(low_six_bits(third));
+    use.template operator()<3>(upper_two_bits(first, second, third));
+  } else {
+    use.template operator()<0>(load_words(panel));
+    use.template operator()<1>(load_words(panel + 64));
+  }
+  return panel + 64 * kRegisters;
 }
 
 // Sixteen outputs of `Rows` rows with codes of `Bits`, group by group:
@@ -160,31 +186,19 @@ void panel_codes(const uint8_t* panel, int num_groups, int group_size, const uin
       low[r] = set1_int(-(1 << (Bits - 1)) * groups[g].whole_sum);
     }
     const uint8_t* words = x + words_start + static_cast<size_t>(g) * group_size * 2;
-    for (int i = 0; i < group_size / 8; ++i, words += 16) {
-      Words even, odd;  // codes of the inputs 0 2 4 6 and 1 3 5 7
-      prefetch_near(panel + kCodesAhead);
-      if constexpr (Bits == 4) {
-        const Words both = load_words(panel);
-        even = low_nibbles(both);
-        odd = high_nibbles(both);
-        panel += 64;
-      } else {
-        prefetch_near(panel + kCodesAhead + 64);
-        even = load_words(panel);
-        odd = load_words(panel + 64);
-        panel += 128;
-      }
-      for (int r = 0; r < Rows; ++r) {
-        const auto* w = reinterpret_cast<const uint32_t*>(words + r * x_stride);
-        if constexpr (Bits == 4) {
-          high[r] = dot_nibbles(dot_nibbles(high[r], even, w[0]), odd, w[1]);
-          low[r] = dot_nibbles(dot_nibbles(low[r], even, w[2]), odd, w[3]);
-        } else {
-          high[r] = dot_bytes(dot_bytes(high[r], even, w[0]), odd, w[1]);
-          low[r] = dot_bytes(dot_bytes(low[r], even, w[2]), odd, w[3]);
+    for (int i = 0; i < group_size; i += 4 * kCodeWords<Bits>, words += 8 * kCodeWords<Bits>)
+      panel = read_codes<Bits>(panel, [&]<int W>(Words codes) RIVER_INLINE {
+        for (int r = 0; r < Rows; ++r) {
+          const auto* w = reinterpret_cast<const uint32_t*>(words + r * x_stride) + W / 2 * 4 + W % 2;
+          if constexpr (Bits == 8) {
+            high[r] = dot_bytes(high[r], codes, w[0]);
+            low[r] = dot_bytes(low[r], codes, w[2]);
+          } else {
+            high[r] = dot_six_bits(high[r], codes, w[0]);
+            low[r] = dot_six_bits(low[r], codes, w[2]);
+          }
         }
-      }
-    }
+      });
     // Unrolled, or GCC 11 and 12 vectorise it at -O3 where lanes are an array, and then read the
     // group of the row after the last, where there may be no memory.
     static_assert(Rows <= 8);
@@ -244,6 +258,8 @@ void matmul(const PackedMatrix& matrix, int first, int last, const void* x, size
         panel_pairs_rows<1>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else if (matrix.bits == 4)
         panel_codes_rows<4>(matrix, p, x_block, x_stride, count, out_block, out_stride);
+      else if (matrix.bits == 6)
+        panel_codes_rows<6>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else
         panel_codes_rows<8>(matrix, p, x_block, x_stride, count, out_block, out_stride);
     }

@@ -103,20 +103,33 @@ inline Words low_nibbles(Words w) {
 inline Words high_nibbles(Words w) {
   return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)});
 }
-// factor 1 or 16 times the products; codes of at most 15, so that 16 bits hold two products
-inline __m256i dot_nibbles(__m256i acc, __m256i w, __m256i x, int factor) {
+inline Words low_six_bits(Words w) {
+  const __m256i mask = _mm256_set1_epi8(63);
+  return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
+}
+inline __m256i upper_two_bits(__m256i a, __m256i b, __m256i c) {  // shifted together: one mask
+  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xc0));
+  __m256i bits = _mm256_srli_epi32(_mm256_and_si256(a, upper), 2);
+  bits = _mm256_srli_epi32(_mm256_or_si256(bits, _mm256_and_si256(b, upper)), 2);
+  return _mm256_srli_epi32(_mm256_or_si256(bits, _mm256_and_si256(c, upper)), 2);
+}
+inline Words upper_two_bits(Words a, Words b, Words c) {
+  return {upper_two_bits(a.a, b.a, c.a), upper_two_bits(a.b, b.b, c.b)};
+}
+// factor 1 or 16 times the products; codes of at most six bits, so that 16 bits hold two products
+inline __m256i dot_six_bits(__m256i acc, __m256i w, __m256i x, int factor) {
   const __m256i pairs = _mm256_maddubs_epi16(w, x);
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(static_cast<short>(factor))));
 }
-inline Ints dot_nibbles(Ints acc, Words w, uint32_t x) {
+inline Ints dot_six_bits(Ints acc, Words w, uint32_t x) {
   const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x));
-  return {dot_nibbles(acc.a, w.a, bytes, 1), dot_nibbles(acc.b, w.b, bytes, 1)};
+  return {dot_six_bits(acc.a, w.a, bytes, 1), dot_six_bits(acc.b, w.b, bytes, 1)};
 }
 inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {
   const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x));
   const Words high = high_nibbles(w);
-  acc = dot_nibbles(acc, low_nibbles(w), x);
-  return {dot_nibbles(acc.a, high.a, bytes, 16), dot_nibbles(acc.b, high.b, bytes, 16)};
+  acc = dot_six_bits(acc, low_nibbles(w), x);
+  return {dot_six_bits(acc.a, high.a, bytes, 16), dot_six_bits(acc.b, high.b, bytes, 16)};
 }
 inline Ints times_256_plus(Ints high, Ints low) {
   return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a),
@@ -135,8 +148,13 @@ inline void split_fixed(Floats whole, int8_t* out) {  // as split_fixed_lanes
       _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(both, order));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Inlined by command: GCC 12 drops calls in lambdas that do nothing but prefetch.
+#define RIVER_PREFETCH __attribute__((always_inline)) inline void
+RIVER_PREFETCH prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+RIVER_PREFETCH prefetch_near(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+#undef RIVER_PREFETCH
 
 }  // namespace
 }  // namespace river

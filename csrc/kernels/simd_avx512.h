@@ -79,13 +79,22 @@ inline Words low_nibbles(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(
 inline Words high_nibbles(Words w) {
   return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
 }
+inline Words low_six_bits(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(63)); }
+inline Words upper_two_bits(Words a, Words b, Words c) {  // shifted together: one mask for all
+  constexpr int kOrAnd = 0xf8;                            // x | (y & z)
+  const __m512i upper = _mm512_set1_epi8(static_cast<char>(0xc0));
+  __m512i bits = _mm512_srli_epi32(_mm512_and_si512(a, upper), 2);
+  bits = _mm512_srli_epi32(_mm512_ternarylogic_epi32(bits, b, upper, kOrAnd), 2);
+  return _mm512_srli_epi32(_mm512_ternarylogic_epi32(bits, c, upper, kOrAnd), 2);
+}
 #ifdef RIVER_VNNI
 inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {
   return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(static_cast<int>(x)));
 }
-inline Ints dot_nibbles(Ints acc, Words w, uint32_t x) { return dot_bytes(acc, w, x); }
+inline Ints dot_six_bits(Ints acc, Words w, uint32_t x) { return dot_bytes(acc, w, x); }
 #else
-inline Ints dot_nibbles(Ints acc, Words w, uint32_t x) {
+// codes of at most six bits, so that 16 bits hold two products
+inline Ints dot_six_bits(Ints acc, Words w, uint32_t x) {
   const Ints pairs = _mm512_maddubs_epi16(w, _mm512_set1_epi32(static_cast<int>(x)));
   return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
@@ -111,8 +120,13 @@ inline void split_fixed(Floats whole, int8_t* out) {  // as split_fixed_lanes
       _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(both, order));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Inlined by command: GCC 12 drops calls in lambdas that do nothing but prefetch.
+#define RIVER_PREFETCH __attribute__((always_inline)) inline void
+RIVER_PREFETCH prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+RIVER_PREFETCH prefetch_near(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+#undef RIVER_PREFETCH
 
 }  // namespace
 }  // namespace river

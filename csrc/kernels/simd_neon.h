@@ -114,15 +114,26 @@ RIVER_NEON Words low_nibbles(Words w) {
 RIVER_NEON Words high_nibbles(Words w) {
   return low_nibbles(RIVER_PARTS(Words, vshrq_n_u32(w.v[i], 4)));
 }
-// Codes of at most 15, so that 16 bits hold two products.
-RIVER_NEON int32x4_t dot_nibbles(int32x4_t acc, uint32x4_t w, int8x16_t x) {
+RIVER_NEON Words low_six_bits(Words w) {
+  return RIVER_PARTS(Words, vandq_u32(w.v[i], vdupq_n_u32(0x3f3f3f3fu)));
+}
+RIVER_NEON uint32x4_t upper_two_bits(uint32x4_t a, uint32x4_t b, uint32x4_t c) {
+  // each shift inserts what it shifts below the bits that are there
+  const uint8x16_t lower = vsriq_n_u8(vreinterpretq_u8_u32(b), vreinterpretq_u8_u32(a), 2);
+  return vreinterpretq_u32_u8(vshrq_n_u8(vsriq_n_u8(vreinterpretq_u8_u32(c), lower, 2), 2));
+}
+RIVER_NEON Words upper_two_bits(Words a, Words b, Words c) {
+  return RIVER_PARTS(Words, upper_two_bits(a.v[i], b.v[i], c.v[i]));
+}
+// Codes of at most six bits, so that 16 bits hold two products.
+RIVER_NEON int32x4_t dot_six_bits(int32x4_t acc, uint32x4_t w, int8x16_t x) {
   const int8x16_t codes = vreinterpretq_s8_u32(w);
   const int16x8_t first = vmull_s8(vget_low_s8(codes), vget_low_s8(x));
   return vpadalq_s16(acc, vpaddq_s16(first, vmull_high_s8(codes, x)));
 }
-RIVER_NEON Ints dot_nibbles(Ints acc, Words w, uint32_t x) {
+RIVER_NEON Ints dot_six_bits(Ints acc, Words w, uint32_t x) {
   const int8x16_t factors = vreinterpretq_s8_u32(vdupq_n_u32(x));
-  return RIVER_PARTS(Ints, dot_nibbles(acc.v[i], w.v[i], factors));
+  return RIVER_PARTS(Ints, dot_six_bits(acc.v[i], w.v[i], factors));
 }
 // Codes of eight lanes, all from one place in their words, times the activation of that place.
 template <int Place>

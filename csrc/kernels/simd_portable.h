@@ -96,15 +96,26 @@ inline Words high_nibbles(Words w) {
   RIVER_LANES w.lane[i] = (w.lane[i] >> 4) & 0x0f0f0f0fu;
   return w;
 }
+inline Words low_six_bits(Words w) { RIVER_LANES w.lane[i] &= 0x3f3f3f3fu; return w; }
+// six bits out of the upper two of three words' bytes, a's lowest
+inline Words upper_two_bits(Words a, Words b, Words c) {
+  constexpr uint32_t kUpper = 0xc0c0c0c0u;
+  RIVER_LANES {
+    const uint32_t lower = (a.lane[i] & kUpper) >> 2 | (b.lane[i] & kUpper);
+    c.lane[i] = (lower >> 2 | (c.lane[i] & kUpper)) >> 2;
+  }
+  return c;
+}
 // adds the products of four unsigned bytes of each lane with the four signed bytes of x
-inline Ints dot_nibbles(Ints acc, Words w, uint32_t x) {
+inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {
   for (int byte = 0; byte < 4; ++byte) {
     const int32_t factor = static_cast<int8_t>(x >> (8 * byte));
     RIVER_LANES acc.lane[i] += static_cast<int32_t>((w.lane[i] >> (8 * byte)) & 0xffu) * factor;
   }
   return acc;
 }
-inline Ints dot_bytes(Ints acc, Words w, uint32_t x) { return dot_nibbles(acc, w, x); }
+// the same for codes of at most six bits
+inline Ints dot_six_bits(Ints acc, Words w, uint32_t x) { return dot_bytes(acc, w, x); }
 inline Ints times_256_plus(Ints high, Ints low) {
   RIVER_LANES high.lane[i] = high.lane[i] * 256 + low.lane[i];
   return high;

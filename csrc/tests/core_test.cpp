@@ -28,6 +28,7 @@ constexpr Test kTests[] = {
     RIVER_TEST(codes_lie_in_their_panels_as_documented),
     RIVER_TEST(products_with_weights_are_right),
     RIVER_TEST(products_with_codes_are_right),
+    RIVER_TEST(the_largest_codes_and_activations_overflow_nothing),
     RIVER_TEST(a_row_of_a_batch_has_the_bits_of_that_row_alone),
     RIVER_TEST(some_panels_have_the_bits_of_all),
     RIVER_TEST(a_value_that_is_no_number_stays_none),

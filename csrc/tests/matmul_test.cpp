@@ -19,8 +19,9 @@ struct Size {
 constexpr Size kWeights[] = {{16, 32, 16, 0},  {40, 48, 16, 0},  {33, 64, 16, 0},
                              {112, 96, 16, 0}, {24, 576, 16, 0}, {80, 160, 16, 0}};
 constexpr Size kCodes[] = {{16, 32, 4, 32},   {40, 64, 4, 32},  {33, 128, 4, 64}, {48, 576, 4, 64},
-                           {24, 384, 4, 128}, {16, 32, 8, 32},  {40, 64, 8, 32},  {33, 128, 8, 64},
-                           {48, 576, 8, 64},  {24, 384, 8, 128}};
+                           {24, 384, 4, 128}, {16, 32, 6, 32},  {40, 96, 6, 32}, {33, 128, 6, 64},
+                           {48, 576, 6, 64},  {24, 384, 6, 128}, {16, 32, 8, 32}, {40, 64, 8, 32},
+                           {33, 128, 8, 64},  {48, 576, 8, 64}, {24, 384, 8, 128}};
 
 // Activations whose groups are of very different size; a row of zeros, and one of next to nothing.
 std::vector<float> activations(int rows, int columns, Random& random) {
@@ -96,9 +97,37 @@ void products_with_codes_are_right() {
   });
 }
 
+void the_largest_codes_and_activations_overflow_nothing() {
+  constexpr int kColumns = 256, kGroup = 128;
+  constexpr float kMost = 32512, kLowest = 32384;  // 127 * 256 + 0 and 127 * 256 - 128, the bytes'
+  Random random(7);
+  with_each_kernel_set([&](const KernelSet& kernels) {
+    for (const int bits : {4, 6, 8})
+      for (const bool ones : {false, true}) {
+        Source source(kLanes, kColumns, bits, kGroup, random);
+        source.set_codes(ones);
+        const Packed packed({&source}, false, kColumns, bits, kGroup);
+        std::vector<float> x(2 * kColumns, kLowest);
+        for (size_t k = 0; k < x.size(); k += kGroup) x[k] = kMost;
+        for (size_t k = kColumns; k < x.size(); ++k) x[k] = -x[k];
+        const Inputs inputs(kernels, packed.matrix, x, 2, kColumns);
+        const Product both(kernels, packed.matrix, inputs, 0, 2, 0, 1);
+        for (int n = 0; n < kLanes; ++n) {
+          double expected = 0, magnitude = 0;
+          for (int k = 0; k < kColumns; ++k) {
+            expected += source.weight(n, k) * x[static_cast<size_t>(k)];
+            magnitude += std::fabs(source.weight(n, k)) * kMost;
+          }
+          CHECK(std::fabs(both.row(0)[n] - expected) <= 1e-6 * magnitude);
+          CHECK(both.row(1)[n] == -both.row(0)[n]);
+        }
+      }
+  });
+}
+
 void a_row_of_a_batch_has_the_bits_of_that_row_alone() {
-  constexpr Size kSizes[] = {{40, 96, 16, 0}, {40, 192, 4, 64}, {40, 192, 8, 64}, {16, 8192, 16, 0},
-                             {16, 8192, 4, 32}};
+  constexpr Size kSizes[] = {{40, 96, 16, 0}, {40, 192, 4, 64},  {40, 192, 6, 64}, {40, 192, 8, 64},
+                             {16, 8192, 16, 0}, {16, 8192, 4, 32}, {16, 8192, 6, 32}};
   with_each_kernel_set([&](const KernelSet& kernels) {
     for (const Size& size : kSizes) {
       Random random(4);
@@ -122,7 +151,7 @@ void a_row_of_a_batch_has_the_bits_of_that_row_alone() {
 }
 
 void some_panels_have_the_bits_of_all() {
-  constexpr Size kSizes[] = {{104, 96, 16, 0}, {104, 128, 4, 64}, {104, 128, 8, 64}};
+  constexpr Size kSizes[] = {{104, 96, 16, 0}, {104, 128, 4, 64}, {104, 128, 6, 64}, {104, 128, 8, 64}};
   with_each_kernel_set([&](const KernelSet& kernels) {
     for (const Size& size : kSizes) {
       Random random(5);
@@ -148,7 +177,7 @@ void some_panels_have_the_bits_of_all() {
 }
 
 void a_value_that_is_no_number_stays_none() {
-  constexpr Size kSizes[] = {{16, 64, 16, 0}, {16, 128, 4, 64}, {16, 128, 8, 64}};
+  constexpr Size kSizes[] = {{16, 64, 16, 0}, {16, 128, 4, 64}, {16, 128, 6, 64}, {16, 128, 8, 64}};
   with_each_kernel_set([&](const KernelSet& kernels) {
     for (const Size& size : kSizes)
       for (const float value : {std::numeric_limits<float>::quiet_NaN(),

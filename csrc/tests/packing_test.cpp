@@ -23,16 +23,24 @@ double weight_in_panel(const PackedMatrix& matrix, int row, int column) {
   const auto words = static_cast<size_t>(matrix.group_size * matrix.bits / 32);
   const size_t start = static_cast<size_t>(group) * (1 + words) * kLanes;
   const uint32_t scale_and_zero = word(panel, start + lane);
-  int code;
+  uint32_t code;
   if (matrix.bits == 4) {
     const auto line = static_cast<size_t>(1 + place / 8);
     code = word(panel, start + line * kLanes + lane) >> (place % 8 * 4) & 15;
+  } else if (matrix.bits == 6) {
+    const auto start_of_16 = static_cast<size_t>(1 + place / 16 * 3);
+    const int which = place % 16 / 8 * 2 + place % 2, byte = place % 8 / 2 * 8;
+    const auto bits = [&](size_t line, int shift, uint32_t mask) {
+      return word(panel, start + (start_of_16 + line) * kLanes + lane) >> shift & mask;
+    };
+    code = which < 3 ? bits(static_cast<size_t>(which), byte, 63)
+                     : bits(0, byte + 6, 3) | bits(1, byte + 6, 3) << 2 | bits(2, byte + 6, 3) << 4;
   } else {
     const auto line = static_cast<size_t>(1 + place / 8 * 2 + place % 2);
     code = word(panel, start + line * kLanes + lane) >> (place % 8 / 2 * 8) & 255;
   }
   const int middle = 1 << (matrix.bits - 1);
-  return (code - middle) * static_cast<double>(to_float(static_cast<bf16>(scale_and_zero >> 16))) +
+  return (static_cast<int>(code) - middle) * static_cast<double>(to_float(static_cast<bf16>(scale_and_zero >> 16))) +
          to_float(static_cast<bf16>(scale_and_zero));
 }
 
@@ -67,7 +75,7 @@ void weights_come_back_from_their_panels() {
 
 void codes_lie_in_their_panels_as_documented() {
   Random random(2);
-  for (const int bits : {4, 8})
+  for (const int bits : {4, 6, 8})
     for (const int group_size : {32, 64, 128}) {
       const int columns = 3 * group_size;
       const Source source(37, columns, bits, group_size, random);

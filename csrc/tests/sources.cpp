@@ -25,8 +25,15 @@ SourceMatrix Source::matrix() const {
 int Source::code(int row, int column) const {
   const size_t place = static_cast<size_t>(row) * columns_ + column;
   if (bits_ == 8) return codes_[place];
+  if (bits_ == 6) {  // the row's nibbles, then two bits each
+    const uint8_t* nibbles = codes_.data() + static_cast<size_t>(row) * columns_ * 6 / 8;
+    const int nibble = nibbles[column / 2] >> (column % 2 * 4) & 15;
+    return nibble | (nibbles[columns_ / 2 + column / 4] >> (column % 4 * 2) & 3) << 4;
+  }
   return codes_[place / 2] >> (place % 2 * 4) & 15;
 }
+
+void Source::set_codes(bool ones) { codes_.assign(codes_.size(), ones ? 0xff : 0); }
 
 double Source::weight(int row, int column) const {
   const size_t place = static_cast<size_t>(row) * columns_ + column;

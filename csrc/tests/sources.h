@@ -17,6 +17,8 @@ class Source {
 
   SourceMatrix matrix() const;
   double weight(int row, int column) const;
+  // Every code's bits are ones, or zeros.
+  void set_codes(bool ones);
   int rows() const { return rows_; }
 
  private:

@@ -10,6 +10,7 @@ void codes_lie_in_their_panels_as_documented();
 // matmul_test.cpp
 void products_with_weights_are_right();
 void products_with_codes_are_right();
+void the_largest_codes_and_activations_overflow_nothing();
 void a_row_of_a_batch_has_the_bits_of_that_row_alone();
 void some_panels_have_the_bits_of_all();
 void a_value_that_is_no_number_stays_none();

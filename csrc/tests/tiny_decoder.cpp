@@ -66,8 +66,8 @@ Result take(const Pass& pass) {
 
 Subject::Subject(const KernelSet& kernels, int threads, const Kind& kind)
     : team(threads),
-      model(shape_of(kind), format(kind.backbone_bits), format(4), format(kind.head_bits),
-            kind.has_everything ? 2 : 1, kLayers),
+      model(shape_of(kind), format(kind.backbone_bits), format(kind.river_bits),
+            format(kind.head_bits), kind.has_everything ? 2 : 1, kLayers),
       decoder(model, kLayers, kernels, team) {
   set_weights(kind);
   if (kind.has_everything) set_everything();

@@ -14,6 +14,7 @@ struct Kind {
   int backbone_bits = 16, head_bits = 16;
   bool has_everything = false;  // biases, norms, windows, scales that plain models lack
   uint32_t backbone_seed = 1, river_seed = 2;
+  int river_bits = 4;
 };
 
 // What any pass gives, without padding.

@@ -66,11 +66,10 @@ def _in_turn(
 class CpuEngine:
     """Decoding in C++ with packed weights; see `Engine` for the verbs.
 
-    Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 4 or 8 bits
-    (2 and 3 bits are held as 4, 5 and 6 as 8). Activations are rounded to bfloat16 for products
-    with bfloat16 weights and to 16-bit fixed point, one scale a group, for products with codes;
-    sums, norms and the residual stream are float32. A row of a batch has the same bits as that
-    row alone.
+    Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 4, 6 or 8
+    bits (2 and 3 bits are held as 4, 5 as 6). Activations are rounded to bfloat16 for products with
+    bfloat16 weights and to 16-bit fixed point, one scale a group, for products with codes; sums,
+    norms and the residual stream are float32. A row of a batch has the same bits as that row alone.
 
     One thread at a time: a second one gets a RiverError, and nothing changes.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from river_llm.engines.native_model import NativeModel, WeightFormats
+from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
 from river_llm.errors import ConfigError, RiverError
 
 try:
@@ -73,7 +73,7 @@ def make_core(
         core = _core.Engine(
             model.shape,
             backbone=(backbone_bits, model.code_group_size if backbone_bits == 8 else 0),
-            river=(4 if formats.river_bits <= 4 else 8, formats.river_group_size),
+            river=(held_bits(formats.river_bits), formats.river_group_size),
             head=(head_bits, model.head_group_size if head_bits == 8 else 0),
             rotary_tables=len(model.rotary),
             threads=threads or _core.usable_threads(),

@@ -126,5 +126,10 @@ class WeightFormats:
 
     backbone_bits: int = 16
     lm_head_bits: int = 16
-    river_bits: int = 4  # as configured; the engine holds 2 and 3 as 4, 5 and 6 as 8
+    river_bits: int = 4  # as configured; see `held_bits`
     river_group_size: int = 64
+
+
+def held_bits(bits: int) -> int:
+    """In how many bits the core holds a code of `bits`: 4, 6 or 8."""
+    return next(width for width in (4, 6, 8) if bits <= width)

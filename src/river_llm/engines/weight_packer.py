@@ -12,7 +12,7 @@ from river_llm.backbone import linear_weight
 from river_llm.bit_packing import pack_codes, unpack_codes
 from river_llm.config import RiverConfig
 from river_llm.engines.llama_family import PROJECTIONS, layer_projections
-from river_llm.engines.native_model import NativeModel, WeightFormats
+from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
 from river_llm.errors import RiverError
 from river_llm.quantization import QuantizedMatrix, quantize
 
@@ -105,11 +105,11 @@ def _bfloat16_bits(weight: Tensor) -> Any:
 
 
 def _codes(matrix: QuantizedMatrix, rows: slice | None = None) -> Any:
-    """(codes, scales, zeros) as the core takes them: of 4 or 8 bits, with the same values."""
+    """(codes, scales, zeros) as the core takes them: of 4, 6 or 8 bits, with the same values."""
     packed, bits = matrix.packed, matrix.bits
-    if bits not in (4, 8):
+    wider = held_bits(bits)
+    if bits != wider:
         columns = matrix.scales.shape[1] * matrix.group_size
-        wider = 4 if bits < 4 else 8
         # a code counts from 2**(bits - 1): move it to where the wider one counts from
         codes = unpack_codes(packed, bits, columns) + (2 ** (wider - 1) - 2 ** (bits - 1))
         packed = pack_codes(codes.to(torch.uint8), wider)
