@@ -15,7 +15,7 @@ from river_llm.config import RiverConfig
 from river_llm.quantization import QuantizedMatrix, quantize
 from river_llm.river import River
 
-_LLAMA_3_2: dict[str, Any] = {
+_LLAMA_3: dict[str, Any] = {
     "vocab_size": 128256,
     "intermediate_size": 8192,
     "num_key_value_heads": 8,
@@ -36,17 +36,26 @@ _LLAMA_3_2: dict[str, Any] = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
-        **_LLAMA_3_2,
+        **_LLAMA_3,
         "hidden_size": 2048,
         "num_hidden_layers": 16,
         "num_attention_heads": 32,
         "head_dim": 64,
     },
     "llama-3.2-3b": {
-        **_LLAMA_3_2,
+        **_LLAMA_3,
         "hidden_size": 3072,
         "num_hidden_layers": 28,
         "num_attention_heads": 24,
+    },
+    "llama-3.1-8b": {
+        **_LLAMA_3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+        "rope_parameters": {**_LLAMA_3["rope_parameters"], "factor": 8.0},
     },
 }
 _SEED = 0

@@ -32,6 +32,7 @@ _Value = TypeVar("_Value", int, float)
 class ShapeName(str, Enum):
     llama_3_2_1b = "llama-3.2-1b"
     llama_3_2_3b = "llama-3.2-3b"
+    llama_3_1_8b = "llama-3.1-8b"
 
 
 def bench(
