@@ -354,10 +354,10 @@ class TestMemory:
         engine.keep_layers(6)
         before = _anonymous_bytes()
         engine.keep_layers(1)
-        assert before - _anonymous_bytes() > 0.9 * evicted
+        assert before - _anonymous_bytes() > 0.8 * evicted
         engine.policy = ExitPolicy.never()
         answer(engine)
-        assert before - _anonymous_bytes() > 0.85 * evicted
+        assert before - _anonymous_bytes() > 0.75 * evicted
         engine.keep_layers(6)
         assert abs(before - _anonymous_bytes()) < 0.1 * evicted
 
