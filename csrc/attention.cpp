@@ -66,7 +66,7 @@ void Decoder::Run::prepare_heads(const Layer& layer, int index, const Chunk& chu
     head(start, out);
     norm(layer.query_norm, 0, shape_.num_heads * dims, start, out);
     rotate(out, scale);
-    kernels_.prepare_query(out, dims, queries + size(q) * kernels_.query_bytes(dims));
+    kernels_.prepare_query(out, dims, cache_.bits(), queries + size(q) * query_bytes());
   }
   if (!write) return;
   float* value = out + dims;
@@ -83,8 +83,7 @@ void Decoder::Run::prepare_heads(const Layer& layer, int index, const Chunk& chu
 bool Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own,
                                   int thread) {
   const int dims = shape_.head_dim, kv_heads = shape_.num_kv_heads, threads = threads_;
-  const size_t query_bytes = kernels_.query_bytes(dims);
-  const size_t row_bytes = size(queries_per_kv_) * query_bytes;
+  const size_t row_bytes = size(queries_per_kv_) * query_bytes();
   const size_t partial_size = size(queries_per_kv_) * size(dims + 2);
   const auto first_page = [&](int position) { return first_seen(layer, position) / kPagePositions; };
   const auto pages = [&](int position) {
@@ -120,8 +119,9 @@ bool Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& ch
                       end == item + count);
       }
       for (int i = begin; i < end; ++i)
-        attend_page(layer, index, pass_.sequences[size(row)], first + i - item, kv_head, queries,
-                    row_bytes, &position, 1, buffers_.partials.data() + size(i) * partial_size);
+        attend_page(layer, index, pass_.sequences[size(row)], first + i - item,
+                    first + std::min(i + 1, end - 1) - item, kv_head, queries, row_bytes, &position,
+                    1, buffers_.partials.data() + size(i) * partial_size);
     }
   }
   team_.barrier(thread);
@@ -160,8 +160,7 @@ bool Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& ch
 void Decoder::Run::attend_by_rows(const Layer& layer, int index, const Chunk& chunk, Private& own,
                                   int thread) {
   const int dims = shape_.head_dim, kv_heads = shape_.num_kv_heads;
-  const size_t query_bytes = kernels_.query_bytes(dims);
-  const size_t head_bytes = size(queries_per_kv_) * query_bytes;
+  const size_t head_bytes = size(queries_per_kv_) * query_bytes();
   const size_t partial_size = size(dims + 2);
   if (thread == 0) buffers_.next_item = 0;
   const Range range = share(chunk.count * kv_heads, thread, threads_);
@@ -192,7 +191,7 @@ void Decoder::Run::attend_by_rows(const Layer& layer, int index, const Chunk& ch
       for (int q = 0; q < queries; ++q) running[size(q) * partial_size + size(dims)] = -1e30f;
       const int last_page = positions[count - 1] / kPagePositions;
       for (int page = first_seen(layer, positions[0]) / kPagePositions; page <= last_page; ++page) {
-        attend_page(layer, index, sequence, page, kv_head,
+        attend_page(layer, index, sequence, page, std::min(page + 1, last_page), kv_head,
                     buffers_.queries.data() + size(kv_head * chunk.count + start) * head_bytes,
                     head_bytes, positions, count, own.partial.data());
         for (int q = 0; q < queries; ++q)
@@ -210,16 +209,20 @@ void Decoder::Run::attend_by_rows(const Layer& layer, int index, const Chunk& ch
   }
 }
 
-void Decoder::Run::attend_page(const Layer& layer, int index, int sequence, int page, int kv_head,
-                               const uint8_t* queries, size_t row_stride, const int* positions,
-                               int rows, float* partial) {
+void Decoder::Run::attend_page(const Layer& layer, int index, int sequence, int page,
+                               int next_page, int kv_head, const uint8_t* queries,
+                               size_t row_stride, const int* positions, int rows, float* partial) {
   const int dims = shape_.head_dim;
   int begin[kQueryRows * kMaxGroupedQueries], end[kQueryRows * kMaxGroupedQueries];
   PageAttention attention;
   attention.keys = cache_.keys(sequence, page, index, kv_head);
   attention.values = cache_.values(sequence, page, index, kv_head);
+  attention.key_scales = cache_.key_scales(sequence, page, index, kv_head);
+  attention.value_scales = cache_.value_scales(sequence, page, index, kv_head);
+  attention.next = reinterpret_cast<const uint8_t*>(cache_.keys(sequence, next_page, index, kv_head)) -
+                   reinterpret_cast<const uint8_t*>(attention.keys);
   attention.head_dim = dims;
-  attention.query_stride = kernels_.query_bytes(dims);
+  attention.query_stride = query_bytes();
   attention.partial_stride = size(dims + 2);
   // queries of one row lie next to each other; rows do where row_stride says so
   const int start = page * kPagePositions;

@@ -15,8 +15,8 @@ constexpr size_t kSmallRows = 16;  // so few rows wait for memory, and a busy co
 
 }  // namespace
 
-Decoder::Decoder(Model& model, int resident, const KernelSet& kernels, Team& team)
-    : cache(model.shape.num_layers, model.shape.num_kv_heads, model.shape.head_dim),
+Decoder::Decoder(Model& model, int resident, const KernelSet& kernels, Team& team, int kv_bits)
+    : cache(model.shape.num_layers, model.shape.num_kv_heads, model.shape.head_dim, kv_bits),
       residency(model, resident),
       model_(model),
       kernels_(kernels),
@@ -110,7 +110,7 @@ void Decoder::Run::prepare() {
     own.best.reserve(pass_.logit_rows.size());
     own.normed.fit(hidden_size);
     own.gate_up.fit(kGateUpBytes / sizeof(float));
-    own.query.fit(size(queries_per_kv_) * kernels_.query_bytes(shape_.head_dim));
+    own.query.fit(size(queries_per_kv_) * query_bytes());
     own.heads.fit(2 * dims);
     own.running.fit(queries * (dims + 2));
     own.partial.fit(queries * (dims + 2));
@@ -121,7 +121,7 @@ void Decoder::Run::prepare() {
     for (const Side side : {kBackbone, kRiver}) buffers_.inputs[side].fit(chunk * input[side]);
   }
   buffers_.qkv.fit(chunk * (heads + 2 * kv_heads) * dims);
-  buffers_.queries.fit(chunk * heads * kernels_.query_bytes(shape_.head_dim));
+  buffers_.queries.fit(chunk * heads * query_bytes());
   buffers_.attended.fit(chunk * heads * dims);
   buffers_.projected.fit(chunk * hidden_size);
   buffers_.inner.fit(chunk * size(shape_.intermediate_size));

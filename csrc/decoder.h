@@ -59,8 +59,9 @@ struct Drafts {
 
 class Decoder {
  public:
-  // The model's first `resident` backbone layers are in memory.
-  Decoder(Model& model, int resident, const KernelSet& kernels, Team& team);
+  // The model's first `resident` backbone layers are in memory; `kv_bits` are those of the KV cache,
+  // 16 or 8.
+  Decoder(Model& model, int resident, const KernelSet& kernels, Team& team, int kv_bits = 16);
   ~Decoder();
 
   KvCache cache;

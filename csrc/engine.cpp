@@ -73,12 +73,12 @@ class Engine::Turn {
 
 Engine::Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
                std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels,
-               int resident_layers)
+               int resident_layers, int kv_bits)
     : kernels_(choose_kernels(kernels)),
       team_(std::make_unique<Team>(checked_threads(threads))),
       model_(read_shape(shape), {backbone.first, backbone.second}, {river.first, river.second},
              {head.first, head.second}, rotary_tables, resident_layers),
-      decoder_(model_, resident_layers, kernels_, *team_),
+      decoder_(model_, resident_layers, kernels_, *team_, kv_bits),
       process_(process_id()) {}
 
 // A forked child has no threads to end.
@@ -347,8 +347,7 @@ void Engine::lengthen(int sequence, int length) {
   Turn turn(*this);
   check_sequence(sequence);
   if (length < decoder_.cache.length(sequence)) throw std::invalid_argument("that is no longer");
-  decoder_.cache.reserve(sequence, length);
-  decoder_.cache.set_length(sequence, length);
+  decoder_.cache.lengthen(sequence, length);
 }
 
 int Engine::length(int sequence) const {

@@ -19,7 +19,7 @@ class Engine {
   // The pairs are bits and group size.
   Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
          std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels,
-         int resident_layers);
+         int resident_layers, int kv_bits);
   ~Engine();
 
   void set_layer(int layer, const nb::dict& parts);
@@ -58,7 +58,8 @@ class Engine {
   // memory and speed are at length can be measured without computing a text.
   void lengthen(int sequence, int length);
   int length(int sequence) const;
-  // Keys and values [2, layers, kv_heads, length, head_dim] of a sequence, as bfloat16 in uint16.
+  // Keys and values [2, layers, kv_heads, length, head_dim] of a sequence, as bfloat16 in uint16,
+  // to which those in codes are rounded.
   nb::object read_cache(int sequence);
   // The pages [page_bytes] with the first `length` positions of a sequence. They are no copies and
   // good until the next pass, but for a last one that is not full, which holds nothing else; the
@@ -84,6 +85,9 @@ class Engine {
   // Misses, bytes read, seconds waited.
   nb::tuple offload_counts() const;
   size_t cache_bytes() const { return decoder_.cache.bytes(); }
+  // Of the keys and values of one position in one layer.
+  size_t position_bytes() const { return decoder_.cache.position_bytes(); }
+  int kv_bits() const { return decoder_.cache.bits(); }
   int positions() const { return model_.positions(); }
   int threads() const { return team_->size(); }
   const char* kernels() const { return kernels_.name; }

@@ -43,9 +43,9 @@ NB_MODULE(_core, m) {
         "Seconds that so many threads take to meet once, the mean of many times.");
   nb::class_<Engine>(m, "Engine", "Weights, threads and KV cache of one model.")
       .def(nb::init<const nb::dict&, std::pair<int, int>, std::pair<int, int>, std::pair<int, int>, int,
-                    int, const std::string&, int>(),
+                    int, const std::string&, int, int>(),
            "shape"_a, "backbone"_a, "river"_a, "head"_a, "rotary_tables"_a, "threads"_a, "kernels"_a,
-           "resident_layers"_a)
+           "resident_layers"_a, "kv_bits"_a = 16)
       .def("set_layer", &Engine::set_layer, "layer"_a, "parts"_a)
       .def("set_weights", &Engine::set_weights, "layer"_a, "projection"_a,
            "matrices"_a.noconvert())
@@ -89,6 +89,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("resident_layers", &Engine::resident_layers)
       .def_prop_ro("offload_counts", &Engine::offload_counts)
       .def_prop_ro("cache_bytes", &Engine::cache_bytes)
+      .def_prop_ro("position_bytes", &Engine::position_bytes)
+      .def_prop_ro("kv_bits", &Engine::kv_bits)
       .def_prop_ro("positions", &Engine::positions)
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("kernels", &Engine::kernels);

@@ -145,9 +145,9 @@ class Decoder::Run {
                      Private& own, uint8_t* queries, bool write);
   bool attend_by_page(const Layer& layer, int index, const Chunk& chunk, Private& own, int thread);
   void attend_by_rows(const Layer& layer, int index, const Chunk& chunk, Private& own, int thread);
-  void attend_page(const Layer& layer, int index, int sequence, int page, int kv_head,
-                   const uint8_t* queries, size_t row_stride, const int* positions, int rows,
-                   float* partial);
+  void attend_page(const Layer& layer, int index, int sequence, int page, int next_page,
+                   int kv_head, const uint8_t* queries, size_t row_stride, const int* positions,
+                   int rows, float* partial);
 
   // exits.cpp
   bool needs_similarity(int layers_run) const;
@@ -171,6 +171,7 @@ class Decoder::Run {
   uint8_t* inputs(Private& own, Side side) const {
     return (private_ ? own.inputs : buffers_.inputs)[side].data();
   }
+  size_t query_bytes() const { return kernels_.query_bytes(shape_.head_dim, cache_.bits()); }
   size_t input_bytes(const PackedMatrix& matrix) const {
     return matrix.bits == 16 ? kernels_.pairs_bytes(matrix.columns)
                              : kernels_.fixed_bytes(matrix.columns, matrix.group_size);

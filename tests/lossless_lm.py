@@ -118,12 +118,19 @@ def overflowing_subject() -> Subject:
 
 
 def lm_on(
-    kind: str, subject: Subject | None = None, river_directory: Path | None = None
+    kind: str,
+    subject: Subject | None = None,
+    river_directory: Path | None = None,
+    kv_bits: int = 16,
 ) -> RiverLM:
     """A model on one of the engines, with an empty cache and nothing learnt: float32 on the torch
     engine, bfloat16 on the native one; no stop tokens."""
     subject = subject or subject_with(CONTEXT)
-    engine = subject.reference(MIXED) if kind == "torch" else subject.engine(MIXED)
+    engine = (
+        subject.reference(MIXED, kv_bits)
+        if kind == "torch"
+        else subject.engine(MIXED, kv_bits=kv_bits)
+    )
     tokenizer = character_tokenizer()
     return RiverLM(engine, tokenizer, subject.river.config, river_directory=river_directory)
 

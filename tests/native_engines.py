@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from river_llm import ExitPolicy, River, RiverConfig, attach_river
 from river_llm.attachment import AttachedRiver
 from river_llm.engines import CpuEngine, Engine, TorchEngine
+from river_llm.engines.kv_cache import EightBitLayer
 
 _core = pytest.importorskip("river_llm._core", reason="the native engine was not built")
 
@@ -148,11 +149,11 @@ class Subject:
         settings = {"threads": 1, **settings}
         return CpuEngine(self.model, self.river, policy or ExitPolicy.never(), **settings)
 
-    def reference(self, policy: ExitPolicy | None = None) -> TorchEngine:
+    def reference(self, policy: ExitPolicy | None = None, kv_bits: int = 16) -> TorchEngine:
         """The torch engine in float32 with an empty cache. All references share one model."""
         self.attached.policy = policy or ExitPolicy.never()
         self.attached.router.record_similarities = False
-        return TorchEngine(self.attached)
+        return TorchEngine(self.attached, kv_bits)
 
 
 @cache
@@ -172,9 +173,11 @@ def long_subject(case: str) -> Subject:
 
 
 @cache
-def engine_of(case: str, kernels: str = KERNELS[0], threads: int = 1) -> CpuEngine:
+def engine_of(
+    case: str, kernels: str = KERNELS[0], threads: int = 1, kv_bits: int = 16
+) -> CpuEngine:
     """One engine for all examples of a test; `begun` empties its cache."""
-    return subject_of(case).engine(kernels=kernels, threads=threads)
+    return subject_of(case).engine(kernels=kernels, threads=threads, kv_bits=kv_bits)
 
 
 def begun(engine: CpuEngine, policy: ExitPolicy) -> CpuEngine:
@@ -229,10 +232,11 @@ def cached_states(engine: CpuEngine | TorchEngine, sequence: int = 0) -> Tensor:
     if isinstance(engine, CpuEngine):
         words = torch.from_numpy(engine._core.read_cache(sequence))
         return words.view(torch.bfloat16).float()
-    layers = engine._cache.layers
-    return torch.stack(
-        [
-            torch.stack([layer.keys[sequence] for layer in layers]),
-            torch.stack([layer.values[sequence] for layer in layers]),
-        ]
-    )
+    states = [
+        (layer.keys * layer.key_scales, layer.values * layer.value_scales)
+        if isinstance(layer, EightBitLayer)
+        else (layer.keys, layer.values)
+        for layer in engine._cache.layers
+    ]
+    keys, values = zip(*states, strict=True)
+    return torch.stack([torch.stack(keys)[:, sequence], torch.stack(values)[:, sequence]])

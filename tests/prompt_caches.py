@@ -27,9 +27,11 @@ def other_subject(**changes: Any) -> Subject:
     return subject
 
 
-def lm_with(kind: str, policy: ExitPolicy = MIXED, subject: Subject | None = None) -> RiverLM:
+def lm_with(
+    kind: str, policy: ExitPolicy = MIXED, subject: Subject | None = None, kv_bits: int = 16
+) -> RiverLM:
     """A model with an empty cache, as another run would load it."""
-    lm = lm_on(kind, subject or subject_with(CONTEXT))
+    lm = lm_on(kind, subject or subject_with(CONTEXT), kv_bits=kv_bits)
     lm.policy = policy
     return lm
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
-from native_engines import subject_of
+from native_engines import Subject, subject_of
 from packed_models import save_model
 
 from river_llm import ExitPolicy
@@ -54,8 +54,9 @@ class TestMeasurement:
 
     def test_is_shown_as_a_table(self, model: Path) -> None:
         options = ["--depth", CONTEXT, "--exit-layer", EXIT, "--rounds", 1, "--threads", 1]
-        outcome = run("bench", "--memory", "-m", model, *options)
+        outcome = run("bench", "--memory", "-m", model, *options, "--kv-bits", 8)
         assert outcome.exit_code == 0
+        assert "KV cache of 8" in outcome.stdout
         assert "exit after 1, offloaded" in outcome.stdout
         assert "1.00" in outcome.stdout
 
@@ -65,7 +66,24 @@ class TestMeasurement:
         (tmp_path / "weights.bin").write_bytes(b"short")
         arms = [MemoryArm("backbone", 4)]
         with pytest.raises(RiverError, match=r"backbone at 8 tokens could .* has 5 bytes"):
-            measure_memory(tmp_path, arms, [8], 1, 1, 1, lambda *_: None)
+            measure_memory(tmp_path, arms, [8], 1, 1, 1, 16, lambda *_: None)
+
+
+def test_arms_have_a_kv_cache_of_the_width_that_is_asked_for(tmp_path: Path) -> None:
+    context = 40_000  # memory is taken by 8 MiB
+    subject = Subject("Llama", {"max_position_embeddings": 50_000})
+    engine = subject.engine()
+    keep_weights(engine, tmp_path)
+    (result,) = measure_memory(
+        tmp_path, [MemoryArm("full", 0, 0)], [context], 1, 1, 1, 8, lambda *_: None
+    )
+    caches = {}
+    for bits in (16, 8):
+        lengthened = subject.engine(kv_bits=bits)
+        lengthened.lengthen(context)
+        caches[bits] = lengthened.cache_bytes
+    assert result.expected_bytes == engine.rest_bytes + caches[8]
+    assert caches[8] < caches[16]
 
 
 def test_arms_hold_what_their_names_say() -> None:

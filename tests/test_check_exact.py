@@ -84,7 +84,7 @@ class TestCheckExact:
         outcome = self.check(model, prompts, *options)
         output = outcome.json
         assert outcome.stderr == ""
-        loading = {"model", "engine", "dtype", "backbone_bits", "lm_head_bits", "river"}
+        loading = {"model", "engine", "dtype", "backbone_bits", "lm_head_bits", "kv_bits", "river"}
         setting = {*loading, "drafts", "batch_size", "sampling"}
         assert set(output) == setting | set(field_names(Exactness))
         assert output["batch_size"] == 2

@@ -193,7 +193,8 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(RiverLM, "from_pretrained", load)
     options = "--bits 3 --group-size 32 --quantizer rtn --dtype float16 --trust-remote-code"
-    native = "--device cpu --engine cpu --threads 1 --backbone-bits 8 --lm-head-bits 8 --offload 2"
+    native = "--device cpu --engine cpu --threads 1 --backbone-bits 8 --lm-head-bits 8"
+    native += " --kv-bits 8 --offload 2"
     for command in (["generate", PROMPT], ["chat"]):
         outcome = run(*command, "-m", "a-model", *options.split(), *native.split())
         outcome.check_fails(1, "seen")
@@ -208,6 +209,7 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
             "threads": 1,
             "backbone_bits": 8,
             "lm_head_bits": 8,
+            "kv_bits": 8,
             "offload": OffloadConfig("layers", layers=2),
             "trust_remote_code": True,
         }

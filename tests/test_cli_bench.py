@@ -93,6 +93,16 @@ class TestJson:
         weights = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
         assert backbone - river == 2 * weights - weights * 4.5 / 8
 
+    def test_8_bit_caches_run_beside_and_read_fewer_bytes(self, model: str) -> None:
+        output = bench("--model", model, "--kv-bits", 8, "--depth", 20, "--prompt-tokens", 0)
+        read = {result["arm"]: result["bytes_per_token"] for result in output["results"]}
+        names = ["backbone", "full 4-bit"]
+        assert list(read) == [*names, *(f"{name}, 8-bit KV cache" for name in names)]
+        positions = 20.5  # in the cache, the mean of two steps
+        saved = positions * 4 * 2 * 2 * (2 * 16 - (16 + 4))  # layers, keys and values, heads
+        for name in names:
+            assert read[name] - read[f"{name}, 8-bit KV cache"] == saved
+
     def test_transformers_runs_beside(self, model: str) -> None:
         output = bench("--model", model, "--peers", "transformers")
         peer = output["results"][-1]

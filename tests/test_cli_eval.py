@@ -58,6 +58,13 @@ class TestRuns:
         assert set(records) == {0, 1, 2}
         assert {"prediction", "correct", "answer", "exit_layers", "tokens"} <= set(records[0])
 
+    def test_a_kv_cache_of_8_bits_is_another_run(self, model: str, data: Path) -> None:
+        task = ("arc_easy", "--limit", 2, "--json")
+        (result,) = self.evaluate(model, data, *task, "--kv-bits", 8).json["results"]
+        assert result["run"]["engine_setting"]["kv_bits"] == 8
+        assert "KV cache 8 bits" in result["parts"][0]["engine_setting"]
+        self.evaluate(model, data, *task).check_fails(1, "engine_setting.kv_bits is 8 there")
+
     def test_the_backbone_is_compared_item_by_item(self, model: str, data: Path) -> None:
         outcome = self.evaluate(
             model, data, "arc_easy", "blimp", "--policy", "always", "--compare-backbone", "--json"

@@ -35,6 +35,7 @@ CASES = ("llama", "mistral, window", "gemma3_text", "llama, biases")
 
 every_kernel_set = pytest.mark.parametrize("kernels", KERNELS)
 any_case = st.sampled_from(CASES)
+any_width = st.sampled_from([16, 8])  # of the KV cache
 thresholds = st.floats(0, 1) | st.sampled_from([-math.inf, math.inf])
 policies = st.builds(
     lambda thresholds, prefill, batch: ExitPolicy.per_layer(
@@ -50,6 +51,7 @@ own_policies = policies.filter(lambda policy: policy.batch == "sequence")
 @every_kernel_set
 @given(
     case=any_case,
+    kv_bits=any_width,
     policy=own_policies,
     prompt_lengths=st.lists(st.integers(1, 70), min_size=2, max_size=17),
     steps=st.integers(0, 6),
@@ -59,6 +61,7 @@ own_policies = policies.filter(lambda policy: policy.batch == "sequence")
 def test_a_row_of_a_batch_is_the_row_alone(
     kernels: str,
     case: str,
+    kv_bits: int,
     policy: ExitPolicy,
     prompt_lengths: list[int],
     steps: int,
@@ -67,10 +70,10 @@ def test_a_row_of_a_batch_is_the_row_alone(
     longest = max(prompt_lengths)
     tokens = random_tokens(len(prompt_lengths), longest + steps, seed)
     mask = torch.arange(longest) >= longest - torch.tensor(prompt_lengths).unsqueeze(1)
-    together = begun(engine_of(case, kernels), policy)
+    together = begun(engine_of(case, kernels, kv_bits=kv_bits), policy)
     logits, exits = decode_along(together, tokens, longest, mask)
     for row, length in enumerate(prompt_lengths):
-        alone = begun(engine_of(case, kernels, threads=2), policy)
+        alone = begun(engine_of(case, kernels, 2, kv_bits), policy)
         own_logits, own_exits = decode_along(
             alone, tokens[row : row + 1, longest - length :], length
         )
@@ -82,6 +85,7 @@ def test_a_row_of_a_batch_is_the_row_alone(
 @every_kernel_set
 @given(
     case=any_case,
+    kv_bits=any_width,
     policy=policies,
     cached=st.integers(0, 70),
     num_tokens=st.integers(1, 40),
@@ -89,10 +93,16 @@ def test_a_row_of_a_batch_is_the_row_alone(
 )
 @settings(max_examples=25)
 def test_verifying_tokens_gives_the_logits_of_decoding_them_in_the_backbone(
-    kernels: str, case: str, policy: ExitPolicy, cached: int, num_tokens: int, seed: int
+    kernels: str,
+    case: str,
+    kv_bits: int,
+    policy: ExitPolicy,
+    cached: int,
+    num_tokens: int,
+    seed: int,
 ) -> None:
     tokens = random_tokens(1, cached + num_tokens, seed)
-    engine = begun(engine_of(case, kernels), policy)
+    engine = begun(engine_of(case, kernels, kv_bits=kv_bits), policy)
     if cached:
         engine.prefill(tokens[:, :cached])
     verified = engine.verify(tokens[:, cached:])
@@ -110,6 +120,7 @@ def test_verifying_tokens_gives_the_logits_of_decoding_them_in_the_backbone(
 @every_kernel_set
 @given(
     case=any_case,
+    kv_bits=any_width,
     policy=policies,
     batch=st.integers(1, 5),
     prompt_length=st.integers(1, 100),
@@ -120,6 +131,7 @@ def test_verifying_tokens_gives_the_logits_of_decoding_them_in_the_backbone(
 def test_the_number_of_threads_changes_no_bit(
     kernels: str,
     case: str,
+    kv_bits: int,
     policy: ExitPolicy,
     batch: int,
     prompt_length: int,
@@ -129,7 +141,7 @@ def test_the_number_of_threads_changes_no_bit(
     tokens = random_tokens(batch, prompt_length + steps, seed)
     runs = []
     for threads in (1, 2, 3):
-        engine = begun(engine_of(case, kernels, threads), policy)
+        engine = begun(engine_of(case, kernels, threads, kv_bits), policy)
         assert engine.threads == threads
         logits, exits = decode_along(engine, tokens, prompt_length)
         runs.append((logits, exits, *(cached_states(engine, row) for row in range(batch))))
@@ -140,6 +152,7 @@ def test_the_number_of_threads_changes_no_bit(
 @every_kernel_set
 @given(
     case=any_case,
+    kv_bits=any_width,
     policy=policies.filter(lambda policy: policy.prefill != "sequence"),
     batch=st.integers(1, 3),
     pieces=st.lists(st.integers(1, 40), min_size=2, max_size=5).filter(lambda p: sum(p) < CONTEXT),
@@ -147,10 +160,16 @@ def test_the_number_of_threads_changes_no_bit(
 )
 @settings(max_examples=25)
 def test_a_prompt_in_pieces_is_the_prompt_at_once(
-    kernels: str, case: str, policy: ExitPolicy, batch: int, pieces: list[int], seed: int
+    kernels: str,
+    case: str,
+    kv_bits: int,
+    policy: ExitPolicy,
+    batch: int,
+    pieces: list[int],
+    seed: int,
 ) -> None:
     tokens = random_tokens(batch, sum(pieces), seed)
-    engine = begun(engine_of(case, kernels), policy)
+    engine = begun(engine_of(case, kernels, kv_bits=kv_bits), policy)
     logits = engine.prefill(tokens).logits
     states = [cached_states(engine, row) for row in range(batch)]
     engine.truncate(0)
@@ -162,6 +181,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(
 
 @given(
     case=any_case,
+    kv_bits=any_width,
     policy=policies,
     batch=st.integers(1, 3),
     prompt_length=st.integers(1, 80),
@@ -169,10 +189,16 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(
     seed=st.integers(0, 1000),
 )
 def test_truncating_and_going_on_is_as_if_nothing_had_been(
-    case: str, policy: ExitPolicy, batch: int, prompt_length: int, kept: int, seed: int
+    case: str,
+    kv_bits: int,
+    policy: ExitPolicy,
+    batch: int,
+    prompt_length: int,
+    kept: int,
+    seed: int,
 ) -> None:
     tokens = random_tokens(batch, prompt_length + 10, seed)
-    engine = begun(engine_of(case), policy)
+    engine = begun(engine_of(case, kv_bits=kv_bits), policy)
     logits, exits = decode_along(engine, tokens, prompt_length)
     states = cached_states(engine, batch - 1)
     engine.truncate(prompt_length + kept)
@@ -274,11 +300,12 @@ def test_a_cache_cut_within_the_padding_goes_on_as_the_torch_engines_does(kept: 
 
 @every_kernel_set
 @pytest.mark.parametrize("forgotten", [1, 3, 60])
-def test_forgotten_tokens_leave_no_trace(forgotten: int, kernels: str) -> None:
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_forgotten_tokens_leave_no_trace(kv_bits: int, forgotten: int, kernels: str) -> None:
     """Not even where their states were no numbers, as after an overflow."""
     subject, tokens = Subject("Llama", {"num_hidden_layers": 2}), random_tokens(1, 30, seed=6)
     subject.model.get_input_embeddings().weight.data[2] = math.nan
-    engine = subject.engine(kernels=kernels)
+    engine = subject.engine(kernels=kernels, kv_bits=kv_bits)
     logits, _ = decode_along(engine, tokens, 20)
     engine.truncate(20)
     engine.verify(torch.tensor([[3, *[2] * forgotten]]))

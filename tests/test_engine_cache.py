@@ -6,25 +6,24 @@ import pytest
 import torch
 from lossless_lm import both_engines
 from native_engines import cached_states, random_tokens
-from prompt_caches import (
-    lm_with,
-)
+from prompt_caches import lm_with
 
-from river_llm import (
-    RiverError,
-)
+from river_llm import RiverError
+
+both_widths = pytest.mark.parametrize("kv_bits", [16, 8])
 
 
 class TestEngines:
     @both_engines
+    @both_widths
     @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
-    def test_write_what_they_have_read(self, kind: str, length: int) -> None:
-        engine = lm_with(kind).engine
+    def test_write_what_they_have_read(self, kind: str, kv_bits: int, length: int) -> None:
+        engine = lm_with(kind, kv_bits=kv_bits).engine
         engine.prefill(random_tokens(1, 140, 3))
         expected = cached_states(engine)[..., :length, :].clone()
         tensors = {name: part.clone() for name, part in engine.read_cache(length).items()}
         assert torch.equal(cached_states(engine)[..., :length, :], expected)
-        other = lm_with(kind).engine
+        other = lm_with(kind, kv_bits=kv_bits).engine
         other.prefill(random_tokens(3, 200, 4))
         other.write_cache(tensors, length)
         assert other.length == length
@@ -39,8 +38,9 @@ class TestEngines:
         assert torch.equal(cached_states(other), expected)
 
     @both_engines
-    def test_refuse_what_is_none_of_theirs(self, kind: str) -> None:
-        engine = lm_with(kind).engine
+    @both_widths
+    def test_refuse_what_is_none_of_theirs(self, kind: str, kv_bits: int) -> None:
+        engine = lm_with(kind, kv_bits=kv_bits).engine
         engine.prefill(random_tokens(1, 70, 3))
         good = {name: part.clone() for name, part in engine.read_cache(70).items()}
         name = next(iter(good))
@@ -52,6 +52,9 @@ class TestEngines:
             (good, 129),
             (good, 64),
         ]
+        of_other_width = lm_with(kind, kv_bits=24 - kv_bits).engine
+        of_other_width.prefill(random_tokens(1, 70, 3))
+        wrong.append((of_other_width.read_cache(70), 70))
         if kind == "cpu":
             wrong += [({**good, name: good[name].float()}, 70), (good, -1)]
         for tensors, length in wrong:

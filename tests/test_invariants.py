@@ -32,6 +32,7 @@ schedules = st.builds(
     st.sampled_from(["sequence", "minimum"]),
 )
 any_architecture = pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Gemma3Text"])
+any_width = pytest.mark.parametrize("kv_bits", [16, 8])
 
 
 class PoisonedLayer(DynamicLayer):
@@ -98,6 +99,7 @@ def test_after_any_exit_schedule_no_cache_slot_is_unwritten(
         assert layer.slots[..., tokens.shape[1] :, :].isnan().all()
 
 
+@any_width
 @any_architecture
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -110,13 +112,14 @@ def test_after_any_exit_schedule_no_cache_slot_is_unwritten(
 def test_truncating_and_going_on_is_as_if_nothing_had_been(
     models: dict[str, AttachedRiver],
     architecture: str,
+    kv_bits: int,
     policy: ExitPolicy,
     batch: int,
     prompt_length: int,
     kept: int,
     seed: int,
 ) -> None:
-    engine = TorchEngine(models[architecture])
+    engine = TorchEngine(models[architecture], kv_bits)
     engine.policy = policy
     tokens = _tokens(batch, prompt_length + 10, seed)
     engine.prefill(tokens[:, :prompt_length])
@@ -145,11 +148,14 @@ def test_the_engine_generates_what_transformers_does_beyond_the_window(
     assert step.exit_layers.tolist() == [2]
 
 
+@any_width
 @any_architecture
-def test_a_padded_row_is_the_row_alone(models: dict[str, AttachedRiver], architecture: str) -> None:
+def test_a_padded_row_is_the_row_alone(
+    models: dict[str, AttachedRiver], architecture: str, kv_bits: int
+) -> None:
     attached = models[architecture]
     attached.policy = ExitPolicy.fixed(2)
-    engine = TorchEngine(attached)
+    engine = TorchEngine(attached, kv_bits)
     tokens = _tokens(2, 18, seed=4)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, :7] = False
@@ -162,10 +168,13 @@ def test_a_padded_row_is_the_row_alone(models: dict[str, AttachedRiver], archite
         torch.testing.assert_close(both.logits[1], one.logits[0], rtol=1e-4, atol=1e-5)
 
 
+@any_width
 @pytest.mark.parametrize("failing_layer", range(NUM_LAYERS))
 @pytest.mark.parametrize("filled", [0, 5])
-def test_a_pass_cut_short_leaves_the_cache_as_it_was(failing_layer: int, filled: int) -> None:
-    engine = TorchEngine(attach_river(tiny_model("Llama"), CONFIG))
+def test_a_pass_cut_short_leaves_the_cache_as_it_was(
+    failing_layer: int, filled: int, kv_bits: int
+) -> None:
+    engine = TorchEngine(attach_river(tiny_model("Llama"), CONFIG), kv_bits)
     tokens = _tokens(1, filled + 4, seed=5)
     if filled:
         engine.prefill(tokens[:, :filled])
@@ -207,9 +216,10 @@ def _interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_verification_gives_what_single_backbone_steps_do() -> None:
+@any_width
+def test_verification_gives_what_single_backbone_steps_do(kv_bits: int) -> None:
     model = tiny_model("Llama")
-    engine = TorchEngine(attach_river(model, CONFIG, policy=ExitPolicy.fixed(1)))
+    engine = TorchEngine(attach_river(model, CONFIG, policy=ExitPolicy.fixed(1)), kv_bits)
     prompt, draft = torch.arange(10).view(2, 5), torch.arange(20, 28).view(2, 4)
     engine.prefill(prompt)
     verified = engine.verify(draft)

@@ -95,6 +95,7 @@ def test_an_argument_that_is_wrong_is_one_line(given: dict[str, Any], message: s
         ({"engine": "gpu"}, "gpu"),
         ({"device": "abacus"}, "there is no device 'abacus' here"),
         ({"engine": "torch", "lm_head_bits": 8}, "native engine"),
+        ({"kv_bits": "4"}, "the KV cache has 4 bits; choose 16"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_before_a_model_is_read(
@@ -109,7 +110,7 @@ def test_everything_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RiverLM, "from_pretrained", lambda *a, **b: calls.append((a, b)))
     monkeypatch.setattr(lm_eval_arguments.torch, "set_num_threads", lambda _: None)
     arguments = {"pretrained": "m", "threshold": 0.5, "dtype": "float16", "device": "cpu"}
-    rest = {"engine": "cpu", "threads": 3, "backbone_bits": 8, "lm_head_bits": 8}
+    rest = {"engine": "cpu", "threads": 3, "backbone_bits": 8, "lm_head_bits": 8, "kv_bits": 8}
     own = {"bits": 3, "group_size": 32, "quantizer": "rtn"}
     ModelArguments.parse({**arguments, **rest, **own, "trust_remote_code": "True"}).load()
     ModelArguments.parse({"river": 7}).load()

@@ -146,6 +146,7 @@ def check_copied(subject: Subject, tmp_path: Path, **options: Any) -> None:
         "context_length",
         "backbone_bits",
         "lm_head_bits",
+        "kv_bits",
         "draft_head_bits",
         "draft_vocabularies",
         "policy",

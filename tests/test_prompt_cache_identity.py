@@ -35,6 +35,7 @@ from river_llm import (
 )
 from river_llm.cache import ENVIRONMENT_VARIABLE, cached_folders
 from river_llm.engines import TorchEngine
+from river_llm.prompt_cache import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -237,6 +238,23 @@ class TestAnotherRun:
             wanted = f"kernels portable, this run has {best.engine.kernels}"
             check_refused(best, path, wanted, "take the same, or give another file")
 
+    @both_engines
+    @pytest.mark.parametrize(("written", "read"), [(16, 8), (8, 16)])
+    def test_with_a_cache_of_another_width_is_refused(
+        self, kind: str, written: int, read: int, path: Path
+    ) -> None:
+        lm = lm_with(kind, kv_bits=written)
+        save(lm, path)
+        states = cached_states(lm.engine)[..., : len(DOCUMENT), :].clone()
+        wanted = f"KV cache bits {written}, this run has {read}"
+        check_refused(lm_with(kind, kv_bits=read), path, wanted, "take the same")
+        lm = lm_with(kind, kv_bits=written)
+        expected = ask(lm, DOCUMENT + QUESTIONS[1])
+        lm.load_prompt_cache(path)
+        result = ask(lm, DOCUMENT + QUESTIONS[1], reuse=True)
+        assert (result.tokens, result.cached_prompt_tokens) == (expected.tokens, len(DOCUMENT))
+        assert torch.equal(cached_states(lm.engine)[..., : len(DOCUMENT), :], states)
+
     @pytest.mark.parametrize("tied", [False, True])
     def test_may_have_another_lm_head_but_no_other_backbone(self, tied: bool, path: Path) -> None:
         subject = Subject(
@@ -264,7 +282,9 @@ class TestAnotherRun:
             patched.setattr("river_llm.__version__", "0.0.9")
             check_refused(lm_with("cpu"), path, "river-llm 0.1.0, this run has 0.0.9")
         monkeypatch.setattr("river_llm.prompt_cache.FORMAT_VERSION", 9)
-        check_refused(lm_with("cpu"), path, "format version 1, this release reads 9")
+        check_refused(
+            lm_with("cpu"), path, f"format version {FORMAT_VERSION}, this release reads 9"
+        )
 
 
 class TestIdentity:
@@ -285,7 +305,9 @@ class TestIdentity:
             assert lm.engine.cache_identity([5]) == before
 
     @pytest.mark.parametrize("tied", [False, True])
-    @pytest.mark.parametrize("bits", [{}, {"lm_head_bits": 8}, {"backbone_bits": 8}], ids=str)
+    @pytest.mark.parametrize(
+        "bits", [{}, {"lm_head_bits": 8}, {"backbone_bits": 8}, {"kv_bits": 8}], ids=str
+    )
     def test_is_the_same_after_a_start_from_packed_weights(
         self, tied: bool, bits: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -29,18 +29,22 @@ struct PackedMatrix {
   const uint8_t* panel(int index) const { return data + panel_bytes * static_cast<size_t>(index); }
 };
 
-// One page of one key-value head of one layer, for a block of query vectors.
+// One page of one key-value head of one layer, for a block of query vectors. Words of keys and
+// values are pairs of bfloat16, or four signed codes: x = code * scale of the position.
 struct PageAttention {
-  const uint32_t* keys;    // [position / 16][D / 2][16] pairs of dims
-  const uint32_t* values;  // [position / 2][D] pairs of positions
-  int head_dim;            // D, a multiple of 16
-  int queries;             // Q
-  const void* query;       // [Q][pairs of D], as prepare_pairs wrote them
-  size_t query_stride;     // bytes from one query to the next
-  const int* begin;        // [Q] first position in the page that the query sees
-  const int* end;          // [Q] one past the last; begin >= end: it sees none
-  float* partial;          // [Q][D + 2]: weighted sum of values, maximum score, sum of weights
-  size_t partial_stride;   // floats from one query's partial to the next
+  const uint32_t* keys;       // [position / 16][D / 2 or D / 4][16], of dims
+  const uint32_t* values;     // [position / 2 or position / 4][D], of positions
+  const float* key_scales;    // [positions]; null: bfloat16
+  const float* value_scales;  // [positions]
+  ptrdiff_t next;             // bytes to the same place of the page that comes after this one; or 0
+  int head_dim;               // D, a multiple of 16
+  int queries;                // Q
+  const void* query;          // [Q][D], as prepare_query wrote them
+  size_t query_stride;        // bytes from one query to the next
+  const int* begin;           // [Q] first position in the page that the query sees
+  const int* end;             // [Q] one past the last; begin >= end: it sees none
+  float* partial;             // [Q][D + 2]: weighted sum of values, maximum score, sum of weights
+  size_t partial_stride;      // floats from one query's partial to the next
 };
 
 struct KernelSet {
@@ -51,9 +55,10 @@ struct KernelSet {
   size_t (*pairs_bytes)(int columns);
   void (*prepare_pairs)(const float* x, int count, void* out);
 
-  // The same for a query of attention, [D]: not padded.
-  size_t (*query_bytes)(int head_dim);
-  void (*prepare_query)(const float* x, int head_dim, void* out);
+  // A query of attention, [D], for a cache of so many bits: rounded to bfloat16, or for codes to
+  // 16-bit fixed point with one scale.
+  size_t (*query_bytes)(int head_dim, int kv_bits);
+  void (*prepare_query)(const float* x, int head_dim, int kv_bits, void* out);
 
   // Activations of one row for a product with codes: 16-bit fixed point, one scale a group.
   size_t (*fixed_bytes)(int columns, int group_size);

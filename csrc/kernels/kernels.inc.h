@@ -6,7 +6,10 @@
 
 #include <cmath>
 
+#include "attention.inc.h"
+#include "fixed.inc.h"
 #include "kernel_set.h"
+#include "repeat.inc.h"
 
 namespace river {
 namespace {
@@ -14,36 +17,6 @@ namespace {
 // How far ahead of their use codes are fetched, into the first level cache. Weights of bfloat16 are
 // left to the processor's own prefetching: fetching them gained for two rows and lost for four.
 constexpr int kCodesAhead = 8192;
-
-#if defined(_MSC_VER)
-#define RIVER_INLINE [[msvc::forceinline]]
-#define RIVER_UNROLL
-#else
-#define RIVER_INLINE __attribute__((always_inline))
-#define RIVER_UNROLL _Pragma("GCC unroll 8")
-#endif
-
-// Calls body.operator()<0>() ... <Count - 1>(). Unlike in a loop, which a compiler unrolls too late
-// to see it, an array that is indexed with these constants is kept in registers.
-template <int Count, class Body>
-RIVER_INLINE inline void repeat(Body body) {
-  if constexpr (Count > 0) {
-    repeat<Count - 1>(body);
-    body.template operator()<Count - 1>();
-  }
-}
-
-// Calls body.operator()<min(count, Limit)>(): a number of rows as a constant.
-template <int Limit, class Body>
-inline void with_count(int count, Body body) {
-  if constexpr (Limit > 1) {
-    if (count < Limit) {
-      with_count<Limit - 1>(count, body);
-      return;
-    }
-  }
-  body.template operator()<Limit>();
-}
 
 // ---- activations ----------------------------------------------------------------------------
 
@@ -75,34 +48,15 @@ size_t fixed_bytes(int columns, int group_size) {
          static_cast<size_t>(columns) * 2;
 }
 
-// 127 * 256 + 127 would be the largest; a little less keeps `high` within a byte after rounding.
-constexpr float kFixedMaximum = 32512.0f;
-
 void prepare_fixed(const float* x, int count, int group_size, void* out) {
   const int num_groups = count / group_size;
   auto* groups = static_cast<FixedGroup*>(out);
   auto* bytes = reinterpret_cast<int8_t*>(groups + num_groups);
   for (int g = 0; g < num_groups; ++g, x += group_size, bytes += 2 * group_size) {
-    Floats most = zero();
-    for (int i = 0; i < group_size; i += 16) {
-      const Floats v = load(x + i);
-      most = max(most, max(v, sub(zero(), v)));
-    }
-    const float maximum = largest(most);
-    const float inverse = maximum > 1e-30f ? kFixedMaximum / maximum : 0.0f;  // no infinity
-    Floats sums = zero();  // whole numbers far below 2**24: exact
-    for (int i = 0; i < group_size; i += 16) {
-      const Floats whole = round_to_int(mul(load(x + i), set1(inverse)));
-      sums = add(sums, whole);
+    const Fixed fixed = to_fixed(x, group_size, [&](Floats whole, int i) {
       split_fixed(whole, bytes + 2 * i);
-    }
-    const float total = sum(sums);
-    if (total != total) {  // an activation is infinite or no number, and so is what comes of it
-      groups[g] = {total, total, 0, 0};
-      continue;
-    }
-    const float scale = maximum / kFixedMaximum;
-    groups[g] = {scale, scale * total, static_cast<int32_t>(total), 0};
+    });
+    groups[g] = {fixed.scale, fixed.scale * static_cast<float>(fixed.sum), fixed.sum, 0};
   }
 }
 
@@ -266,130 +220,6 @@ void matmul(const PackedMatrix& matrix, int first, int last, const void* x, size
   }
 }
 
-// ---- attention ------------------------------------------------------------------------------
-
-// e**x within 2e-7, by a polynomial on [-ln 2 / 2, ln 2 / 2]
-inline Floats exponential(Floats x) {
-  x = min(max(x, set1(-87.0f)), set1(88.0f));
-  const Floats n = round_to_int(mul(x, set1(1.44269504f)));
-  Floats r = fma(n, set1(-0.693359375f), x);
-  r = fma(n, set1(2.12194440e-4f), r);
-  Floats p = set1(1.0f / 720);
-  p = fma(p, r, set1(1.0f / 120));
-  p = fma(p, r, set1(1.0f / 24));
-  p = fma(p, r, set1(1.0f / 6));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return times_power_of_2(p, n);
-}
-
-constexpr float kNothingSeen = -1e30f;  // the maximum of no scores
-
-template <int Queries>
-void attend(const PageAttention& page, int start) {
-  const int dims = page.head_dim;
-  const Pair* query[Queries];
-  int first = kPagePositions, last = 0;
-  for (int q = 0; q < Queries; ++q) {
-    query[q] = reinterpret_cast<const Pair*>(static_cast<const uint8_t*>(page.query) +
-                                             (start + q) * page.query_stride);
-    first = page.begin[start + q] < first ? page.begin[start + q] : first;
-    last = page.end[start + q] > last ? page.end[start + q] : last;
-  }
-  const int first_block = first / kLanes, last_block = (last + kLanes - 1) / kLanes;
-
-  // scores[q][position] = query . key
-  float scores[Queries][kPagePositions];
-  Floats most[Queries];
-  for (int q = 0; q < Queries; ++q) most[q] = set1(kNothingSeen);
-  for (int b = first_block; b < last_block; ++b) {
-    const uint32_t* keys = page.keys + static_cast<size_t>(b) * dims / 2 * kLanes;
-    Floats acc[Queries];
-    repeat<Queries>([&]<int Q>() RIVER_INLINE { acc[Q] = zero(); });
-    for (int pair = 0; pair < dims / 2; ++pair) {
-      const Words w = load_words(keys + pair * kLanes);
-      repeat<Queries>([&]<int Q>()
-                          RIVER_INLINE { acc[Q] = dot_pair(acc[Q], w, query[Q] + pair); });
-    }
-    repeat<Queries>([&]<int Q>() RIVER_INLINE {
-      int begin = page.begin[start + Q] - b * kLanes, end = page.end[start + Q] - b * kLanes;
-      begin = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
-      end = end < begin ? begin : end > kLanes ? kLanes : end;
-      if (begin > 0 || end < kLanes) acc[Q] = keep_lanes(acc[Q], begin, end, kNothingSeen);
-      most[Q] = max(most[Q], acc[Q]);
-      store(&scores[Q][b * kLanes], acc[Q]);
-    });
-  }
-
-  // weights = e**(score - maximum)
-  Pair weights[Queries][kPagePositions / 2];
-  for (int q = 0; q < Queries; ++q) {
-    float* partial = page.partial + (start + q) * page.partial_stride;
-    const float maximum = largest(most[q]);
-    Floats weight_sum = zero();
-    for (int b = first_block; b < last_block; ++b) {
-      const Floats score = load(&scores[q][b * kLanes]);
-      // where a query sees nothing, its weights are zero, not e**0 and not e**-87
-      Floats weight = maximum > kNothingSeen ? exponential(sub(score, set1(maximum))) : zero();
-      int begin = page.begin[start + q] - b * kLanes, end = page.end[start + q] - b * kLanes;
-      begin = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
-      end = end < begin ? begin : end > kLanes ? kLanes : end;
-      if (begin > 0 || end < kLanes) weight = keep_lanes(weight, begin, end, 0.0f);
-      weight_sum = add(weight_sum, weight);
-      store_pairs(weight, &weights[q][b * kLanes / 2]);
-    }
-    partial[dims] = maximum;
-    partial[dims + 1] = sum(weight_sum);
-  }
-
-  // partial[d] = sum over positions of weight * value, kValueVectors times 16 dims at a time
-  for (int d = 0; d < dims; d += kLanes * kValueVectors) {
-    with_count<kValueVectors>((dims - d) / kLanes, [&]<int Vectors>() {
-      Floats acc[Queries][Vectors];
-      repeat<Queries * Vectors>(
-          [&]<int I>() RIVER_INLINE { acc[I / Vectors][I % Vectors] = zero(); });
-      for (int pair = first_block * kLanes / 2; pair < last_block * kLanes / 2; ++pair) {
-        const uint32_t* values = page.values + static_cast<size_t>(pair) * dims + d;
-        repeat<Vectors>([&]<int V>() RIVER_INLINE {
-          const Words w = load_words(values + V * kLanes);
-          repeat<Queries>([&]<int Q>() RIVER_INLINE {
-            acc[Q][V] = dot_pair(acc[Q][V], w, &weights[Q][pair]);
-          });
-        });
-      }
-      repeat<Queries * Vectors>([&]<int I>() RIVER_INLINE {
-        constexpr int Q = I / Vectors, V = I % Vectors;
-        store(page.partial + (start + Q) * page.partial_stride + d + V * kLanes, acc[Q][V]);
-      });
-    });
-  }
-}
-
-void attend_page(const PageAttention& page) {
-  for (int q = 0; q < page.queries; q += kMaxQueries)
-    with_count<kMaxQueries>(page.queries - q, [&]<int Queries>() { attend<Queries>(page, q); });
-}
-
-void merge_partial(const float* partial, int head_dim, float* running) {
-  if (partial[head_dim + 1] == 0.0f) return;  // it saw nothing
-  const float maximum =
-      partial[head_dim] > running[head_dim] ? partial[head_dim] : running[head_dim];
-  const float old_factor = std::exp(running[head_dim] - maximum);
-  const float new_factor = std::exp(partial[head_dim] - maximum);
-  for (int d = 0; d < head_dim; d += kLanes)
-    store(running + d, fma(load(partial + d), set1(new_factor),
-                           mul(load(running + d), set1(old_factor))));
-  running[head_dim] = maximum;
-  running[head_dim + 1] =
-      running[head_dim + 1] * old_factor + partial[head_dim + 1] * new_factor;
-}
-
-void finish_partial(const float* running, int head_dim, float* out) {
-  const Floats inverse = set1(1.0f / running[head_dim + 1]);
-  for (int d = 0; d < head_dim; d += kLanes) store(out + d, mul(load(running + d), inverse));
-}
-
 // ---- the rest of a layer --------------------------------------------------------------------
 
 void rms_norm(const float* x, const float* weight, int count, float epsilon, float* out) {
@@ -488,8 +318,8 @@ constexpr KernelSet make_kernel_set(const char* name) {
   set.name = name;
   set.pairs_bytes = pairs_bytes;
   set.prepare_pairs = prepare_pairs;
-  set.query_bytes = pairs_bytes;
-  set.prepare_query = prepare_pairs;
+  set.query_bytes = query_bytes;
+  set.prepare_query = prepare_query;
   set.fixed_bytes = fixed_bytes;
   set.prepare_fixed = prepare_fixed;
   set.matmul = matmul;

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../bfloat16.h"
 
@@ -131,6 +132,20 @@ inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {
   acc = dot_six_bits(acc, low_nibbles(w), x);
   return {dot_six_bits(acc.a, high.a, bytes, 16), dot_six_bits(acc.b, high.b, bytes, 16)};
 }
+inline Words first_codes(Words w) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(w.a, 8), 8),
+          _mm256_srai_epi16(_mm256_slli_epi16(w.b, 8), 8)};
+}
+inline Words last_codes(Words w) {
+  return {_mm256_srai_epi16(w.a, 8), _mm256_srai_epi16(w.b, 8)};
+}
+inline Ints dot_shorts(Ints acc, Words w, const int16_t* x) {
+  int32_t both;
+  std::memcpy(&both, x, sizeof both);
+  const __m256i factors = _mm256_set1_epi32(both);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, factors)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, factors))};
+}
 inline Ints times_256_plus(Ints high, Ints low) {
   return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a),
           _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
@@ -147,6 +162,12 @@ inline void split_fixed(Floats whole, int8_t* out) {  // as split_fixed_lanes
   const __m256i order = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(both, order));
+}
+inline void store_shorts(Floats whole, int16_t* out) {
+  const __m256i packed =
+      _mm256_packs_epi32(_mm256_cvtps_epi32(whole.a), _mm256_cvtps_epi32(whole.b));
+  // packs works on halves
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 // Inlined by command: GCC 12 drops calls in lambdas that do nothing but prefetch.
 #define RIVER_PREFETCH __attribute__((always_inline)) inline void

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../bfloat16.h"
 
@@ -106,6 +107,17 @@ inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {  // two halves: maddubs s
   return _mm512_add_epi32(acc, _mm512_madd_epi16(high, _mm512_set1_epi16(16)));
 }
 #endif
+inline Words first_codes(Words w) { return _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8); }
+inline Words last_codes(Words w) { return _mm512_srai_epi16(w, 8); }
+inline Ints dot_shorts(Ints acc, Words w, const int16_t* x) {
+  int32_t both;
+  std::memcpy(&both, x, sizeof both);
+#ifdef RIVER_VNNI
+  return _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(both));
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(w, _mm512_set1_epi32(both)));
+#endif
+}
 inline Ints times_256_plus(Ints high, Ints low) {
   return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
@@ -119,6 +131,10 @@ inline void split_fixed(Floats whole, int8_t* out) {  // as split_fixed_lanes
   const __m256i order = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(both, order));
+}
+inline void store_shorts(Floats whole, int16_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(whole)));
 }
 // Inlined by command: GCC 12 drops calls in lambdas that do nothing but prefetch.
 #define RIVER_PREFETCH __attribute__((always_inline)) inline void

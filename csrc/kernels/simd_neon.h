@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../bfloat16.h"
 #include "fixed_point.h"
@@ -159,6 +160,24 @@ RIVER_NEON Ints dot_bytes(Ints acc, Words w, uint32_t x) {
   dot_bytes(acc.v + 2, w.v + 2, factors);
   return acc;
 }
+RIVER_NEON uint32x4_t first_codes(uint32x4_t w) {
+  return vreinterpretq_u32_s16(vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_u32(w), 8), 8));
+}
+RIVER_NEON Words first_codes(Words w) { return RIVER_PARTS(Words, first_codes(w.v[i])); }
+RIVER_NEON Words last_codes(Words w) {
+  return RIVER_PARTS(Words, vreinterpretq_u32_s16(vshrq_n_s16(vreinterpretq_s16_u32(w.v[i]), 8)));
+}
+RIVER_NEON int32x4_t dot_shorts(int32x4_t acc, uint32x4_t w, int16x8_t x) {
+  const int16x8_t numbers = vreinterpretq_s16_u32(w);
+  const int32x4_t products = vmull_s16(vget_low_s16(numbers), vget_low_s16(x));
+  return vaddq_s32(acc, vpaddq_s32(products, vmull_high_s16(numbers, x)));
+}
+RIVER_NEON Ints dot_shorts(Ints acc, Words w, const int16_t* x) {
+  int32_t both;
+  std::memcpy(&both, x, sizeof both);
+  const int16x8_t factors = vreinterpretq_s16_s32(vdupq_n_s32(both));
+  return RIVER_PARTS(Ints, dot_shorts(acc.v[i], w.v[i], factors));
+}
 RIVER_NEON Ints times_256_plus(Ints high, Ints low) {
   return RIVER_PARTS(Ints, vaddq_s32(vshlq_n_s32(high.v[i], 8), low.v[i]));
 }
@@ -167,6 +186,9 @@ RIVER_NEON void split_fixed(Floats whole, int8_t* out) {
   float lanes[16];
   store(lanes, whole);
   split_fixed_lanes(lanes, out);
+}
+RIVER_NEON void store_shorts(Floats whole, int16_t* out) {
+  for (int i = 0; i < 4; ++i) vst1_s16(out + 4 * i, vqmovn_s32(vcvtnq_s32_f32(whole.v[i])));
 }
 RIVER_NEON void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 RIVER_NEON void prefetch_near(const void* p) { __builtin_prefetch(p); }

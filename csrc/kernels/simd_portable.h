@@ -116,6 +116,25 @@ inline Ints dot_bytes(Ints acc, Words w, uint32_t x) {
 }
 // the same for codes of at most six bits
 inline Ints dot_six_bits(Ints acc, Words w, uint32_t x) { return dot_bytes(acc, w, x); }
+// The first two of a word's four signed codes as 16-bit numbers, and the last two. Codes lie in the
+// order 0, 2, 1, 3, so that shifts widen them.
+inline Words first_codes(Words w) {
+  RIVER_LANES {
+    const int code = static_cast<int8_t>(w.lane[i]), next = static_cast<int8_t>(w.lane[i] >> 16);
+    w.lane[i] = (static_cast<uint32_t>(code) & 0xffffu) | static_cast<uint32_t>(next) << 16;
+  }
+  return w;
+}
+inline Words last_codes(Words w) {
+  RIVER_LANES w.lane[i] >>= 8;
+  return first_codes(w);
+}
+// adds the products of two 16-bit numbers of each lane with two of x
+inline Ints dot_shorts(Ints acc, Words w, const int16_t* x) {
+  RIVER_LANES acc.lane[i] += static_cast<int16_t>(w.lane[i]) * x[0] +
+                             static_cast<int16_t>(w.lane[i] >> 16) * x[1];
+  return acc;
+}
 inline Ints times_256_plus(Ints high, Ints low) {
   RIVER_LANES high.lane[i] = high.lane[i] * 256 + low.lane[i];
   return high;
@@ -126,6 +145,10 @@ inline Floats to_floats(Ints a) {
   return r;
 }
 inline void split_fixed(Floats whole, int8_t* out) { split_fixed_lanes(whole.lane, out); }
+// sixteen whole numbers of at most 16 bits; what is no number becomes any
+inline void store_shorts(Floats whole, int16_t* out) {
+  RIVER_LANES out[i] = whole.lane[i] == whole.lane[i] ? static_cast<int16_t>(whole.lane[i]) : 0;
+}
 inline void prefetch(const void*) {}
 inline void prefetch_near(const void*) {}
 #undef RIVER_LANES

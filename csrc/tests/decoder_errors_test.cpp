@@ -68,6 +68,30 @@ const KernelSet& best_kernels() {
   return *sets[0];
 }
 
+// Tokens whose states are no numbers leave no trace when they are cut off.
+void check_forgotten(const KernelSet& kernels, const std::vector<float>& thresholds, int kv_bits) {
+  constexpr int kBroken = kVocabulary - 1;
+  const Kind kind{.has_everything = true, .kv_bits = kv_bits};
+  Subject subject(kernels, 2, kind), untouched(kernels, 2, kind);
+  std::vector<bf16> embedding(subject.model.embedding,
+                              subject.model.embedding + kVocabulary * subject.model.shape.hidden_size);
+  embedding[static_cast<size_t>(kBroken * subject.model.shape.hidden_size)] = 0x7fc0;  // NaN
+  subject.model.embedding = embedding.data();
+  for (Subject* each : {&subject, &untouched}) each->begin(2);
+  for (Subject* each : {&subject, &untouched}) each->run({1, 2, 3}, {0, 0, 1}, thresholds);
+  // beside another sequence, and before more of its own
+  const Result beside = subject.run({kBroken, 4, 5, 6, 7}, {0, 1, 0, 0, 0}, thresholds);
+  CHECK(beside.row(0).logits[0] != beside.row(0).logits[0]);
+  CHECK(beside.row(1) == untouched.run({4}, {1}, thresholds));
+  subject.decoder.cache.truncate(0, 2);
+  CHECK(subject.run({8}, thresholds) == untouched.run({8}, thresholds));
+  // and in a page that another sequence had
+  subject.run({kBroken, kBroken}, thresholds);
+  for (Subject* each : {&subject, &untouched}) each->begin(2);
+  const std::vector<int> tokens = random_tokens(3, 91);
+  CHECK(subject.run(tokens, {0, 1, 1}, thresholds) == untouched.run(tokens, {0, 1, 1}, thresholds));
+}
+
 }  // namespace
 
 void wrong_passes_change_nothing() {
@@ -152,28 +176,8 @@ void passes_without_memory_change_nothing() {
 
 void numbers_that_are_none_are_forgotten_with_their_tokens() {
   with_each_kernel_set([](const KernelSet& kernels) {
-    for (const bool river : {false, true}) {
-      const std::vector<float> thresholds = river ? always() : never();
-      constexpr int kBroken = kVocabulary - 1;
-      Subject subject(kernels, 2, {16, 16, true}), untouched(kernels, 2, {16, 16, true});
-      std::vector<bf16> embedding(subject.model.embedding,
-                                  subject.model.embedding + kVocabulary * subject.model.shape.hidden_size);
-      embedding[static_cast<size_t>(kBroken * subject.model.shape.hidden_size)] = 0x7fc0;  // NaN
-      subject.model.embedding = embedding.data();
-      for (Subject* each : {&subject, &untouched}) each->begin(2);
-      for (Subject* each : {&subject, &untouched}) each->run({1, 2, 3}, {0, 0, 1}, thresholds);
-      // beside another sequence, and before more of its own
-      const Result beside = subject.run({kBroken, 4, 5, 6, 7}, {0, 1, 0, 0, 0}, thresholds);
-      CHECK(beside.row(0).logits[0] != beside.row(0).logits[0]);
-      CHECK(beside.row(1) == untouched.run({4}, {1}, thresholds));
-      subject.decoder.cache.truncate(0, 2);
-      CHECK(subject.run({8}, thresholds) == untouched.run({8}, thresholds));
-      // and in a page that another sequence had
-      subject.run({kBroken, kBroken}, thresholds);
-      for (Subject* each : {&subject, &untouched}) each->begin(2);
-      const std::vector<int> tokens = random_tokens(3, 91);
-      CHECK(subject.run(tokens, {0, 1, 1}, thresholds) == untouched.run(tokens, {0, 1, 1}, thresholds));
-    }
+    for (const bool river : {false, true})
+      for (const int kv_bits : {16, 8}) check_forgotten(kernels, river ? always() : never(), kv_bits);
   });
 }
 

@@ -9,7 +9,12 @@
 namespace river::test {
 namespace {
 
-const std::vector<Kind> kKinds = {{}, {16, 16, true}, {8, 8, false}, {8, 16, true, 1, 2, 6}};
+const std::vector<Kind> kKinds = {{},
+                                  {16, 16, true},
+                                  {8, 8, false},
+                                  {8, 16, true, 1, 2, 6},
+                                  {.kv_bits = 8},
+                                  {.has_everything = true, .kv_bits = 8}};
 
 // Whether thresholds parted the tokens, so that a test says something about exits.
 bool is_mixed(const std::vector<int>& exit_layers) {

@@ -17,6 +17,8 @@ void a_value_that_is_no_number_stays_none();
 
 // attention_test.cpp
 void attention_by_pages_is_attention();
+void sums_over_codes_are_exact_in_the_widest_heads();
+void what_a_query_does_not_see_changes_no_bit();
 void a_query_that_sees_nothing_of_a_page_takes_nothing();
 
 // layer_test.cpp
@@ -31,7 +33,13 @@ void what_was_written_is_read();
 void pages_stay_where_they_are();
 void freed_pages_are_used_again();
 void copies_are_apart();
+void codes_are_the_nearest();
+void codes_take_half_the_memory();
+void a_state_that_is_no_number_becomes_none();
+void wrong_widths_are_refused();
 void pages_are_put_back();
+void copies_of_a_page_hold_nothing_else();
+void what_is_lengthened_is_zero();
 
 // decoder_test.cpp
 void any_number_of_threads_gives_the_same_bits();

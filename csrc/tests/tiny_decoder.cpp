@@ -68,7 +68,7 @@ Subject::Subject(const KernelSet& kernels, int threads, const Kind& kind)
     : team(threads),
       model(shape_of(kind), format(kind.backbone_bits), format(kind.river_bits),
             format(kind.head_bits), kind.has_everything ? 2 : 1, kLayers),
-      decoder(model, kLayers, kernels, team) {
+      decoder(model, kLayers, kernels, team, kind.kv_bits) {
   set_weights(kind);
   if (kind.has_everything) set_everything();
   begin(1);

@@ -15,6 +15,7 @@ struct Kind {
   bool has_everything = false;  // biases, norms, windows, scales that plain models lack
   uint32_t backbone_seed = 1, river_seed = 2;
   int river_bits = 4;
+  int kv_bits = 16;
 };
 
 // What any pass gives, without padding.

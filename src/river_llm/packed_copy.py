@@ -131,13 +131,22 @@ def read_packed(
     policy: ExitPolicy,
     threads: int | None = None,
     offload: OffloadConfig | None = None,
+    kv_bits: int = 16,
 ) -> PackedModel | None:
-    """Start from a packed copy; None where there is none, or a damaged one, which is removed.
+    """Start from a packed copy, with a KV cache of so many bits; None where there is none, or a
+    damaged one, which is removed.
 
     Raises:
         ConfigError: the model can't be offloaded so.
     """
-    read = partial(_read, source=folder.source, policy=policy, threads=threads, offload=offload)
+    read = partial(
+        _read,
+        source=folder.source,
+        policy=policy,
+        threads=threads,
+        offload=offload,
+        kv_bits=kv_bits,
+    )
     packed: PackedModel | None = folder.read(read)
     return packed
 
@@ -192,11 +201,13 @@ def read_engine(
     threads: int | None,
     offload: OffloadConfig | None,
     *,
+    kv_bits: int = 16,
     with_river: bool = True,
 ) -> tuple[CpuEngine, ResidencyPlan | None]:
     """The inverse of `write_engine`, with the layers in memory that `offload` asks for.
 
     Args:
+        kv_bits: of the KV cache; what is packed is the same.
         with_river: False leaves the river's weights where they are, for measurements of what the
             backbone alone takes; no token may leave the backbone then.
 
@@ -227,6 +238,7 @@ def read_engine(
         fill,
         policy,
         threads=threads,
+        kv_bits=kv_bits,
         resident_layers=None if plan is None else plan.resident,
     )
     if plan is not None:
@@ -256,12 +268,13 @@ def _read(
     policy: ExitPolicy,
     threads: int | None,
     offload: OffloadConfig | None,
+    kv_bits: int,
 ) -> PackedModel:
     description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
     tokenizer = _read_tokenizer(directory, description["tokenizer"])
     # as if it had been read beside the model
     tokenizer.name_or_path = str(source.parent if source.is_file() else source)
-    engine, plan = read_engine(directory, description, policy, threads, offload)
+    engine, plan = read_engine(directory, description, policy, threads, offload, kv_bits=kv_bits)
     return PackedModel(
         engine,
         tokenizer,

@@ -35,7 +35,7 @@ from river_llm.engines import Engine
 from river_llm.errors import PromptCacheError
 
 # Goes up with every change of the file, and of the numbers that engines compute.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STAGING_PREFIX = ".writing-"
 _FORMAT = "river-llm prompt cache"
 _PART = "cache."

@@ -98,6 +98,7 @@ class RiverLM:
         threads: int | None = None,
         backbone_bits: int = 16,
         lm_head_bits: int = 16,
+        kv_bits: int = 16,
         offload: OffloadConfig | str | None = None,
         no_miss: bool = False,
         trust_remote_code: bool = False,
@@ -116,6 +117,8 @@ class RiverLM:
             threads: that compute on a CPU; by default as many as the process may use.
             backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
             lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
+            kv_bits: 16, which stands for `dtype`, or 8: a KV cache of about half the bytes, and not
+                exactly the model any more.
             offload: which backbone layers stay in memory: an `OffloadConfig`, or ``"auto"``, a
                 number of layers or a size such as ``"2GiB"``, see there; by default all.
             no_miss: no token goes deeper than the layers that stay.
@@ -127,7 +130,7 @@ class RiverLM:
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
-        check_engine_options(engine, backbone_bits, lm_head_bits)
+        check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
         if not isinstance(offload, OffloadConfig):
             offload = OffloadConfig.parse(offload or "off", no_miss)
         if no_miss and (offload is None or not offload.no_miss):
@@ -142,7 +145,7 @@ class RiverLM:
         if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
             find_packed = partial(packed_folder, name_or_path, river, **bits)
         folder = find_packed() if find_packed else None
-        packed = read_packed(folder, policy, threads, offload) if folder else None
+        packed = read_packed(folder, policy, threads, offload, kv_bits) if folder else None
         if folder is not None and not isinstance(river, str | Path):
             directory = folder.directory  # where what is learnt about drafts may go too
         if packed is not None:
@@ -162,7 +165,9 @@ class RiverLM:
         configured = model.generation_config.eos_token_id if model.generation_config else None
         stop_tokens.update(configured if isinstance(configured, list) else [configured])
         stop_tokens -= {None}
-        chosen, reason = make_engine(model, made, policy, engine, threads=threads, **bits)
+        chosen, reason = make_engine(
+            model, made, policy, engine, threads=threads, kv_bits=kv_bits, **bits
+        )
         ends = frozenset(stop_tokens)
         if folder is not None and find_packed and isinstance(chosen, CpuEngine):
             packed = PackedModel(chosen, tokenizer, made.config, ends)

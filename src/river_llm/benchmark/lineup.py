@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from river_llm.attachment import attach_river, detach_river
+from river_llm.attachment import AttachedRiver, attach_river, detach_river
 from river_llm.backbone import decoder_layers, fingerprint
 from river_llm.benchmark import llama_cpp_peer
 from river_llm.benchmark.arms import Arm, EngineArm, EngineSession
@@ -49,6 +50,7 @@ class Lineup:
         engine: EngineChoice = "auto",
         head_bits: Sequence[int] = (16,),
         threads: Sequence[int] = (1,),
+        kv_bits: Sequence[int] = (16,),
     ) -> None:
         """Take over `model`.
 
@@ -57,6 +59,7 @@ class Lineup:
             engine: see `make_engine`.
             head_bits: 16 and 8: every arm with either LM head; 8 on the native engine only.
             threads: that `arms` will be asked for.
+            kv_bits: 16 and 8: every arm with either KV cache.
 
         Raises:
             ConfigError: a policy names more layers than there are, or 8 bits are not to be had.
@@ -76,16 +79,16 @@ class Lineup:
             raise ConfigError("an 8-bit LM head is for the native engine; take --engine cpu")
         self._model, self._river, self._tokens = model, river, tokens
         self._policies = dict(policies)
-        self._head_bits = tuple(head_bits)
-        self._sizes = ModelBytes.of(model, river)
+        self._widths = list(itertools.product(head_bits, kv_bits))
+        self._sizes = {bits: ModelBytes.of(model, river, bits) for bits in (16, 8)}
         cache = last_level_cache_bytes()
-        if cache is not None and self._sizes.step([0], 0) < cache:
+        if cache is not None and self._sizes[16].step([0], 0) < cache:
             self.notes.append(
                 f"a step's weights can stay in the processor's cache of {cache >> 20} MiB, so more "
                 "than 100 % of the memory's limit can be reached"
             )
         # the engine's packed weights and the model's own at once only where there are more to make
-        self._free_model = len(self._head_bits) == len(threads) == 1
+        self._free_model = len(self._widths) == len(threads) == 1
         self._plain_model: PreTrainedModel | None = None
         self._gguf_files: dict[str, Path] = {}
         self._repack: dict[str, bool] = {}
@@ -131,31 +134,37 @@ class Lineup:
         torch.set_num_threads(threads)
         with ExitStack() as ending:
             arms: list[Arm] = []
-            for bits in self._head_bits:
-                session = EngineSession(self._make_engine(threads, bits), self._tokens, self._sizes)
-                suffix = "" if bits == 16 else f", {bits}-bit head"
+            attached = None
+            if self.engine == "torch":
+                attached = attach_river(self._model, self._river)
+                ending.callback(detach_river, self._model)
+            for head_bits, kv_bits in self._widths:
+                engine = self._make_engine(threads, head_bits, kv_bits, attached)
+                session = EngineSession(engine, self._tokens, self._sizes[kv_bits])
+                suffix = "" if head_bits == 16 else f", {head_bits}-bit head"
+                suffix += "" if kv_bits == 16 else f", {kv_bits}-bit KV cache"
                 for name, policy in self._policies.items():
                     arms.append(EngineArm(name + suffix, session, policy))
-            if self.engine == "torch":
-                ending.callback(detach_river, self._model)
             if self._plain_model is not None:
-                arms.append(TransformersArm(self._plain_model, self._tokens, self._sizes))
+                arms.append(TransformersArm(self._plain_model, self._tokens, self._sizes[16]))
             for name in self._gguf_files:
                 peer = self._llama_cpp_arm(name, threads)
                 ending.callback(peer.close)
                 arms.append(peer)
             yield arms
 
-    def _make_engine(self, threads: int, head_bits: int) -> Engine:
-        policy = ExitPolicy.never()
-        if self.engine == "torch":
-            return TorchEngine(attach_river(self._model, self._river, policy=policy))
+    def _make_engine(
+        self, threads: int, head_bits: int, kv_bits: int, attached: AttachedRiver | None
+    ) -> Engine:
+        if attached is not None:
+            return TorchEngine(attached, kv_bits)
         return CpuEngine(
             self._model,
             self._river,
-            policy,
+            ExitPolicy.never(),
             threads=threads,
             lm_head_bits=head_bits,
+            kv_bits=kv_bits,
             free_model=self._free_model,
         )
 

@@ -101,6 +101,7 @@ def measure_memory(
     new_tokens: int,
     rounds: int,
     threads: int,
+    kv_bits: int,
     step_done: _Step,
 ) -> list[MemoryResult]:
     """Run the arms in turn at each length, each time in a process of its own, one at a time.
@@ -110,6 +111,7 @@ def measure_memory(
         contexts: tokens in the cache.
         new_tokens: that are decoded each time.
         rounds: of all arms at each length; the speed is their median, memory the largest.
+        kv_bits: of the KV cache of every arm, 16 or 8.
         step_done: called with (processes done, processes in all).
 
     Raises:
@@ -123,7 +125,7 @@ def measure_memory(
         for _ in range(rounds):
             for found, arm in zip(seen, arms, strict=True):
                 step_done(done, steps)
-                found.append(_measure(directory, arm, context, new_tokens, threads))
+                found.append(_measure(directory, arm, context, new_tokens, threads, kv_bits))
                 done += 1
         for found in seen:
             speed = median(result.tokens_per_second for result in found)
@@ -134,7 +136,7 @@ def measure_memory(
 
 
 def _measure(
-    directory: Path, arm: MemoryArm, context: int, new_tokens: int, threads: int
+    directory: Path, arm: MemoryArm, context: int, new_tokens: int, threads: int, kv_bits: int
 ) -> MemoryResult:
     task = {
         "directory": str(directory),
@@ -142,6 +144,7 @@ def _measure(
         "context": context,
         "new_tokens": new_tokens,
         "threads": threads,
+        "kv_bits": kv_bits,
     }
     process = subprocess.run(
         [sys.executable, "-m", __spec__.name],
@@ -172,6 +175,7 @@ def _run(task: dict[str, Any]) -> MemoryResult:
         ExitPolicy.fixed(arm.exit_layer),
         task["threads"],
         offload,
+        kv_bits=task["kv_bits"],
         with_river=arm.with_river,
     )
     weights = sum(engine.layer_bytes[: engine.resident_layers]) + engine.rest_bytes

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from river_llm.backbone import decoder_layers, linear_weight
 from river_llm.engines import Engine
+from river_llm.engines.kv_cache import position_bytes
 from river_llm.river import River
 
 
@@ -33,8 +34,8 @@ class ModelBytes:
     windows: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, river: River) -> ModelBytes:
-        """Measure a model and its river."""
+    def of(cls, model: PreTrainedModel, river: River, kv_bits: int = 16) -> ModelBytes:
+        """Measure a model and its river, with a KV cache of so many bits."""
         layers = decoder_layers(model)
         config = model.config.get_text_config(decoder=True)
         heads = config.num_attention_heads
@@ -51,7 +52,7 @@ class ModelBytes:
                 sum(matrix.num_bytes for matrix in layer.values()) for layer in river.exit_layers
             ),
             head=head.nbytes,
-            position=2 * key_heads * head_dim * head.element_size(),
+            position=position_bytes(key_heads, head_dim, head.element_size(), kv_bits),
             windows=tuple(getattr(attention, "sliding_window", None) for attention in attentions),
         )
 

@@ -119,6 +119,13 @@ def bench(
             help="8: every arm with an 8-bit LM head too (native engine).", rich_help_panel=_ARMS
         ),
     ] = options.WeightBits.sixteen,
+    kv_bits: Annotated[
+        options.WeightBits,
+        typer.Option(
+            help="8: every arm with an 8-bit KV cache too; with --memory, every arm has it.",
+            rich_help_panel=_ARMS,
+        ),
+    ] = options.WeightBits.sixteen,
     peers: Annotated[
         str | None,
         typer.Option(
@@ -178,10 +185,12 @@ def bench(
             rounds,
             counts[0],
             int(lm_head_bits.value),
+            int(kv_bits.value),
             json_output,
         )
         return
     head_bits = [16] if lm_head_bits is options.WeightBits.sixteen else [16, 8]
+    cache_bits = [16] if kv_bits is options.WeightBits.sixteen else [16, 8]
     with ExitStack() as ending:
         name = random_weights.value if random_weights else model or "smollm2"
         with LoadingProgress(f"loading {name}") as progress:
@@ -220,6 +229,7 @@ def bench(
                 engine.value,
                 head_bits,
                 counts,
+                cache_bits,
             )
             if "transformers" in wanted_peers:
                 lineup.add_transformers()

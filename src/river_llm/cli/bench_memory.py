@@ -27,6 +27,7 @@ def bench_memory(
     rounds: int,
     threads: int,
     lm_head_bits: int,
+    kv_bits: int,
     json_output: bool,
 ) -> None:
     """Measure, and print a table or JSON.
@@ -71,6 +72,7 @@ def bench_memory(
         "num_layers": num_layers,
         "river": config.to_dict(),
         "lm_head_bits": lm_head_bits,
+        "kv_bits": kv_bits,
         "threads": threads,
         "rounds": rounds,
         "new_tokens": _NEW_TOKENS,
@@ -83,7 +85,14 @@ def bench_memory(
         del engine, subject
         with LoadingProgress(f"measuring {name}") as progress:
             results = measure_memory(
-                Path(folder), arms, contexts, _NEW_TOKENS, rounds, threads, progress.steps_done
+                Path(folder),
+                arms,
+                contexts,
+                _NEW_TOKENS,
+                rounds,
+                threads,
+                kv_bits,
+                progress.steps_done,
             )
     if json_output:
         output["results"] = [_as_json(result) for result in results]
@@ -109,7 +118,7 @@ def _print(results: Sequence[MemoryResult], output: Mapping[str, Any]) -> None:
     stdout.print(
         f"{output['model']}, {output['num_layers']} layers, river of {river['bits']} bits in "
         f"groups of {river['group_size']} ({river['quantizer']}), LM head of "
-        f"{output['lm_head_bits']} bits"
+        f"{output['lm_head_bits']} bits, KV cache of {output['kv_bits']}"
     )
     stdout.print(f"{output['processor']}, {output['date']}")
     table = Table(box=None, pad_edge=False)

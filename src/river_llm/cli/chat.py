@@ -57,6 +57,7 @@ def chat(
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
     lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    kv_bits: options.KvBits = options.WeightBits.sixteen,
     offload: options.Offload = None,
     no_miss: options.NoMiss = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
@@ -93,6 +94,7 @@ def chat(
         engine=engine,
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
+        kv_bits=kv_bits,
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
     )

@@ -59,6 +59,7 @@ def check_exact(
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
     lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    kv_bits: options.KvBits = options.WeightBits.sixteen,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -95,6 +96,7 @@ def check_exact(
             engine=engine,
             backbone_bits=backbone_bits,
             lm_head_bits=lm_head_bits,
+            kv_bits=kv_bits,
             drafts=drafts,
         )
     )
@@ -121,6 +123,7 @@ def check_exact(
             "dtype": dtype.value,
             "backbone_bits": int(backbone_bits.value),
             "lm_head_bits": int(lm_head_bits.value),
+            "kv_bits": int(kv_bits.value),
             "river": lm.river_config.to_dict(),
             "drafts": None if drafts is None else asdict(drafts),
             "batch_size": batch_size,

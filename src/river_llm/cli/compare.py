@@ -123,6 +123,7 @@ def compare(
     group_size: options.GroupSize = 64,
     quantizer: options.Quantizer = options.QuantizerName.hqq,
     engine: options.Engine = options.EngineName.auto,
+    kv_bits: options.KvBits = options.WeightBits.sixteen,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -151,6 +152,7 @@ def compare(
             threads=threads,
             trust_remote_code=trust_remote_code,
             engine=engine,
+            kv_bits=kv_bits,
         )
 
     first = load(loading(made))

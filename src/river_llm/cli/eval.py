@@ -138,6 +138,7 @@ def evaluate(
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
     lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    kv_bits: options.KvBits = options.WeightBits.sixteen,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -159,6 +160,7 @@ def evaluate(
             engine=engine,
             backbone_bits=backbone_bits,
             lm_head_bits=lm_head_bits,
+            kv_bits=kv_bits,
         )
     )
     from river_llm.evaluation.harness import compare_results, evaluate

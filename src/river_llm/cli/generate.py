@@ -69,6 +69,7 @@ def generate(
     engine: options.Engine = options.EngineName.auto,
     backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
     lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
+    kv_bits: options.KvBits = options.WeightBits.sixteen,
     offload: options.Offload = None,
     no_miss: options.NoMiss = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
@@ -114,6 +115,7 @@ def generate(
         engine=engine,
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
+        kv_bits=kv_bits,
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
     )

@@ -34,7 +34,7 @@ class LoadOptions:
         device: by default CUDA where there is one.
         threads: that compute on a CPU; by default all.
         trust_remote_code: run code that comes with the model.
-        engine, backbone_bits, lm_head_bits: what computes, for `load`.
+        engine, backbone_bits, lm_head_bits, kv_bits: what computes, for `load`.
         drafts: how lossless mode drafts; None in river mode.
         offload: which backbone layers stay in memory; None: all.
     """
@@ -49,6 +49,7 @@ class LoadOptions:
     engine: EngineName = EngineName.auto
     backbone_bits: WeightBits = WeightBits.sixteen
     lm_head_bits: WeightBits = WeightBits.sixteen
+    kv_bits: WeightBits = WeightBits.sixteen
     drafts: DraftConfig | None = None
     offload: OffloadConfig | None = None
 
@@ -75,6 +76,7 @@ def load(options: LoadOptions) -> RiverLM:
             threads=options.threads,
             backbone_bits=int(options.backbone_bits.value),
             lm_head_bits=int(options.lm_head_bits.value),
+            kv_bits=int(options.kv_bits.value),
             offload=options.offload,
             trust_remote_code=options.trust_remote_code,
             progress=progress.layers_built,
@@ -87,9 +89,14 @@ def load(options: LoadOptions) -> RiverLM:
         notes.append(f"offloading: {lm.residency.describe()}, {weights} of weights")
     if lm.fallback_reason is not None:
         notes.append(f"PyTorch computes: {lm.fallback_reason}")
-    for name, bits in (("backbone", options.backbone_bits), ("LM head", options.lm_head_bits)):
+    widths = {
+        "backbone": options.backbone_bits,
+        "LM head": options.lm_head_bits,
+        "KV cache": options.kv_bits,
+    }
+    for name, bits in widths.items():
         if bits is WeightBits.eight:
-            notes.append(f"the {name} is in 8 bits: its answers are not exactly the model's")
+            notes.append(f"the {name} is in 8 bits: the answers are not exactly the model's")
     is_rounded = lm.engine.name == "torch" and options.dtype is not DtypeName.float32
     if options.drafts is not None and is_rounded:
         notes.append(

@@ -183,6 +183,14 @@ HeadBits = Annotated[
         rich_help_panel=_SYSTEM,
     ),
 ]
+KvBits = Annotated[
+    WeightBits,
+    typer.Option(
+        "--kv-bits",
+        help="Of the KV cache: 16 (--dtype) or 8 (half the bytes; not the exact model).",
+        rich_help_panel=_SYSTEM,
+    ),
+]
 Offload = Annotated[
     str | None,
     typer.Option(

@@ -71,6 +71,7 @@ def native_identity(
         "engine": "cpu",
         "kernels": core.kernels,
         "cache layout": str(cache_layout()),
+        "KV cache bits": str(core.kv_bits),
         "backbone bits": str(formats.backbone_bits),
         "model": model_digest.hexdigest(),
         "river": river_digest.hexdigest(),
@@ -112,12 +113,14 @@ def torch_identity(
     model: PreTrainedModel,
     weights_digest: str,
     river: Iterable[QuantizedMatrix],
+    kv_bits: int,
     token_ids: Sequence[int],
 ) -> dict[str, str]:
     """Of the torch engine: equal values give equal keys and values up to rounding.
 
     Args:
         weights_digest: see `torch_weights_digest`.
+        kv_bits: of the KV cache.
     """
     model_digest = hashlib.sha256(weights_digest.encode())
     embedding = model.get_input_embeddings().weight
@@ -133,6 +136,7 @@ def torch_identity(
         "transformers": transformers.__version__,
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "KV cache bits": str(kv_bits),
         "model": model_digest.hexdigest(),
         "river": river_digest.hexdigest(),
     }

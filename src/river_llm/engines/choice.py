@@ -9,6 +9,7 @@ import torch
 from river_llm.attachment import attach_river
 from river_llm.engines.cpu_engine import CpuEngine
 from river_llm.engines.engine import Engine
+from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.llama_family import check_supported
 from river_llm.engines.native_core import check_built, is_built
 from river_llm.engines.torch_engine import TorchEngine
@@ -38,7 +39,9 @@ def why_not_native(model: PreTrainedModel) -> str | None:
     return None
 
 
-def check_engine_options(choice: EngineChoice, backbone_bits: int, lm_head_bits: int) -> None:
+def check_engine_options(
+    choice: EngineChoice, backbone_bits: int, lm_head_bits: int, kv_bits: int = 16
+) -> None:
     """Refuse what no engine takes, before anything is loaded.
 
     Raises:
@@ -53,6 +56,7 @@ def check_engine_options(choice: EngineChoice, backbone_bits: int, lm_head_bits:
             raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
         if bits == 8 and choice == "torch":
             raise ConfigError(f"8 bits of the {name} are for the native engine; take --engine cpu")
+    check_kv_bits(kv_bits)
     if choice == "cpu":
         check_built()
 
@@ -90,6 +94,7 @@ def make_engine(
     threads: int | None = None,
     backbone_bits: int = 16,
     lm_head_bits: int = 16,
+    kv_bits: int = 16,
 ) -> tuple[Engine, str | None]:
     """The engine for a model that this call takes over, and why it isn't the native one.
 
@@ -98,6 +103,7 @@ def make_engine(
             on a CPU and of a supported architecture, and the torch engine elsewhere.
         threads: by default as many as the process may use.
         backbone_bits, lm_head_bits: 16 (bfloat16), or 8 on the native engine.
+        kv_bits: of the KV cache: 16, which stands for the model's dtype, or 8.
 
     Returns:
         (engine, None), or with the torch engine under ``"auto"`` (engine, reason).
@@ -108,7 +114,7 @@ def make_engine(
         RiverFileError: the river was made from other weights.
         RiverError: the native engine is named and was not built.
     """
-    check_engine_options(choice, backbone_bits, lm_head_bits)
+    check_engine_options(choice, backbone_bits, lm_head_bits, kv_bits)
     check_weights(model)
     name, reason = choose_engine(model, choice, backbone_bits, lm_head_bits)
     if name == "cpu":
@@ -119,9 +125,10 @@ def make_engine(
             threads=threads,
             backbone_bits=backbone_bits,
             lm_head_bits=lm_head_bits,
+            kv_bits=kv_bits,
             free_model=True,
         )
         return engine, None
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchEngine(attach_river(model, river, policy=policy)), reason
+    return TorchEngine(attach_river(model, river, policy=policy), kv_bits), reason

@@ -78,7 +78,7 @@ class CpuEngine:
         embedding: bfloat16 in uint16 `[V, C]`, where its rows can't be read from the LM head.
         kernels: the instruction set in use: amx, avx512bf16, avx512, avx2, neon or portable.
         threads: how many compute.
-        backbone_bits, lm_head_bits: 16 (bfloat16) or 8.
+        backbone_bits, lm_head_bits, kv_bits: 16 (bfloat16) or 8.
     """
 
     name = "cpu"
@@ -93,6 +93,7 @@ class CpuEngine:
         threads: int | None = None,
         backbone_bits: int = 16,
         lm_head_bits: int = 16,
+        kv_bits: int = 16,
         kernels: str | None = None,
         free_model: bool = False,
     ) -> None:
@@ -119,7 +120,7 @@ class CpuEngine:
         formats = WeightFormats(
             backbone_bits, lm_head_bits, river.config.bits, river.config.group_size
         )
-        self._prepare(describe(model), formats, policy, threads, kernels)
+        self._prepare(describe(model), formats, policy, threads, kernels, kv_bits)
         packer = WeightPacker(self._core, model, self.model, formats)
         embedding = packer.pack_head()
         for index in range(self.num_layers):
@@ -142,6 +143,7 @@ class CpuEngine:
         *,
         threads: int | None = None,
         kernels: str | None = None,
+        kv_bits: int = 16,
         resident_layers: int | None = None,
     ) -> CpuEngine:
         """An engine with weights that another one has packed, of the same model and formats.
@@ -149,7 +151,7 @@ class CpuEngine:
         Args:
             fill: writes them into the arrays that it is given, as `packed_weights` held them, and
                 returns the embedding, see `embedding`.
-            policy, threads, kernels: as for a new one.
+            policy, threads, kernels, kv_bits: as for a new one.
             resident_layers: the first so many backbone layers are in memory, the others come back
                 from a file, see `offload_to`; None: all are.
 
@@ -158,7 +160,7 @@ class CpuEngine:
         """
         check_built()
         engine = cls.__new__(cls)
-        engine._prepare(model, formats, policy, threads, kernels, resident_layers)
+        engine._prepare(model, formats, policy, threads, kernels, kv_bits, resident_layers)
         engine._complete(fill(engine.packed_weights))
         return engine
 
@@ -169,10 +171,12 @@ class CpuEngine:
         policy: ExitPolicy,
         threads: int | None,
         kernels: str | None,
+        kv_bits: int,
         resident_layers: int | None = None,
     ) -> None:
         """All but the weights."""
         self.backbone_bits, self.lm_head_bits = formats.backbone_bits, formats.lm_head_bits
+        self.kv_bits = kv_bits
         self.model, self.formats = model, formats
         shape = model.shape
         self.num_layers: int = shape["num_layers"]
@@ -185,9 +189,8 @@ class CpuEngine:
         self._passes = 0
         self._turn = threading.RLock()  # held by the thread that is in a verb, see `_in_turn`
         self._vocab_size: int = shape["vocab_size"]
-        self._position_bytes = 4 * shape["num_kv_heads"] * shape["head_dim"]  # key and value
         self._windows: list[int] = [parts["window"] for parts in model.layers]
-        self._core = make_core(model, formats, threads, kernels, resident_layers)
+        self._core = make_core(model, formats, threads, kernels, kv_bits, resident_layers)
         self.layer_bytes = tuple(
             self._core.layer_bytes(layer, _BACKBONE) for layer in range(self.num_layers)
         )
@@ -201,6 +204,8 @@ class CpuEngine:
             f"cpu {self.kernels}, {self.threads} threads, "
             f"backbone {self.backbone_bits} bits, LM head {self.lm_head_bits}"
         )
+        if kv_bits == 8:
+            self.setting += ", KV cache 8"
 
     def _complete(self, embedding: Any) -> None:
         self.embedding = embedding
@@ -468,7 +473,7 @@ class CpuEngine:
         sides = [_BACKBONE] * exit_layer + [_RIVER] * (self.num_layers - exit_layer)
         weights = sum(self._core.layer_bytes(layer, side) for layer, side in enumerate(sides))
         seen = sum(min(position, window or position) for window in self._windows)
-        return int(weights + self._core.head_bytes + self._position_bytes * seen)
+        return int(weights + self._core.head_bytes + self._core.position_bytes * seen)
 
     # ---- one native call ----
 

@@ -72,6 +72,7 @@ class Engine(Protocol):
         draft_head_bits: widths of the LM head that drafts may take, the fastest first.
         draft_vocabularies: drafts may be made of the first so many tokens; the likely best first,
             the last is all of them.
+        kv_bits: of the KV cache: 16, which stands for the model's dtype, or 8.
         setting: what its speed depends on, in words.
         layer_bytes: of each layer's backbone weights.
         rest_bytes: of all other weights: river, LM head, embedding.
@@ -93,6 +94,7 @@ class Engine(Protocol):
     draft_head_bits: tuple[int, ...]
     draft_vocabularies: tuple[int, ...]
     angle_limit: AngleLimit | None
+    kv_bits: int
     layer_bytes: tuple[int, ...]
     rest_bytes: int
     depth_limit: int | None

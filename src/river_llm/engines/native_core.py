@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
 from river_llm.errors import ConfigError, RiverError
 
@@ -52,6 +53,7 @@ def make_core(
     formats: WeightFormats,
     threads: int | None,
     kernels: str | None,
+    kv_bits: int = 16,
     resident_layers: int | None = None,
 ) -> Any:
     """A `_core.Engine` for a model, without weights.
@@ -60,6 +62,7 @@ def make_core(
         threads: by default as many as the process may use.
         kernels: an instruction set in place of the best one; by default the environment variable
             RIVER_LLM_CPU.
+        kv_bits: of the KV cache, 16 (bfloat16) or 8.
         resident_layers: memory is taken for the first so many backbone layers; None: for all.
 
     Raises:
@@ -69,6 +72,7 @@ def make_core(
     for name, bits in (("backbone", backbone_bits), ("LM head", head_bits)):
         if bits not in (8, 16):
             raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
+    check_kv_bits(kv_bits)
     try:
         core = _core.Engine(
             model.shape,
@@ -78,6 +82,7 @@ def make_core(
             rotary_tables=len(model.rotary),
             threads=threads or _core.usable_threads(),
             kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
+            kv_bits=kv_bits,
             resident_layers=len(model.layers) if resident_layers is None else resident_layers,
         )
     except ValueError as error:

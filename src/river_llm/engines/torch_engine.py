@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from river_llm.attachment import AttachedRiver
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
@@ -20,13 +20,12 @@ from river_llm.engines.drafting import (
     likeliest_with_margin,
 )
 from river_llm.engines.engine import StepResult
+from river_llm.engines.kv_cache import check_kv_bits, layer_class
 from river_llm.engines.llama_family import angle_limit
 from river_llm.errors import ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
 from river_llm.residency import OffloadStatistics
-
-_ENTRIES = ("keys", "values")
 
 
 class TorchEngine:
@@ -39,7 +38,14 @@ class TorchEngine:
     name = "torch"
     draft_head_bits: tuple[int, ...] = (16,)  # the model's own, whatever its dtype
 
-    def __init__(self, attached: AttachedRiver) -> None:
+    def __init__(self, attached: AttachedRiver, kv_bits: int = 16) -> None:
+        """`kv_bits` are those of the KV cache: 16, whatever the model's dtype is, or 8.
+
+        Raises:
+            ConfigError: there is no cache of so many bits.
+        """
+        check_kv_bits(kv_bits)
+        self.kv_bits = kv_bits
         self.attached = attached
         self.model = attached.model
         self.num_layers = attached.num_layers
@@ -53,7 +59,7 @@ class TorchEngine:
         self.angle_limit = angle_limit(self.model)
         self.layer_bytes, self.rest_bytes = attached.weight_bytes()
         self._weights_digest: str | None = None
-        self._cache = DynamicCache()
+        self._cache = self._new_cache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
         self._length = 0
 
@@ -61,7 +67,8 @@ class TorchEngine:
     def setting(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"torch {self.device} {dtype}{threads}"
+        cache = ", KV cache 8 bits" if self.kv_bits == 8 else ""
+        return f"torch {self.device} {dtype}{threads}{cache}"
 
     @property
     def policy(self) -> ExitPolicy:
@@ -172,8 +179,7 @@ class TorchEngine:
             row[:shift] = False
         unused = int(mask.any(0).long().argmax())  # columns that are padding everywhere
         for layer in self._cache.layers:
-            layer.keys = _moved(layer.keys, shifts)[:, :, unused:]
-            layer.values = _moved(layer.values, shifts)[:, :, unused:]
+            layer.move(shifts, unused)
         self._length -= unused
         mask = mask[:, unused:]
         self._padding_mask = None if bool(mask.all()) else mask
@@ -181,12 +187,11 @@ class TorchEngine:
     def truncate(self, length: int) -> None:
         self._length = min(length, self._length)
         if self._length == 0:
-            self._cache = DynamicCache()
+            self._cache = self._new_cache()
             self._padding_mask = None
             return
         for layer in self._cache.layers:
-            layer.keys = layer.keys[:, :, : self._length]
-            layer.values = layer.values[:, :, : self._length]
+            layer.truncate(self._length)
         if self._padding_mask is not None:
             self._padding_mask = self._padding_mask[:, : self._length]
 
@@ -194,7 +199,7 @@ class TorchEngine:
         if self._weights_digest is None:  # else some of the weights may be evicted
             self._weights_digest = torch_weights_digest(self.model)
         identity = torch_identity(
-            self.model, self._weights_digest, self.attached.matrices, token_ids
+            self.model, self._weights_digest, self.attached.matrices, self.kv_bits, token_ids
         )
         return {**identity, "depth limit": str(self.depth_limit)}
 
@@ -204,25 +209,33 @@ class TorchEngine:
         if not single or not 0 < length <= self._length:
             raise RiverError(f"the KV cache holds no single sequence of {length} tokens")
         return {
-            f"{name}.{index}": entries[:, :, :length].contiguous().cpu()
+            f"{name}.{index}": getattr(layer, name)[:, :, :length].contiguous().cpu()
             for index, layer in enumerate(layers)
-            for name, entries in zip(_ENTRIES, (layer.keys, layer.values), strict=True)
+            for name in layer.parts
         }
 
     def write_cache(self, tensors: Mapping[str, Tensor], length: int) -> None:
         self._check_fits(length)
         self.truncate(0)
-        names = [f"{name}.{index}" for index in range(self.num_layers) for name in _ENTRIES]
+        kind = layer_class(self.kv_bits)
+        names = [f"{name}.{index}" for index in range(self.num_layers) for name in kind.parts]
         if set(names) != set(tensors) or not all(
             entries.ndim == 4 and entries.shape[0] == 1 and entries.shape[2] == length
             for entries in tensors.values()
         ):
             raise RiverError("this is no KV cache of the torch engine for this model")
-        cache = DynamicCache()
+        cache = self._new_cache()
         for index in range(self.num_layers):
-            keys, values = (tensors[f"{name}.{index}"].to(self.device) for name in _ENTRIES)
-            cache.update(keys, values, index)
+            # copies: they may be mapped from a file that is replaced later
+            parts = {
+                name: tensors[f"{name}.{index}"].to(self.device, copy=True) for name in kind.parts
+            }
+            cache.layers.append(kind())
+            cache.layers[index].restore(parts, self.model.dtype)
         self._cache, self._length = cache, length
+
+    def _new_cache(self) -> Any:
+        return Cache(layer_class_to_replicate=layer_class(self.kv_bits))
 
     @torch.no_grad()
     def _run(
@@ -286,9 +299,3 @@ class TorchEngine:
     def _undo(self, length: int) -> None:
         self._length = length + 1  # some layers hold more than others: cut them all back
         self.truncate(length)
-
-
-def _moved(entries: Tensor, shifts: Sequence[int]) -> Tensor:
-    """Keys or values `[B, G, T, D]` with each sequence moved to the right by so many places."""
-    rows = zip(entries, shifts, strict=True)
-    return torch.stack([row.roll(shift, dims=1) for row, shift in rows])

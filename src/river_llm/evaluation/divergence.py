@@ -68,7 +68,7 @@ def score_text(
             for name, policy in arms.items():
                 logits = _logits(attached, tokens, policy)
                 exit_layers = attached.last_exit_layers[0, :-1].float()
-                parts[name].append((*_compare(logits, reference, tokens[1:]), exit_layers))
+                parts[name].append((*compare_logits(logits, reference, tokens[1:]), exit_layers))
             if progress:
                 progress(done, len(windows))
     finally:
@@ -84,8 +84,15 @@ def _logits(attached: AttachedRiver, tokens: Tensor, policy: ExitPolicy) -> Tens
     return logits[0, :-1]
 
 
-def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihood, KL divergence and same top token, each `[tokens]`."""
+def compare_logits(
+    logits: Tensor, reference: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[tokens, vocabulary]` that predict `targets`, beside those of a reference.
+
+    Returns:
+        Negative log-likelihood and KL divergence in nats, and whether both find the same token
+        likeliest (1 or 0), each `[tokens]`.
+    """
     results = []
     for start in range(0, len(targets), _CHUNK_TOKENS):
         chunk = slice(start, start + _CHUNK_TOKENS)

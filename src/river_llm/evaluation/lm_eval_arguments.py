@@ -38,8 +38,8 @@ class ModelArguments:
         exit_layer: of ``fixed``.
         prefill: how prompts of generated answers run, see `ExitPolicy`.
         mode: ``river``, or ``lossless``: the backbone's own likelihoods and tokens.
-        engine, device, dtype, threads, backbone_bits, lm_head_bits, trust_remote_code: see
-            `RiverLM.from_pretrained`.
+        engine, device, dtype, threads, backbone_bits, lm_head_bits, kv_bits, trust_remote_code:
+            see `RiverLM.from_pretrained`.
         batch_size: how many questions or prompts run together; ``auto`` is 8.
         max_length: the most tokens that the model is given; by default its context.
     """
@@ -61,6 +61,7 @@ class ModelArguments:
     threads: int | None = None
     backbone_bits: int = 16
     lm_head_bits: int = 16
+    kv_bits: int = 16
     batch_size: int | str = 1
     max_length: int | None = None
     trust_remote_code: bool = False
@@ -132,6 +133,7 @@ class ModelArguments:
             threads=self.threads,
             backbone_bits=self.backbone_bits,
             lm_head_bits=self.lm_head_bits,
+            kv_bits=self.kv_bits,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -270,6 +272,7 @@ _READERS: dict[str, Any] = {
             "threads",
             "backbone_bits",
             "lm_head_bits",
+            "kv_bits",
             "max_length",
         ),
         _integer,

@@ -169,13 +169,16 @@ def _weights(engine: Engine) -> str:
 
 def _setting(engine: Engine) -> dict[str, Any]:
     """What changes the engine's arithmetic; threads don't."""
+    # nothing about 16 bits, as in results from before there was a choice: they go on
+    cache = {} if engine.kv_bits == 16 else {"kv_bits": engine.kv_bits}
     if isinstance(engine, CpuEngine):
         return {
             "kernels": engine.kernels,
             "backbone_bits": engine.backbone_bits,
             "lm_head_bits": engine.lm_head_bits,
+            **cache,
         }
     if isinstance(engine, TorchEngine):
         dtype = str(engine.model.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "device": engine.device.type}
+        return {"dtype": dtype, "device": engine.device.type, **cache}
     return {"setting": engine.setting}

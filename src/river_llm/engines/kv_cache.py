@@ -1,0 +1,121 @@
+"""Keys and values in 8 bits, and the layers of the torch engine's KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from river_llm.errors import ConfigError
+
+_LARGEST_CODE = 127
+_SMALLEST = 1e-30  # a key or value whose largest entry is smaller becomes zero
+_SCALE_BYTES = 4
+
+
+def check_kv_bits(kv_bits: int) -> None:
+    """See that a KV cache can have so many bits.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    if kv_bits not in (8, 16):
+        raise ConfigError(f"the KV cache has {kv_bits} bits; choose 16 (the model's dtype) or 8")
+
+
+def position_bytes(kv_heads: int, head_dim: int, element_bytes: int, kv_bits: int = 16) -> int:
+    """Bytes of the keys and values of one position in one layer; `element_bytes` count for 16 bits,
+    whatever the model's dtype is."""
+    head = head_dim * element_bytes if kv_bits == 16 else head_dim + _SCALE_BYTES
+    return 2 * kv_heads * head
+
+
+def quantize_states(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[..., D]` and scales float32 `[..., 1]` of keys or values `[..., D]`.
+
+    One scale for each position and head: the largest entry becomes 127 or -127. Where an entry is
+    infinite or no number, all of the D are no numbers.
+    """
+    exact = states.float()
+    largest = exact.abs().amax(-1, keepdim=True)
+    largest = largest.where(~(largest <= _SMALLEST), 0.0)  # NaN stays
+    inverse = (_LARGEST_CODE / largest).nan_to_num(0.0, posinf=0.0)
+    codes = (exact * inverse).nan_to_num(0.0).round_()
+    scales = (largest / _LARGEST_CODE).where(largest.isfinite(), torch.nan)
+    return codes.to(torch.int8), scales
+
+
+def dequantize_states(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values `[..., D]` from their codes and scales."""
+    return (codes * scales).to(dtype)
+
+
+class StatesLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values `[B, G, T, D]` of one layer; all of them, even if attention has a window."""
+
+    parts: ClassVar[tuple[str, ...]] = ("keys", "values")  # tensors [B, G, T, ...]
+
+    def restore(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Become what these `parts` of a layer were; attention gets keys and values of `dtype`."""
+        self.dtype, self.device = dtype, parts["keys"].device
+        for name in self.parts:
+            setattr(self, name, parts[name])
+        self.is_initialized = True
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        self._change(lambda part: part[:, :, :length])
+
+    def move(self, shifts: Sequence[int], unused: int) -> None:
+        """Move each sequence to the right by so many places, then leave out the first `unused`."""
+
+        def moved(part: Tensor) -> Tensor:
+            rows = zip(part, shifts, strict=True)
+            return torch.stack([row.roll(shift, dims=1) for row, shift in rows])[:, :, unused:]
+
+        self._change(moved)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self.parts:
+            setattr(self, name, change(getattr(self, name)))
+
+
+class EightBitLayer(StatesLayer):
+    """The same in codes of 8 bits, with a scale for each position and head; see `quantize_states`.
+
+    `keys` and `values` are codes; attention gets the dequantised ones, new ones among them, so that
+    a token sees the same of an earlier one whether both came in one pass or not.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("keys", "values", "key_scales", "value_scales")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Be empty, for states like these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.key_scales = quantize_states(key_states[:, :, :0])
+        self.values, self.value_scales = quantize_states(value_states[:, :, :0])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B, G, T, D]`; all of them there are now, dequantised."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (*quantize_states(key_states), *quantize_states(value_states))
+        names = ("keys", "key_scales", "values", "value_scales")
+        for name, part in zip(names, new, strict=True):
+            setattr(self, name, torch.cat([getattr(self, name), part], dim=2))
+        return (
+            dequantize_states(self.keys, self.key_scales, self.dtype),
+            dequantize_states(self.values, self.value_scales, self.dtype),
+        )
+
+
+def layer_class(kv_bits: int) -> type[StatesLayer]:
+    """The class of a cache's layers."""
+    return StatesLayer if kv_bits == 16 else EightBitLayer
