@@ -14,6 +14,7 @@ from river_llm.errors import ConfigError
 _LARGEST_CODE = 127
 _SMALLEST = 1e-30  # a key or value whose largest entry is smaller becomes zero
 _SCALE_BYTES = 4
+_LEAST_ROOM, _ROOM_SHARE = 256, 32  # positions, and a part of those that are there
 
 
 def check_kv_bits(kv_bits: int) -> None:
@@ -54,9 +55,44 @@ def dequantize_states(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 
 class StatesLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values `[B, G, T, D]` of one layer; all of them, even if attention has a window."""
+    """Keys and values `[B, G, T, D]` of one layer; all of them, even if attention has a window.
+
+    Each part is the beginning of memory that has room for more, so that a new position is written
+    where it stays and nothing else is copied; `DynamicLayer` copies the whole layer for each.
+    """
 
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")  # tensors [B, G, T, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B, G, T, D]`; all of them there are now."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        return self._append("keys", key_states), self._append("values", value_states)
+
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        """Put `new`, `[B, G, N, ...]`, behind what a part holds; the whole part."""
+        part: Tensor = getattr(self, name)
+        begin = part.shape[2]
+        end = begin + new.shape[2]
+        room = self._rooms.get(name)
+        is_inside = room is not None and (begin == 0 or part.data_ptr() == room.data_ptr())
+        if room is None or not is_inside or len(room) != len(new) or room.shape[2] < end:
+            length = end + max(_LEAST_ROOM, end // _ROOM_SHARE)
+            room = new.new_empty(*new.shape[:2], length, *new.shape[3:])
+            room[:, :, :begin] = part
+            self._rooms[name] = room
+        room[:, :, begin:end] = new
+        part = room[:, :, :end]
+        setattr(self, name, part)
+        return part
 
     def restore(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Become what these `parts` of a layer were; attention gets keys and values of `dtype`."""
@@ -106,13 +142,12 @@ class EightBitLayer(StatesLayer):
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = (*quantize_states(key_states), *quantize_states(value_states))
-        names = ("keys", "key_scales", "values", "value_scales")
-        for name, part in zip(names, new, strict=True):
-            setattr(self, name, torch.cat([getattr(self, name), part], dim=2))
+        key_codes, key_scales = quantize_states(key_states)
+        value_codes, value_scales = quantize_states(value_states)
+        keys, values = self._append("keys", key_codes), self._append("values", value_codes)
         return (
-            dequantize_states(self.keys, self.key_scales, self.dtype),
-            dequantize_states(self.values, self.value_scales, self.dtype),
+            dequantize_states(keys, self._append("key_scales", key_scales), self.dtype),
+            dequantize_states(values, self._append("value_scales", value_scales), self.dtype),
         )
 
 

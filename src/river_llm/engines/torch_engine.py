@@ -209,7 +209,7 @@ class TorchEngine:
         if not single or not 0 < length <= self._length:
             raise RiverError(f"the KV cache holds no single sequence of {length} tokens")
         return {
-            f"{name}.{index}": getattr(layer, name)[:, :, :length].contiguous().cpu()
+            f"{name}.{index}": getattr(layer, name)[:, :, :length].to("cpu", copy=True).contiguous()
             for index, layer in enumerate(layers)
             for name in layer.parts
         }
