@@ -35,6 +35,7 @@ FIELDS = {
     "finish_reason",
     "peak_memory_bytes",
     "mode",
+    "strategy",
     "lossless",
     "offload",
     "cached_prompt_tokens",
@@ -212,6 +213,7 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
             "kv_bits": 8,
             "offload": OffloadConfig("layers", layers=2),
             "trust_remote_code": True,
+            "strategy": "river",
         }
 
 

@@ -249,6 +249,100 @@ def test_without_speed_and_random_routing(model: str, inputs: Path, tmp_path: Pa
     assert found["text"] == "the benchmark's own prose"
 
 
+class TestStrategies:
+    STRATEGIES = ("mask", "monotonic")
+    ON_TORCH = ("backbone", "full-4bit", "exit-2", *SIMILARITY)
+
+    @pytest.fixture(scope="class")
+    def folder(self, model: str, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Of a comparison whose backbone and river run on the native engine."""
+        pytest.importorskip("river_llm._core")
+        output = tmp_path_factory.mktemp("strategies") / "out"
+        outcome = run(
+            "compare", model, "--tasks", "arc_easy", "--limit", 3, "--data-dir", inputs,
+            "--text", inputs / "text.txt", "--window", 32, "--windows", 1,
+            "--thresholds", "0.7,0.9", "--exit-layers", 2, "--no-random",
+            "--strategies", "mask, monotonic", "--speed-tokens", 6, "--rounds", 1,
+            "--threads", 1, "--engine", "cpu", "-o", output,
+        )  # fmt: skip
+        assert outcome.exit_code == 0, outcome.stderr
+        assert "- Best at each speed on the torch engine, by accuracy" in outcome.stdout
+        return output
+
+    def test_run_at_every_threshold_and_exit_layer(self, folder: Path) -> None:
+        found = report(folder)
+        for strategy in self.STRATEGIES:
+            for rule in ("exit-2", "0.7", "0.9"):
+                arm = found["arms"][f"{strategy}-{rule}"]
+                assert (arm["kind"], arm["strategy"]) == ("strategy", strategy)
+                result = read_result(folder / "results" / f"arc_easy.{strategy}-{rule}.jsonl")
+                assert (result.run["strategy"], result.run["engine"]) == (strategy, "torch")
+                assert result.run["river"] is None
+        assert found["arms"]["similarity-0.7"]["strategy"] == "river"
+        assert found["tasks"]["kld"]["arms"]["mask-exit-2"]["summary"]["mean_kld"] > 0
+
+    def test_are_timed_beside_backbone_and_river_on_their_own_engine(self, folder: Path) -> None:
+        found = report(folder)
+        speed = found["speed"]["arms"]
+        assert set(self.ON_TORCH) <= set(found["arms_on_torch"])
+        assert {"full-8bit", "mask-0.7"}.isdisjoint(found["arms_on_torch"])
+        for name, timed in found["arms_on_torch"].items():
+            assert timed == f"{name}-torch"
+            assert (speed[name]["engine"], speed[timed]["engine"]) == ("cpu", "torch")
+        for name in ("mask-exit-2", "monotonic-0.7"):
+            assert speed[name]["engine"] == "torch"
+            assert speed[name]["ratios"].keys() >= {"backbone-torch", "full-4bit-torch"}
+        assert speed["mask-exit-2"]["mean_exit_layer"] == 2
+        markdown = (folder / "report.md").read_text(encoding="utf-8")
+        first, second = markdown.split("## The other strategies")
+        assert "| mask-exit-2 | torch |" in second
+        assert "| backbone-torch | torch |" in second
+        assert "| backbone | cpu |" in first
+        assert "| mask-exit-2 |" not in first
+        heading = next(line for line in second.splitlines() if line.startswith("| arm | engine"))
+        assert "times backbone-torch | times full-4bit-torch |" in heading
+
+    def test_have_figures_of_their_own(self, folder: Path) -> None:
+        figures = report(folder)["figures"]
+        assert set(figures) == FIGURES | {"strategies", "strategy_times"}
+        for path in figures.values():
+            assert (folder / path).read_bytes().startswith(b"\x89PNG")
+
+    def test_are_held_against_the_river_at_the_same_threshold(self, folder: Path) -> None:
+        found = report(folder)
+        for strategy in self.STRATEGIES:
+            rows = [c for c in found["contests"] if c["question"] == strategy]
+            assert [(row["measure"], row["arm"], row["against"]) for row in rows] == [
+                (measure, f"similarity-{tau}", f"{strategy}-{tau}")
+                for measure in ("accuracy", "kld")
+                for tau in ("0.7", "0.9")
+            ]
+        start = "Similarity against monotonic at the same threshold, by accuracy"
+        assert any(finding.startswith(start) for finding in found["findings"])
+
+    def test_need_no_second_model_where_all_run_on_torch(
+        self, model: str, inputs: Path, tmp_path: Path
+    ) -> None:
+        found = run(
+            "compare", model, "--tasks", "blimp", "--limit", 2, "--data-dir", inputs,
+            "--no-random", "--thresholds", 0.7, "--strategies", "recompute,propagate",
+            "--window", 16, "--windows", 1, "--speed-tokens", 4, "--rounds", 1, "--threads", 1,
+            "--engine", "torch", "-o", tmp_path / "out", "--json",
+        ).json  # fmt: skip
+        assert all(name == timed for name, timed in found["arms_on_torch"].items())
+        assert set(found["speed"]["arms"]) == set(found["arms"])
+
+    def test_without_speed_the_spared_layers_are_shown(
+        self, model: str, inputs: Path, tmp_path: Path
+    ) -> None:
+        found = run(
+            "compare", model, "--tasks", "blimp", "--limit", 2, "--data-dir", inputs,
+            "--no-speed", "--no-random", "--thresholds", 0.7, "--strategies", "mask",
+            "--window", 16, "--windows", 1, "--threads", 1, "-o", tmp_path / "out", "--json",
+        ).json  # fmt: skip
+        assert set(found["figures"]) == FIGURES - {"token_times"} | {"strategies"}
+
+
 USAGE: dict[str, tuple[list[object], str]] = {
     "an unknown task": (["--tasks", "gsm8"], "no task 'gsm8'; did you mean gsm8k"),
     "a task twice": (["--tasks", "piqa,piqa"], "named twice"),
@@ -259,6 +353,13 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "a threshold that is no cosine": (["--thresholds", "1.5"], "choose one in [-1, 1]"),
     "no seed": (["--seed", -1], "--seed"),
     "half a layer": (["--exit-layers", "1.5"], "--exit-layers is '1.5'; give numbers"),
+    "a strategy that has no exits": (["--strategies", "mask,none"], "--strategies is 'none'; give"),
+    "an unknown strategy": (["--strategies", "hope"], "some of mask, recompute, propagate, monot"),
+    "a strategy twice": (["--strategies", "mask,mask"], "a strategy is named twice"),
+    "a strategy's cache in 8 bits": (
+        ["--strategies", "mask", "--kv-bits", 8],
+        "--strategies keep their KV cache in the model's dtype",
+    ),
     "a text that is not there": (["--text", "no-such-file"], "there is no file no-such-file"),
 }
 

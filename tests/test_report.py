@@ -66,10 +66,12 @@ class TestArms:
         arms = planned_arms(4, [0.9, 0.97], [3], ["mask"])
         assert [arm.name for arm in arms] == [
             "backbone", "full-4bit", "full-8bit", "exit-3", "similarity-0.9", "similarity-0.97",
-            "mask-0.9", "mask-0.97",
+            "mask-exit-3", "mask-0.9", "mask-0.97",
         ]  # fmt: skip
         assert arms[2].variant == Variant(bits=8)
-        assert {arm.variant for arm in arms[-2:]} == {Variant(strategy="mask")}
+        assert {arm.variant for arm in arms[-3:]} == {Variant(strategy="mask", engine="torch")}
+        assert arms[-3].policy == fixed(3).policy
+        assert arms[-1].policy == similarity(0.97).policy
         assert [arm.name for arm in planned_arms(8, [0.9])].count("full-8bit") == 1
 
     def test_arms_of_the_same_depth(self) -> None:

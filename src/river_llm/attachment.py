@@ -36,7 +36,7 @@ from river_llm.river import Progress, River
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ATTRIBUTE = "_river_attachment"
+ATTACHED = "_river_attachment"  # the attribute of a model that names what is on it
 
 
 class AttachedRiver:
@@ -165,7 +165,7 @@ class AttachedRiver:
             RiverError: there is no room for evicted layers, they can't be brought back, or the
                 river is detached.
         """
-        if getattr(self.model, _ATTRIBUTE, None) is not self:
+        if getattr(self.model, ATTACHED, None) is not self:
             raise RiverError("layers can be evicted only while the river is attached")
         self._evicted.keep(count)
         if count < self.num_layers and not self._is_river_in_memory:
@@ -189,8 +189,8 @@ class AttachedRiver:
         for linear in self._linears:
             linear.__dict__.pop("forward", None)
         self._hooks, self._linears, self._kernels = [], [], []
-        if getattr(self.model, _ATTRIBUTE, None) is self:
-            delattr(self.model, _ATTRIBUTE)
+        if getattr(self.model, ATTACHED, None) is self:
+            delattr(self.model, ATTACHED)
 
     def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         inputs = kwargs.get("input_ids")
@@ -270,7 +270,7 @@ def attach_river(
         RiverFileError: the river was made from other weights.
         RiverError: the model has a river already.
     """
-    if hasattr(model, _ATTRIBUTE):
+    if hasattr(model, ATTACHED):
         raise RiverError("the model has a river already; call detach_river(model) first")
     layers = decoder_layers(model)
     policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
@@ -281,7 +281,7 @@ def attach_river(
     else:
         river = River.build(model, river, progress)
     attached = AttachedRiver(model, river, layers, policy, kernel)
-    setattr(model, _ATTRIBUTE, attached)
+    setattr(model, ATTACHED, attached)
     return attached
 
 
@@ -291,7 +291,7 @@ def detach_river(model: PreTrainedModel) -> None:
     Raises:
         RiverError: evicted layers can't be brought back; the river stays.
     """
-    attached = getattr(model, _ATTRIBUTE, None)
+    attached = getattr(model, ATTACHED, None)
     if attached is not None:
         attached.detach()
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Quantizer = Literal["hqq", "rtn"]
 Mode = Literal["river", "lossless"]
+# what becomes of the keys and values that a token leaves out: see `strategies`
+Strategy = Literal["river", "mask", "recompute", "propagate", "monotonic", "quantised", "none"]
 
+WITH_RIVER: tuple[Strategy, ...] = ("river", "quantised")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 MIN_TEMPERATURE = 1e-4  # besides 0

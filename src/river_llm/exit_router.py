@@ -36,6 +36,7 @@ class ExitRouter:
     Attributes:
         route: where the rows of the layer that runs now go.
         backbone_rows, river_rows: the row indices of either side, while `route` is BOTH.
+        in_backbone: bool `[B, T]`, which tokens of the running pass haven't left.
         exit_layers: int64 `[B, T]`, how many backbone layers each token of the last pass ran.
         depth_limit: tokens still in the backbone after so many layers leave there, from the next
             pass on; None: no limit.
@@ -55,6 +56,7 @@ class ExitRouter:
         self.least_depth = self.most_depth = num_layers
         self.route = Route.BACKBONE
         self.backbone_rows = self.river_rows = torch.empty(0, dtype=torch.long)
+        self.in_backbone = torch.empty(0, 0, dtype=torch.bool)
         self.exit_layers = torch.empty(0, 0, dtype=torch.long)
         self.similarities: Tensor | None = None
         self.set_policy(policy)
@@ -106,7 +108,7 @@ class ExitRouter:
         self._leave_by_sequence = rule == "sequence"
         self._leave_together = self.policy.batch == "minimum"
         self._padding_mask = padding_mask
-        self._in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
+        self.in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
         self.exit_layers = torch.full((batch, num_tokens), self.num_layers)
         self.route = Route.BACKBONE
         self.similarities = (
@@ -116,8 +118,8 @@ class ExitRouter:
         )
         if self.most_depth == 0:
             if self._pass_thresholds[0] > -math.inf:
-                self._hold_back(self._in_backbone)
-            self._leave(self._in_backbone, after=0)
+                self._hold_back(self.in_backbone)
+            self.leave(self.in_backbone, after=0)
 
     def after_layer(self, layers_run: int, layer_input: Tensor, layer_output: Tensor) -> None:
         """Let tokens leave after `layers_run` layers.
@@ -132,19 +134,19 @@ class ExitRouter:
         is_limit = layers_run == self._pass_limit and not is_last
         if threshold == math.inf and self.similarities is None and not is_limit:
             return
-        leaving = self._in_backbone & (threshold < math.inf)
+        leaving = self.in_backbone & (threshold < math.inf)
         if math.isfinite(threshold) or self.similarities is not None:
             # s[t,b,l] = cos(h[t,b,l-1], h[t,b,l]), in float32: [B, T]
             similarity = F.cosine_similarity(layer_input.float(), layer_output.float(), dim=-1)
             similarity = similarity.cpu()
             if self.similarities is not None:
-                self.similarities[layers_run - 1] = similarity.where(self._in_backbone, math.nan)
+                self.similarities[layers_run - 1] = similarity.where(self.in_backbone, math.nan)
             if math.isfinite(threshold):
-                leaving = (self._join(similarity) > threshold) & self._in_backbone
+                leaving = (self._join(similarity) > threshold) & self.in_backbone
         if is_limit:
-            self._hold_back(self._in_backbone & ~leaving)
-            leaving = self._in_backbone
-        self._leave(leaving, after=layers_run)
+            self._hold_back(self.in_backbone & ~leaving)
+            leaving = self.in_backbone
+        self.leave(leaving, after=layers_run)
 
     def end_pass(self) -> None:
         """The pass came to its end."""
@@ -171,13 +173,13 @@ class ExitRouter:
             tokens = tokens & self._padding_mask
         self._held_back += int(tokens.sum())
 
-    def _leave(self, leaving: Tensor, after: int) -> None:
-        """Send the tokens `leaving`, bool `[B, T]`, into the river after `after` layers."""
+    def leave(self, leaving: Tensor, after: int) -> None:
+        """Let the tokens `leaving`, bool `[B, T]`, leave the backbone after `after` layers."""
         if not bool(leaving.any()):
             return
         self.exit_layers[leaving] = after
-        self._in_backbone = self._in_backbone & ~leaving
-        rows = self._in_backbone.flatten()
+        self.in_backbone = self.in_backbone & ~leaving
+        rows = self.in_backbone.flatten()
         if not bool(rows.any()):
             self.route = Route.RIVER
             return

@@ -13,7 +13,7 @@ import torch
 from river_llm.attachment import AttachedRiver, attach_river
 from river_llm.cache import CachedFolder
 from river_llm.cached_text import CachedText, prefill_thresholds, text_of_answer
-from river_llm.config import DraftConfig, Mode, RiverConfig
+from river_llm.config import DraftConfig, Mode, RiverConfig, Strategy
 from river_llm.engines import (
     CpuEngine,
     Engine,
@@ -54,7 +54,7 @@ class RiverLM:
     Attributes:
         engine: computes the steps and holds the KV cache.
         tokenizer: of `transformers`.
-        river_config: how the river is quantised.
+        river_config: how the river is quantised; None where the strategy has none.
         stop_tokens: ids that end an answer.
         fallback_reason: why the torch engine serves where ``engine="auto"`` could have taken the
             native one; None if that is not so.
@@ -65,7 +65,7 @@ class RiverLM:
         self,
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
-        river_config: RiverConfig,
+        river_config: RiverConfig | None,
         stop_tokens: frozenset[int] = frozenset(),
         fallback_reason: str | None = None,
         river_directory: Path | None = None,
@@ -103,6 +103,7 @@ class RiverLM:
         no_miss: bool = False,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
+        strategy: Strategy = "river",
     ) -> RiverLM:
         """Load a model and load or build its river.
 
@@ -123,6 +124,10 @@ class RiverLM:
                 number of layers or a size such as ``"2GiB"``, see there; by default all.
             no_miss: no token goes deeper than the layers that stay.
             progress: called while the river is built with (layers done, layers in all).
+            strategy: what becomes of the keys and values of the layers that a token skips:
+                ``"river"``, or one of those that it is compared with, on the torch engine:
+                ``"mask"``, ``"recompute"``, ``"propagate"``, ``"monotonic"``, ``"none"`` (no exit)
+                and ``"quantised"`` (exit layers alone). All but the last have no river.
 
         What the native engine has packed is kept in the cache, as large as the model and its river,
         for a quick start the next time (`packed_copy`).
@@ -130,6 +135,42 @@ class RiverLM:
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
+        if strategy != "river":
+            from river_llm import strategies  # a quick start does without
+
+            has_8_bits = 8 in (backbone_bits, lm_head_bits)
+            has_offload = no_miss or offload not in (None, "off")
+            strategies.check_strategy(
+                strategy, policy, engine, river is not None, has_8_bits, kv_bits, has_offload
+            )
+            check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
+            policy = policy or strategies.default_policy(strategy)
+            if strategy in strategies.STRATEGIES:
+                device = device or _default_device()
+                model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+                if threads is not None:
+                    torch.set_num_threads(threads)
+                own = strategies.make_strategy_engine(model, strategy, policy)
+                lm = cls(own, tokenizer, None, _stop_tokens(model, tokenizer))
+            else:
+                lm = cls.from_pretrained(
+                    name_or_path,
+                    river,
+                    policy,
+                    dtype,
+                    device=device,
+                    engine="torch",
+                    threads=threads,
+                    kv_bits=kv_bits,
+                    offload=offload,
+                    no_miss=no_miss,
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
+                lm.engine.strategy = strategy
+            if engine == "auto":
+                lm.fallback_reason = f"the strategy {strategy} is for it alone"
+            return lm
         check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
         if not isinstance(offload, OffloadConfig):
             offload = OffloadConfig.parse(offload or "off", no_miss)
@@ -137,8 +178,7 @@ class RiverLM:
             raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
         bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
         policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or _default_device()
         directory = Path(river) if isinstance(river, str | Path) else None
         find_packed = None
         may_be_packed = engine != "torch" and dtype is torch.bfloat16 and not trust_remote_code
@@ -161,14 +201,10 @@ class RiverLM:
         model, tokenizer, made = _load(
             name_or_path, river, dtype, device, trust_remote_code, progress, check
         )
-        stop_tokens = {tokenizer.eos_token_id}
-        configured = model.generation_config.eos_token_id if model.generation_config else None
-        stop_tokens.update(configured if isinstance(configured, list) else [configured])
-        stop_tokens -= {None}
+        ends = _stop_tokens(model, tokenizer)
         chosen, reason = make_engine(
             model, made, policy, engine, threads=threads, kv_bits=kv_bits, **bits
         )
-        ends = frozenset(stop_tokens)
         if folder is not None and find_packed and isinstance(chosen, CpuEngine):
             packed = PackedModel(chosen, tokenizer, made.config, ends)
             if find_packed() == folder:  # else files were changed while they were read
@@ -183,6 +219,10 @@ class RiverLM:
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
+        if self.engine.strategy != "river":
+            from river_llm.strategies import check_policy
+
+            check_policy(self.engine.strategy, policy)
         self.engine.policy = policy
 
     def generate(
@@ -491,6 +531,11 @@ class RiverLM:
             if drafts is not None:
                 raise ConfigError('drafts are for mode="lossless"')
             return None
+        if self.engine.strategy != "river":
+            raise ConfigError(
+                f"lossless mode drafts with the river, not with the strategy "
+                f"{self.engine.strategy}; take the strategy river"
+            )
         if self.engine.depth_limit is not None:
             raise ConfigError(
                 "lossless mode verifies with the whole backbone; it can't go with no_miss"
@@ -618,11 +663,21 @@ def _load(
     built, which takes minutes where the model is large."""
     if isinstance(river, str | Path):
         river = River.load(river)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or _default_device()
     model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
     if check is not None:
         check(model)
     if not isinstance(river, River):
         river = River.build(model, river, progress)
     return model, tokenizer, river
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end an answer: the tokeniser's, and those of the model's own settings."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset({tokenizer.eos_token_id, *listed} - {None})

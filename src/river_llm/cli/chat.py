@@ -13,6 +13,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
+    check_strategy,
     decoding_mode,
     exit_policy,
     offload_config,
@@ -39,6 +40,7 @@ def chat(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
+    strategy: options.Strategy = options.StrategyName.river,
     mode: options.Mode = options.ModeName.river,
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
@@ -69,9 +71,10 @@ def chat(
     """Talk with a model; its KV cache is kept from turn to turn."""
     if system is not None:
         check_text("--system", system)
+    of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
     decoding, drafts = decoding_mode(
         mode,
-        (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer),
+        of_policy,
         draft_tokens,
         draft_exit_layer,
         draft_lm_head_bits,
@@ -79,13 +82,15 @@ def chat(
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    built = river_config(river, bits, group_size, quantizer)
+    check_strategy(strategy, mode, of_policy, built, offload, prompt_cache)
     check_prompt_cache(prompt_cache, mode, prefill)
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
     loading = LoadOptions(
         model=model,
-        river=river_config(river, bits, group_size, quantizer),
+        river=built,
         policy=chosen,
         dtype=dtype,
         device=device,
@@ -97,6 +102,7 @@ def chat(
         kv_bits=kv_bits,
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
+        strategy=strategy,
     )
     lm = load(loading)
     if not lm.tokenizer.chat_template:

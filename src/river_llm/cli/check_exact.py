@@ -117,6 +117,7 @@ def check_exact(
     except KeyboardInterrupt:
         raise RiverError("interrupted") from None
     if json_output:
+        assert lm.river_config is not None
         setting = {
             "model": model,
             "engine": lm.engine.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from river_llm.attachment import AttachedRiver
+    from river_llm.config import Strategy
     from river_llm.report.arms import Variant
     from river_llm.river_lm import RiverLM
 
@@ -90,6 +91,14 @@ def compare(
             rich_help_panel=_ARMS,
         ),
     ] = "",
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="Of mask, recompute, propagate and monotonic: each at every threshold and exit "
+            "layer, on the torch engine, where backbone and river are timed beside them.",
+            rich_help_panel=_ARMS,
+        ),
+    ] = "",
     no_random: Annotated[
         bool,
         typer.Option(
@@ -129,33 +138,45 @@ def compare(
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Compare backbone, full quantisation, fixed depths, similarity exits and random routing on
-    tasks and in speed, and write a report. A run that was cut short goes on with the same
-    command."""
+    """Compare backbone, full quantisation, fixed depths, similarity exits, random routing and other
+    strategies on tasks and in speed, and write a report. A run that was cut short goes on with the
+    same command."""
     names = _listed(tasks)
     taus = sorted(_numbers("--thresholds", thresholds, float))
     layers = sorted(_numbers("--exit-layers", exit_layers, int))
-    _check(names, taus, layers, text)
+    others = _listed(strategies)
+    _check(names, taus, layers, others, text)
+    if others and kv_bits is not options.WeightBits.sixteen:
+        raise usage_error(
+            "--strategies keep their KV cache in the model's dtype; leave --kv-bits out"
+        )
     made = river_config(river, bits, group_size, quantizer)
     from river_llm.config import RiverConfig
     from river_llm.exit_policy import ExitPolicy
 
     never = ExitPolicy.never()
 
-    def loading(own_river: Path | RiverConfig) -> LoadOptions:
+    def loading(variant: Variant | None = None) -> LoadOptions:
+        own, own_engine, strategy = made, engine, options.StrategyName.river
+        if variant is not None:
+            if variant.bits is not None:
+                own = RiverConfig(variant.bits, group_size, quantizer.value)
+            own_engine = options.EngineName(variant.engine or engine)
+            strategy = options.StrategyName(variant.strategy)
         return LoadOptions(
             model=model,
-            river=own_river,
+            river=own,
             policy=never,
             dtype=dtype,
             device=device,
             threads=threads,
             trust_remote_code=trust_remote_code,
-            engine=engine,
+            engine=own_engine,
             kv_bits=kv_bits,
+            strategy=strategy,
         )
 
-    first = load(loading(made))
+    first = load(loading())
     from river_llm.benchmark.bandwidth import read_bandwidth
     from river_llm.benchmark.environment import usable_cores
     from river_llm.cli.render import LoadingProgress
@@ -181,6 +202,7 @@ def compare(
         windows=windows,
         thresholds=taus,
         exit_layers=layers,
+        strategies=cast("list[Strategy]", others),
         with_random=not no_random,
         with_speed=not no_speed,
         speed_tokens=speed_tokens,
@@ -192,15 +214,12 @@ def compare(
     with LoadingProgress("comparing") as progress:
 
         def load_variant(variant: Variant) -> RiverLM:
-            own = made
-            if variant.bits is not None:
-                own = RiverConfig(variant.bits, group_size, quantizer.value)
             with progress.paused():
-                return load(loading(own))
+                return load(loading(variant))
 
         def attached() -> AttachedRiver:
             with progress.paused():
-                return load_attached(loading(made))[0]
+                return load_attached(loading())[0]
 
         comparison = run_comparison(
             plan,
@@ -230,7 +249,13 @@ def _numbers(option: str, given: str, kind: Callable[[str], Number]) -> list[Num
         raise usage_error(f"{option} is {given!r}; give numbers with commas between") from error
 
 
-def _check(tasks: list[str], thresholds: list[float], layers: list[int], text: Path | None) -> None:
+def _check(
+    tasks: list[str],
+    thresholds: list[float],
+    layers: list[int],
+    strategies: list[str],
+    text: Path | None,
+) -> None:
     """See that the options go together, before a model is loaded.
 
     Raises:
@@ -239,6 +264,7 @@ def _check(tasks: list[str], thresholds: list[float], layers: list[int], text: P
     from river_llm.evaluation.tasks import TEXT_TASKS, check_task
     from river_llm.exit_policy import ExitPolicy
     from river_llm.plots import has_matplotlib
+    from river_llm.strategies import STRATEGIES
 
     try:
         for name in tasks:
@@ -251,6 +277,14 @@ def _check(tasks: list[str], thresholds: list[float], layers: list[int], text: P
         raise usage_error(str(error)) from error
     if len(set(tasks)) < len(tasks):
         raise usage_error("a task is named twice")
+    with_exits = [name for name in STRATEGIES if name != "none"]
+    if unknown := [name for name in strategies if name not in with_exits]:
+        raise usage_error(
+            f"--strategies is {unknown[0]!r}; give some of {', '.join(with_exits)} (backbone and "
+            "full quantisation are among the arms anyway)"
+        )
+    if len(set(strategies)) < len(strategies):
+        raise usage_error("a strategy is named twice")
     of_text = [name for name in tasks if name in TEXT_TASKS]
     if of_text:
         raise usage_error(f"{of_text[0]} is no task with answers; --text FILE measures it")

@@ -12,7 +12,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
-from river_llm.cli.settings import exit_policy, river_config
+from river_llm.cli.settings import check_strategy, exit_policy, river_config
 from river_llm.cli.usage import usage_error
 from river_llm.errors import ConfigError
 
@@ -46,6 +46,7 @@ def evaluate(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
+    strategy: options.Strategy = options.StrategyName.river,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -147,11 +148,18 @@ def evaluate(
     """Measure a model with its river on tasks or on a text. A run that was cut short goes on with
     the same command."""
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    built = river_config(river, bits, group_size, quantizer)
+    of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
+    check_strategy(strategy, options.ModeName.river, of_policy, built)
+    if compare_backbone and strategy is options.StrategyName.quantised:
+        raise usage_error(
+            "--strategy quantised runs no backbone to compare with; take --policy always"
+        )
     _check_tasks(tasks, text, compare_backbone, against)
     lm = load(
         LoadOptions(
             model=model,
-            river=river_config(river, bits, group_size, quantizer),
+            river=built,
             policy=chosen,
             dtype=dtype,
             device=device,
@@ -161,8 +169,10 @@ def evaluate(
             backbone_bits=backbone_bits,
             lm_head_bits=lm_head_bits,
             kv_bits=kv_bits,
+            strategy=strategy,
         )
     )
+    chosen = lm.policy  # of strategies without a choice, their own
     from river_llm.evaluation.harness import compare_results, evaluate
     from river_llm.evaluation.requests import TaskSettings
     from river_llm.evaluation.result_file import read_result
@@ -189,7 +199,7 @@ def evaluate(
         first: Result | None = None
         for arm in arms:
             lm.policy = arm
-            arm_name = _arm_name(arm, lm.river_config.bits)
+            arm_name = _arm_name(arm, lm)
             with _progress(f"{name}, {arm.describe()}") as progress:
                 run = _make_run(lm, name, given)
                 result = evaluate(
@@ -276,11 +286,12 @@ def _make_run(lm: RiverLM, name: str, given: TaskSettings) -> Run:
         raise usage_error(str(error)) from error
 
 
-def _arm_name(policy: ExitPolicy, bits: int) -> str:
+def _arm_name(policy: ExitPolicy, lm: RiverLM) -> str:
     """A short name, good for a file."""
+    river, strategy = lm.river_config, lm.engine.strategy
     names = {
         "never": _BACKBONE,
-        "always": f"full-{bits}bit",
+        "always": "exit-0" if river is None else f"full-{river.bits}bit",
         "fixed": f"exit-{policy.exit_layer}",
         "similarity": f"similarity-{policy.threshold}",
         "thresholds": "thresholds",
@@ -288,8 +299,10 @@ def _arm_name(policy: ExitPolicy, bits: int) -> str:
     name = names[policy.kind]
     if policy.first_layer > 1:
         name += f"-from-{policy.first_layer}"
-    usual = "river" if policy.kind == "always" else "backbone"
-    return name if policy.prefill == usual else f"{name}-prefill-{policy.prefill}"
+    usual = "river" if policy.kind == "always" and river is not None else "backbone"
+    if policy.prefill != usual:
+        name += f"-prefill-{policy.prefill}"
+    return name if strategy == "river" else f"{strategy}-{name}"
 
 
 def _file_name(task: str, chat: bool | None) -> str:

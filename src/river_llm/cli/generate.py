@@ -12,6 +12,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
+    check_strategy,
     decoding_mode,
     exit_policy,
     offload_config,
@@ -39,6 +40,7 @@ def generate(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
+    strategy: options.Strategy = options.StrategyName.river,
     mode: options.Mode = options.ModeName.river,
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
@@ -79,9 +81,10 @@ def generate(
 ) -> None:
     """Answer a prompt; every token in the colour of the layer at which it left the backbone, or in
     lossless mode of what guessed it: green the river, blue the text itself, red nothing."""
+    of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
     decoding, drafts = decoding_mode(
         mode,
-        (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer),
+        of_policy,
         draft_tokens,
         draft_exit_layer,
         draft_lm_head_bits,
@@ -89,6 +92,10 @@ def generate(
         ngram,
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    built = river_config(river, bits, group_size, quantizer)
+    check_strategy(strategy, mode, of_policy, built, offload, prompt_cache)
+    if compare and strategy is not options.StrategyName.river:
+        raise usage_error("--compare compares the river; it goes with --strategy river")
     if compare and no_miss:
         raise usage_error("--compare runs the whole backbone: leave out --no-miss")
     check_prompt_cache(prompt_cache, mode, prefill)
@@ -106,7 +113,7 @@ def generate(
     )
     loading = LoadOptions(
         model=model,
-        river=river_config(river, bits, group_size, quantizer),
+        river=built,
         policy=chosen,
         dtype=dtype,
         device=device,
@@ -118,6 +125,7 @@ def generate(
         kv_bits=kv_bits,
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
+        strategy=strategy,
     )
     lm = load(loading)
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
@@ -186,6 +194,7 @@ def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Arm
     from river_llm.exit_policy import ExitPolicy
 
     river_policy = lm.policy
+    assert lm.river_config is not None
     try:
         with render.LoadingProgress("comparing") as progress:
             lm.policy = ExitPolicy.never()

@@ -33,6 +33,16 @@ class ModeName(str, Enum):
     lossless = "lossless"
 
 
+class StrategyName(str, Enum):
+    river = "river"
+    mask = "mask"
+    recompute = "recompute"
+    propagate = "propagate"
+    monotonic = "monotonic"
+    quantised = "quantised"
+    none = "none"
+
+
 class WeightBits(str, Enum):
     sixteen = "16"
     eight = "8"
@@ -101,6 +111,17 @@ Prefill = Annotated[
     PrefillName | None,
     typer.Option(
         help="How the prompt runs. \\[default: backbone; river with --policy always]",
+        rich_help_panel=_POLICY,
+    ),
+]
+Strategy = Annotated[
+    StrategyName,
+    typer.Option(
+        help="What becomes of the keys and values of the layers that a token skips. river: exit "
+        "layers write them. The others are for comparison. mask: nothing; later tokens don't see "
+        "the token there. recompute: the backbone computes them once a later token needs them. "
+        "propagate: each layer makes them of the hidden state at the exit. monotonic: no token "
+        "goes deeper than the one before it. quantised: exit layers alone. none: no exit.",
         rich_help_panel=_POLICY,
     ),
 ]

@@ -12,9 +12,10 @@ from river_llm.cli.options import (
     PolicyName,
     PrefillName,
     QuantizerName,
+    StrategyName,
 )
 from river_llm.cli.usage import usage_error
-from river_llm.config import DraftConfig, Mode, RiverConfig, SamplingConfig
+from river_llm.config import WITH_RIVER, DraftConfig, Mode, RiverConfig, SamplingConfig
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +90,47 @@ def decoding_mode(
         return "lossless", DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
+
+
+def check_strategy(
+    strategy: StrategyName,
+    mode: ModeName,
+    of_policy: Sequence[object],
+    river: Path | RiverConfig,
+    offload: str | None = None,
+    prompt_cache: Path | None = None,
+) -> None:
+    """See that the other options go with the strategy.
+
+    Args:
+        of_policy: values of the options of the exit policy, None for those that weren't given.
+        river: what `river_config` gives.
+        offload, prompt_cache: what was given of these options.
+
+    Raises:
+        typer.Exit: one doesn't.
+    """
+    name = strategy.value
+    if strategy is StrategyName.river:
+        return
+    if mode is ModeName.lossless:
+        raise usage_error(f"--mode lossless drafts with the river; it has no --strategy {name}")
+    if name in ("none", "quantised") and any(value is not None for value in of_policy):
+        raise usage_error(f"--strategy {name} has no exit policy; leave its options out")
+    if name in WITH_RIVER:
+        return
+    if river != RiverConfig():
+        raise usage_error(
+            f"--strategy {name} has no river; leave --river, --bits, --group-size and --quantizer "
+            "out"
+        )
+    if offload is not None and offload != "off":
+        raise usage_error(
+            f"--strategy {name} has no river to leave for, so all layers stay in memory; leave "
+            "--offload out"
+        )
+    if prompt_cache is not None:
+        raise usage_error(f"--strategy {name} keeps no prompt caches; leave --prompt-cache out")
 
 
 def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadConfig | None:

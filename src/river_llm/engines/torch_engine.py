@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from river_llm.attachment import AttachedRiver
+from river_llm.config import Strategy
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.drafting import (
     Choose,
@@ -36,6 +37,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    strategy: Strategy = "river"
     draft_head_bits: tuple[int, ...] = (16,)  # the model's own, whatever its dtype
 
     def __init__(self, attached: AttachedRiver, kv_bits: int = 16) -> None:
@@ -215,7 +217,7 @@ class TorchEngine:
         }
 
     def write_cache(self, tensors: Mapping[str, Tensor], length: int) -> None:
-        self._check_fits(length)
+        check_room(length, self.context_length)
         self.truncate(0)
         kind = layer_class(self.kv_bits)
         names = [f"{name}.{index}" for index in range(self.num_layers) for name in kind.parts]
@@ -246,7 +248,7 @@ class TorchEngine:
         all_logits: bool = False,
     ) -> StepResult:
         num_tokens = token_ids.shape[1]
-        self._check_fits(self._length + num_tokens)
+        check_room(self._length + num_tokens, self.context_length)
         inputs = self._inputs(token_ids, padding_mask)
         self.attached.phase = phase
         length = self._length
@@ -273,29 +275,50 @@ class TorchEngine:
         )
 
     def _inputs(self, token_ids: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
-        """Arguments of the model's forward; mask and positions only where there is padding."""
-        token_ids = token_ids.to(self.device)
+        """Arguments of the model's forward."""
         if self._padding_mask is None and (padding_mask is None or bool(padding_mask.all())):
-            return {"input_ids": token_ids}
+            return padded_inputs(token_ids.to(self.device), None, self._takes_position_ids)
         batch, num_tokens = token_ids.shape
         seen = self._padding_mask
         if seen is None:
             seen = torch.ones(batch, self._length, dtype=torch.bool)
         new = torch.ones(batch, num_tokens, dtype=torch.bool)
         self._padding_mask = torch.cat([seen, new if padding_mask is None else padding_mask], 1)
-        inputs = {"input_ids": token_ids, "attention_mask": self._padding_mask.to(token_ids)}
-        if self._takes_position_ids:
-            positions = self._padding_mask.long().cumsum(1).sub_(1).clamp_(min=0)
-            inputs["position_ids"] = positions[:, -num_tokens:].to(token_ids.device)
-        return inputs
-
-    def _check_fits(self, length: int) -> None:
-        if self.context_length is not None and length > self.context_length:
-            raise ContextFullError(
-                f"{length} tokens don't fit the model's context of {self.context_length}; shorten "
-                "the prompt or lower the number of new tokens"
-            )
+        return padded_inputs(
+            token_ids.to(self.device), self._padding_mask, self._takes_position_ids
+        )
 
     def _undo(self, length: int) -> None:
         self._length = length + 1  # some layers hold more than others: cut them all back
         self.truncate(length)
+
+
+def check_room(length: int, context_length: int | None) -> None:
+    """See that so many tokens fit the model's context; None: there is no limit.
+
+    Raises:
+        ContextFullError: they don't.
+    """
+    if context_length is not None and length > context_length:
+        raise ContextFullError(
+            f"{length} tokens don't fit the model's context of {context_length}; "
+            "shorten the prompt or lower the number of new tokens"
+        )
+
+
+def padded_inputs(
+    token_ids: Tensor, padding_mask: Tensor | None, takes_position_ids: bool
+) -> dict[str, Tensor]:
+    """Arguments of a forward over tokens `[B, T]`; mask and positions only where there is padding.
+
+    Args:
+        padding_mask: bool `[B, positions]`, true for real tokens, of which the last T are these;
+            None where there is no padding.
+    """
+    if padding_mask is None:
+        return {"input_ids": token_ids}
+    inputs = {"input_ids": token_ids, "attention_mask": padding_mask.to(token_ids)}
+    if takes_position_ids:
+        positions = padding_mask.long().cumsum(1).sub_(1).clamp_(min=0)
+        inputs["position_ids"] = positions[:, -token_ids.shape[1] :].to(token_ids.device)
+    return inputs

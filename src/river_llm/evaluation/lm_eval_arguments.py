@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from river_llm.config import Mode, RiverConfig, SamplingConfig
+from river_llm.config import WITH_RIVER, Mode, RiverConfig, SamplingConfig, Strategy
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.model_source import DEFAULT_MODEL
@@ -20,6 +20,7 @@ DEFAULT_NEW_TOKENS = 256  # as of lm-eval's own models
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 _OF_RIVER = ("bits", "group_size", "quantizer")
 _OF_POLICY = ("policy", "threshold", "exit_layer", "first_layer", "prefill")
+_WITHOUT_CHOICE = ("none", "quantised")  # of an exit policy
 _ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLED = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
@@ -37,6 +38,8 @@ class ModelArguments:
         threshold, first_layer: of ``similarity``.
         exit_layer: of ``fixed``.
         prefill: how prompts of generated answers run, see `ExitPolicy`.
+        strategy: what becomes of the keys and values of skipped layers, see
+            `RiverLM.from_pretrained`.
         mode: ``river``, or ``lossless``: the backbone's own likelihoods and tokens.
         engine, device, dtype, threads, backbone_bits, lm_head_bits, kv_bits, trust_remote_code:
             see `RiverLM.from_pretrained`.
@@ -54,6 +57,7 @@ class ModelArguments:
     exit_layer: int | None = None
     first_layer: int | None = None
     prefill: str | None = None
+    strategy: Strategy = "river"
     mode: Mode = "river"
     engine: str = "auto"
     device: str | None = None
@@ -68,7 +72,8 @@ class ModelArguments:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> ModelArguments:
-        """Read arguments as lm-eval hands them over; None, and the text ``none``, is not given.
+        """Read arguments as lm-eval hands them over; None, and the text ``none``, is not given, but
+        for the strategy of that name.
 
         Raises:
             ConfigError: one is unknown, no number where one is needed, or contradicts another.
@@ -82,7 +87,7 @@ class ModelArguments:
         values = {
             name: _READERS.get(name, _text)(name, value)
             for name, value in given.items()
-            if value is not None and str(value).lower() != "none"
+            if value is not None and (name == "strategy" or str(value).lower() != "none")
         }
         arguments = cls(**values)
         arguments._check()
@@ -119,13 +124,13 @@ class ModelArguments:
         Raises:
             RiverError: see `RiverLM.from_pretrained`.
         """
-        policy = self.exit_policy()
+        policy = None if self.strategy in _WITHOUT_CHOICE else self.exit_policy()
         built = {name: value for name in _OF_RIVER if (value := getattr(self, name)) is not None}
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return RiverLM.from_pretrained(
             self.pretrained,
-            self.river or RiverConfig(**built),
+            (self.river or RiverConfig(**built)) if self.strategy in WITH_RIVER else None,
             policy,
             _DTYPES[self.dtype],
             device=_device(self.device),
@@ -135,6 +140,7 @@ class ModelArguments:
             lm_head_bits=self.lm_head_bits,
             kv_bits=self.kv_bits,
             trust_remote_code=self.trust_remote_code,
+            strategy=self.strategy,
         )
 
     def _given(self, names: tuple[str, ...]) -> list[str]:
@@ -143,6 +149,7 @@ class ModelArguments:
     def _check(self) -> None:
         _choose("mode", self.mode, get_args(Mode))
         _choose("dtype", self.dtype, tuple(_DTYPES))
+        _choose("strategy", self.strategy, get_args(Strategy))
         if self.policy is not None:
             _choose("policy", self.policy, ("never", "always", "fixed", "similarity"))
         for name in ("threads", "max_length", "batch_size", "first_layer"):
@@ -155,6 +162,7 @@ class ModelArguments:
             raise ConfigError(
                 f"model_args: mode=lossless has no exit policy; leave out {', '.join(of_policy)}"
             )
+        self._check_strategy()
         if self.threshold is not None and self.exit_layer is not None:
             raise ConfigError("model_args: give threshold or exit_layer, not both")
         for name, kind in (
@@ -168,6 +176,28 @@ class ModelArguments:
             raise ConfigError("model_args: first_layer goes with threshold, not exit_layer")
         if self.policy == "fixed" and self.exit_layer is None:
             raise ConfigError("model_args: policy=fixed needs exit_layer=N")
+
+    def _check_strategy(self) -> None:
+        """See that the arguments go with the strategy."""
+        if self.strategy == "river":
+            return
+        if self.mode == "lossless":
+            raise ConfigError(
+                f"model_args: mode=lossless drafts with the river; leave out {self._named_strategy}"
+            )
+        if self.strategy in _WITHOUT_CHOICE and (given := self._given(_OF_POLICY)):
+            raise ConfigError(
+                f"model_args: {self._named_strategy} has no exit policy; leave out "
+                f"{', '.join(given)}"
+            )
+        if self.strategy not in WITH_RIVER and (given := self._given(("river", *_OF_RIVER))):
+            raise ConfigError(
+                f"model_args: {self._named_strategy} has no river; leave out {', '.join(given)}"
+            )
+
+    @property
+    def _named_strategy(self) -> str:
+        return f"strategy={self.strategy}"
 
 
 def sampling_config(settings: Mapping[str, Any]) -> SamplingConfig:

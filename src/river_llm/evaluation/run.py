@@ -14,6 +14,7 @@ from river_llm.errors import ConfigError
 from river_llm.evaluation.data import DataSource, Record, read_records
 from river_llm.evaluation.statistics import mean_and_error, wilson_interval
 from river_llm.river_lm import RiverLM
+from river_llm.strategies import StrategyEngine
 
 _SAMPLES = 1 << 16  # bytes of packed weights that enter their fingerprint
 
@@ -43,17 +44,21 @@ class Run(Protocol):
 
 
 def describe_model(lm: RiverLM, name: str) -> dict[str, Any]:
-    """The model, the river, the policy and the engine, as plain JSON values."""
+    """The model, the river, the policy and the engine, as plain JSON values; the strategy where it
+    is another than the river's."""
     engine = lm.engine
-    return {
+    described = {
         "model": name,
         "weights": _weights(engine),
-        "river": lm.river_config.to_dict(),
+        "river": None if lm.river_config is None else lm.river_config.to_dict(),
         "policy": lm.policy.to_dict(),
         "engine": engine.name,
         "engine_setting": _setting(engine),
         "num_layers": engine.num_layers,
     }
+    if engine.strategy != "river":
+        described["strategy"] = engine.strategy
+    return described
 
 
 def select(groups: Sequence[str | None], limit: int | None) -> list[int]:
@@ -158,7 +163,7 @@ def _groups(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _weights(engine: Engine) -> str:
     """A fingerprint of the weights that the engine holds."""
-    if isinstance(engine, TorchEngine):
+    if isinstance(engine, TorchEngine | StrategyEngine):
         return fingerprint(decoder_layers(engine.model))
     if isinstance(engine, CpuEngine):
         packed = engine.packed_weights[-1]  # river and LM head, which are always in memory
@@ -178,7 +183,7 @@ def _setting(engine: Engine) -> dict[str, Any]:
             "lm_head_bits": engine.lm_head_bits,
             **cache,
         }
-    if isinstance(engine, TorchEngine):
+    if isinstance(engine, TorchEngine | StrategyEngine):
         dtype = str(engine.model.dtype).removeprefix("torch.")
         return {"dtype": dtype, "device": engine.device.type, **cache}
     return {"setting": engine.setting}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from river_llm.config import Strategy
 from river_llm.evaluation.result_file import Result
 from river_llm.exit_policy import ExitPolicy
 from river_llm.report.random_routing import RandomRouting
@@ -22,10 +23,13 @@ class Variant:
     Attributes:
         bits: of the river; None: the river that the user named.
         strategy: what becomes of the K and V of skipped layers.
+        engine: what computes; None: what the user named. Strategies beside the river's are for the
+            torch engine.
     """
 
     bits: int | None = None
-    strategy: str = "river"
+    strategy: Strategy = "river"
+    engine: Literal["torch"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +56,14 @@ def planned_arms(
     bits: int,
     thresholds: Sequence[float],
     exit_layers: Sequence[int] = (),
-    strategies: Sequence[str] = (),
+    strategies: Sequence[Strategy] = (),
 ) -> list[Arm]:
     """The arms that are known before anything ran, the backbone first.
 
     Args:
         bits: of the river.
         thresholds: one arm each, and one for each strategy.
-        exit_layers: one arm each.
+        exit_layers: the same.
         strategies: beside the river's own, as `Variant` has it.
     """
     arms = [BACKBONE, full(bits)]
@@ -68,10 +72,13 @@ def planned_arms(
     arms += [fixed(layer) for layer in exit_layers]
     arms += [similarity(threshold) for threshold in thresholds]
     for strategy in strategies:
+        variant = Variant(strategy=strategy, engine="torch")
+        for layer in exit_layers:
+            name = f"{strategy}-exit-{layer}"
+            arms.append(Arm(name, "strategy", ExitPolicy.fixed(layer), variant))
         for threshold in thresholds:
             policy = ExitPolicy.similarity(threshold)
-            name = f"{strategy}-{threshold:g}"
-            arms.append(Arm(name, "strategy", policy, Variant(strategy=strategy)))
+            arms.append(Arm(strategy_name(strategy, threshold), "strategy", policy, variant))
     return arms
 
 
@@ -102,6 +109,16 @@ def random_like(arm: Arm, depths: Mapping[int, int], seed: int) -> Arm:
 def random_name(arm: Arm) -> str:
     """What the random arm of a similarity arm is called."""
     return f"random-{arm.policy.threshold:g}"
+
+
+def strategy_name(strategy: str, threshold: float) -> str:
+    """What the similarity arm of a strategy is called."""
+    return f"{strategy}-{threshold:g}"
+
+
+def on_torch(arm: Arm) -> Arm:
+    """The same on the torch engine, to be timed beside the strategies that only it has."""
+    return replace(arm, name=f"{arm.name}-torch", variant=replace(arm.variant, engine="torch"))
 
 
 def fixed_like(depths: Mapping[int, int]) -> Arm:

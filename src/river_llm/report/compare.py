@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from river_llm.attachment import AttachedRiver
 from river_llm.benchmark.bandwidth import ReadBandwidth
 from river_llm.benchmark.environment import describe_environment, processor_name
 from river_llm.benchmark.workload import PROSE, SHORT_CONTEXT
+from river_llm.config import Strategy
 from river_llm.engines import TorchEngine
 from river_llm.errors import ConfigError, DataError
 from river_llm.evaluation.harness import compare_results
@@ -22,7 +23,14 @@ from river_llm.evaluation.run import describe_model
 from river_llm.evaluation.tasks import TASKS
 from river_llm.evaluation.tasks.task import GenerationTask
 from river_llm.report import findings
-from river_llm.report.arms import BACKBONE, Arm, decided_depths, planned_arms, random_like
+from river_llm.report.arms import (
+    BACKBONE,
+    Arm,
+    decided_depths,
+    on_torch,
+    planned_arms,
+    random_like,
+)
 from river_llm.report.models import Models, Progress
 from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.reading import read_exits, read_layers, windows_of
@@ -57,7 +65,7 @@ class Plan:
     windows: int
     thresholds: Sequence[float]
     exit_layers: Sequence[int]
-    strategies: Sequence[str] = ()
+    strategies: Sequence[Strategy] = ()
     with_random: bool = True
     with_speed: bool = True
     speed_tokens: int = 256
@@ -79,6 +87,9 @@ class Comparison:
     Attributes:
         plan: what was wanted.
         arms: of any task, in the order of tables.
+        torch_names: where there are strategies beside the river's: what each arm that they are to
+            be held against in speed is called there when the torch engine runs it; its own name
+            where that is the engine anyway.
         tasks: the results.
         speed: see `measure_speed`; None if it was not measured.
         reading: see `read_layers`, with `exits` as of `read_exits`.
@@ -90,6 +101,7 @@ class Comparison:
 
     plan: Plan
     arms: dict[str, Arm]
+    torch_names: dict[str, str]
     tasks: list[TaskResults]
     speed: dict[str, Any] | None
     reading: dict[str, Any]
@@ -130,6 +142,7 @@ def compare(
         RiverError: see `run_task`.
     """
     lm = models.of(BACKBONE)
+    assert lm.river_config is not None  # the backbone's variant has the river
     planned = planned_arms(lm.river_config.bits, plan.thresholds, plan.exit_layers, plan.strategies)
     for arm in planned:
         arm.policy.thresholds(lm.engine.num_layers)
@@ -159,15 +172,17 @@ def compare(
         for task, own in wanted
     ]
     arms = _all_arms(tasks, plan.seed)
-    described = {arm.variant: _described(models, arm, settings.model) for arm in arms.values()}
+    twins = _on_torch(arms, lm.engine.name) if plan.strategies else {}
+    timed = {**arms, **{twin.name: twin for twin in twins.values()}} if plan.with_speed else arms
+    described = {arm.variant: _described(models, arm, settings.model) for arm in timed.values()}
     speed = None
     if plan.with_speed:
         speed = measured_once(
             folder / "measurements" / "speed.json",
             {
                 "models": [described[variant] for variant in described],
-                "settings": [models.of(arm).engine.setting for arm in arms.values()],
-                "arms": {name: arm.policy.to_dict() for name, arm in arms.items()},
+                "settings": [models.of(arm).engine.setting for arm in timed.values()],
+                "arms": {name: arm.policy.to_dict() for name, arm in timed.items()},
                 "text": _digest(token_ids),
                 "tokens": plan.speed_tokens,
                 "rounds": plan.rounds,
@@ -176,7 +191,7 @@ def compare(
             },
             lambda: measure_speed(
                 models,
-                list(arms.values()),
+                list(timed.values()),
                 token_ids,
                 tokens=plan.speed_tokens,
                 rounds=plan.rounds,
@@ -213,6 +228,7 @@ def compare(
     return Comparison(
         plan,
         arms,
+        {name: twin.name for name, twin in twins.items()},
         tasks,
         speed,
         reading,
@@ -261,6 +277,18 @@ def _all_arms(tasks: Sequence[TaskResults], seed: int) -> dict[str, Arm]:
         key=lambda arm: (_KIND_ORDER.index(arm.kind), arm.policy.exit_layer or 0),
     )
     return {arm.name: arm for arm in in_order}
+
+
+def _on_torch(arms: Mapping[str, Arm], engine: str) -> dict[str, Arm]:
+    """The arms that strategies beside the river's are held against in speed, as the torch engine
+    runs them: those without exit, of one depth and of the similarity rule, with the river that the
+    user named."""
+    held = {
+        name: arm
+        for name, arm in arms.items()
+        if arm.kind not in ("random", "strategy") and arm.variant.bits is None
+    }
+    return held if engine == "torch" else {name: on_torch(arm) for name, arm in held.items()}
 
 
 def _described(models: Models, arm: Arm, name: str) -> dict[str, Any]:

@@ -21,7 +21,10 @@ _MARKS: dict[str, dict[str, Any]] = {
     "fixed": {"marker": "o", "markersize": 7, "color": "k", "markerfacecolor": "w"},
     "similarity": {"marker": "o", "markersize": 7, "color": "k"},
     "random": {"marker": "x", "markersize": 7, "color": "k"},
-    "strategy": {"marker": "^", "markersize": 7, "color": "k", "markerfacecolor": "w"},
+    "mask": {"marker": "^", "markersize": 7, "color": "k", "markerfacecolor": "w"},
+    "recompute": {"marker": "v", "markersize": 7, "color": "k", "markerfacecolor": "w"},
+    "propagate": {"marker": "D", "markersize": 6, "color": "k", "markerfacecolor": "w"},
+    "monotonic": {"marker": "P", "markersize": 7, "color": "k", "markerfacecolor": "w"},
 }
 _LINES = ("-", "--", "-.", ":")
 _LINE_MARKS = "os^vDx*"
@@ -63,7 +66,7 @@ def draw_frontier(panels: Sequence[Panel], speed_label: str, command: str, path:
             marks = _MARKS[point.kind]
             axes.plot([point.speed], [point.quality], linestyle="", label=label, **marks)
             if point.kind != "backbone":
-                text = point.arm.partition("-")[2] or point.arm
+                text = point.arm.removesuffix("-torch").partition("-")[2]
                 at = (point.speed, point.quality)
                 axes.annotate(text, at, (4, 4), textcoords="offset points", fontsize=6)
         axes.set(xlabel=speed_label, ylabel=panel.label)
@@ -181,7 +184,7 @@ def draw_token_times(arms: Mapping[str, Mapping[str, Any]], command: str, path: 
             linestyle=_LINES[place % len(_LINES)],
             marker=_LINE_MARKS[place % len(_LINE_MARKS)],
             markersize=4,
-            label=name,
+            label=f"{name} ({found['engine']} engine)",
         )
     axes.set(xlabel="tokens in the cache", ylabel="milliseconds a token")
     axes.set_ylim(bottom=0)

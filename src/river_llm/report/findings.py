@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from river_llm.config import Strategy
 from river_llm.evaluation.harness import compare_results
 from river_llm.evaluation.result_file import Result
 from river_llm.evaluation.statistics import mcnemar
-from river_llm.report.arms import ArmKind
+from river_llm.report.arms import ArmKind, strategy_name
 from river_llm.report.quality import TaskResults
+from river_llm.strategies import STRATEGIES
 
 LEVEL = 0.05
 _EXACT_WINDOWS = 12  # up to here all flips of the signs are counted
@@ -32,12 +34,13 @@ class Point:
     """One arm in the plane of speed and quality.
 
     Attributes:
+        kind: of the arm, or its strategy where that is another than the river's.
         speed: tokens per second.
         quality: more is better.
     """
 
     arm: str
-    kind: ArmKind
+    kind: ArmKind | Strategy
     speed: float
     quality: float
 
@@ -47,8 +50,8 @@ class Contest:
     """One arm against another on the same items.
 
     Attributes:
-        question: what the other one stands for: ``"fixed depth"``, ``"random routing"`` or the name
-            of a fully quantised arm.
+        question: what the other one stands for: ``"fixed depth"``, ``"random routing"``, the name
+            of a fully quantised arm or of a strategy.
         measure: of the quality.
         arm, against: their names; the other's may differ between tasks.
         difference: positive where the arm is better; a share of the items, or nats.
@@ -137,8 +140,8 @@ def mean_accuracy(tasks: Sequence[TaskResults]) -> dict[str, float]:
 
 
 def contests(tasks: Sequence[TaskResults], full_arms: Sequence[str]) -> list[Contest]:
-    """Each similarity arm against fixed depth and random routing at its own depth, and against the
-    fully quantised ones."""
+    """Each similarity arm against fixed depth and random routing at its own depth, against the
+    fully quantised ones, and against the same threshold under each other strategy."""
     found: list[Contest] = []
     for measure in ("accuracy", "kld"):
         kept = _with_accuracy(tasks) if measure == "accuracy" else _with_divergence(tasks)
@@ -146,7 +149,10 @@ def contests(tasks: Sequence[TaskResults], full_arms: Sequence[str]) -> list[Con
             continue
         arms = [name for name, arm in kept[0].arms.items() if arm.kind == "similarity"]
         questions = {"fixed depth", "random routing"} if kept[0].same_mean else {"fixed depth"}
-        for question in [*sorted(questions), *full_arms]:
+        strategies = [
+            arm.variant.strategy for arm in kept[0].arms.values() if arm.kind == "strategy"
+        ]
+        for question in [*sorted(questions), *full_arms, *dict.fromkeys(strategies)]:
             rows = [_contest(kept, measure, question, arm) for arm in arms]
             adjusted = holm([row.p for row in rows])
             found += [
@@ -186,7 +192,10 @@ def _contest(
 
 def _opponent(task: TaskResults, question: str, arm: str) -> str:
     same = {"fixed depth": task.same_depth, "random routing": task.same_mean}
-    return same[question][arm] if question in same else question
+    if question in same:
+        return same[question][arm]
+    threshold = task.arms[arm].policy.threshold
+    return strategy_name(question, threshold or 0.0) if question in STRATEGIES else question
 
 
 def _divergence_differences(first: Result, second: Result) -> list[float]:
@@ -214,15 +223,17 @@ def _with_divergence(tasks: Sequence[TaskResults]) -> list[TaskResults]:
 # ---- sentences ----
 
 
-def frontier_sentence(points: Sequence[Point], measure: Measure) -> str:
-    """The best arm at each speed."""
+def frontier_sentence(points: Sequence[Point], measure: Measure, where: str = "") -> str:
+    """The best arm at each speed; `where` says on what, after a blank."""
     best = [
         f"{point.arm} ({format_quality(point.quality, measure)}, {point.speed:.0f} tokens/s)"
         for point in frontier(points)
     ]
     beaten = len(points) - len(best)
     rest = f"; of the other arms ({beaten}) each is matched or beaten in both" if beaten else ""
-    return f"Best at each speed, {_NAMES[measure]}, the fastest first: {', '.join(best)}{rest}."
+    return (
+        f"Best at each speed{where}, {_NAMES[measure]}, the fastest first: {', '.join(best)}{rest}."
+    )
 
 
 def rule_sentence(rows: Sequence[Contest]) -> str:
@@ -234,6 +245,8 @@ def rule_sentence(rows: Sequence[Contest]) -> str:
     first = rows[0]
     at_own = {"fixed depth", "random routing"}
     place = " at its own mean depth" if first.question in at_own else ""
+    if first.question in STRATEGIES:
+        place = " at the same threshold"
     return (
         f"Similarity against {first.question}{place}, {_NAMES[first.measure]}: {_verdicts(rows)}."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from river_llm.report import figures
-from river_llm.report.arms import BACKBONE, similarity
+from river_llm.report.arms import BACKBONE, similarity, strategy_name
 from river_llm.report.compare import Comparison
 from river_llm.report.document import (
     Block,
@@ -24,16 +24,14 @@ from river_llm.report.document import (
 from river_llm.report.findings import (
     Contest,
     Measure,
-    Point,
     correlation_sentence,
     format_difference,
     frontier,
     frontier_sentence,
-    mean_accuracy,
-    quality,
     rule_sentence,
     same_speed_sentence,
 )
+from river_llm.report.points import ON_TORCH, panels, quality_points, speed_names
 from river_llm.report.quality import TaskResults
 from river_llm.report.saved import make_folder, write_whole
 
@@ -65,8 +63,10 @@ def find(comparison: Comparison) -> list[str]:
     sentences = []
     speed = comparison.speed
     if speed is not None:
-        for measure, points in _quality_points(comparison):
+        for measure, points in quality_points(comparison):
             sentences.append(frontier_sentence(points, measure))
+        for measure, points in quality_points(comparison, with_strategies=True):
+            sentences.append(frontier_sentence(points, measure, ON_TORCH))
     by_question: dict[tuple[str, Measure], list[Contest]] = {}
     for contest in comparison.contests:
         by_question.setdefault((contest.question, contest.measure), []).append(contest)
@@ -77,71 +77,6 @@ def find(comparison: Comparison) -> list[str]:
         else:
             sentences.append(rule_sentence(rows))
     return [*sentences, correlation_sentence(comparison.reading)]
-
-
-# ---- points ----
-
-
-def _speeds(comparison: Comparison) -> dict[str, float]:
-    assert comparison.speed is not None
-    arms = comparison.speed["arms"]
-    return {name: found["tokens_per_second"]["median"] for name, found in arms.items()}
-
-
-def _quality_points(comparison: Comparison) -> list[tuple[Measure, list[Point]]]:
-    """Mean accuracy over the tasks, and divergence, of every arm that has them, against speed."""
-    speeds = _speeds(comparison)
-    found: list[tuple[Measure, list[Point]]] = []
-    accuracies = mean_accuracy(comparison.tasks)
-    if accuracies:
-        found.append(("accuracy", _points(comparison, speeds, accuracies)))
-    found += [
-        ("kld", _points(comparison, speeds, _task_quality(task)))
-        for task in comparison.tasks
-        if task.task == "kld"
-    ]
-    return found
-
-
-def _task_quality(task: TaskResults) -> dict[str, float]:
-    found = {arm: quality(task.summary(arm)) for arm in task.arms}
-    return {arm: value for arm, value in found.items() if value is not None}
-
-
-def _points(
-    comparison: Comparison, speeds: dict[str, float], qualities: dict[str, float]
-) -> list[Point]:
-    return [
-        Point(name, arm.kind, speeds[name], qualities[name])
-        for name, arm in comparison.arms.items()
-        if name in qualities and name in speeds
-    ]
-
-
-def _panels(comparison: Comparison) -> tuple[list[figures.Panel], str]:
-    """One for each task, before them their mean; and what the axis of speed shows."""
-    answered = [task for task in comparison.tasks if task.task != "kld"]
-    panels = []
-    if comparison.speed is not None:
-        speeds = _speeds(comparison)
-        label = "tokens per second, decoding"
-        if len(answered) > 1:
-            accuracies = mean_accuracy(comparison.tasks)
-            points = _points(comparison, speeds, accuracies)
-            panels.append(figures.Panel(f"mean of {len(answered)} tasks", "accuracy", points))
-    else:
-        label = "backbone layers spared a token (no speed was measured)"
-    for task in comparison.tasks:
-        if comparison.speed is None:
-            speeds = {
-                arm: task.summary(arm)["num_layers"] - task.summary(arm)["mean_exit_layer"]
-                for arm in task.arms
-            }
-        points = _points(comparison, speeds, _task_quality(task))
-        is_kld = task.task == "kld"
-        title = f"divergence on {comparison.text}" if is_kld else task.task
-        panels.append(figures.Panel(title, "minus mean KLD" if is_kld else "accuracy", points))
-    return panels, label
 
 
 # ---- figures ----
@@ -160,10 +95,12 @@ def _draw(comparison: Comparison, folder: Path) -> dict[str, Picture]:
         pictures[name] = Picture(_FIGURES / f"{name}.png", caption)
         return folder / pictures[name].path
 
-    panels, label = _panels(comparison)
     path = place("frontier", "Quality against speed. The dotted line joins the arms that no other "
                  "arm beats in both.")  # fmt: skip
-    figures.draw_frontier(panels, label, command, path)
+    figures.draw_frontier(*panels(comparison), command, path)
+    if plan.strategies:
+        path = place("strategies", _strategies_caption(comparison))
+        figures.draw_frontier(*panels(comparison, with_strategies=True), command, path)
     path = place("exit_depths", f"Exit depth of the tokens of {comparison.text}.")
     figures.draw_exit_depths(reading["exits"], num_layers, command, path)
     path = place("exit_positions", f"Exit depth by position in a window of {comparison.text}.")
@@ -179,22 +116,37 @@ def _draw(comparison: Comparison, folder: Path) -> dict[str, Picture]:
     if comparison.speed is not None:
         path = place("token_times", "Time of a token as the sequence grows: the median of each "
                      "stretch.")  # fmt: skip
-        arms = _timed_arms(comparison, shown)
-        timed = {name: comparison.speed["arms"][name] for name in arms}
-        figures.draw_token_times(timed, command, path)
+        figures.draw_token_times(_token_times(comparison, False), command, path)
+    if comparison.speed is not None and plan.strategies:
+        path = place("strategy_times", "The same for each strategy, all on the torch engine.")
+        figures.draw_token_times(_token_times(comparison, True), command, path)
     return pictures
 
 
-def _timed_arms(comparison: Comparison, shown: str) -> list[str]:
+def _strategies_caption(comparison: Comparison) -> str:
+    caption = "The other strategies beside backbone and river."
+    if comparison.speed is None:
+        return caption
+    engine = comparison.model["engine"]
+    if engine == "torch":
+        return f"{caption} All were timed on the torch engine."
+    return (
+        f"{caption} All were timed on the torch engine; the quality of backbone and river is that "
+        f"of the {engine} engine, which differs by rounding."
+    )
+
+
+def _token_times(comparison: Comparison, with_strategies: bool) -> dict[str, Any]:
     """The arms whose time by position is drawn: one for each way to run."""
-    threshold = f"{comparison.plan.shown_threshold:g}"
-    return [
-        name
-        for name, arm in comparison.arms.items()
-        if arm.kind in ("backbone", "full")
-        or name == shown
-        or (arm.kind == "strategy" and name.endswith(f"-{threshold}"))
-    ]
+    assert comparison.speed is not None
+    threshold = comparison.plan.shown_threshold
+    shown = {similarity(threshold).name}
+    shown |= {strategy_name(strategy, threshold) for strategy in comparison.plan.strategies}
+    return {
+        timed: comparison.speed["arms"][timed]
+        for name, timed in speed_names(comparison, with_strategies).items()
+        if comparison.arms[name].kind in ("backbone", "full") or name in shown
+    }
 
 
 # ---- JSON ----
@@ -208,7 +160,7 @@ def _summary(
     if comparison.speed is not None:
         frontiers = {
             measure: [point.arm for point in frontier(points)]
-            for measure, points in _quality_points(comparison)
+            for measure, points in quality_points(comparison)
         }
     return {
         **comparison.environment,
@@ -217,11 +169,17 @@ def _summary(
         "text": comparison.text,
         "findings": list(sentences),
         "arms": {
-            name: {"kind": arm.kind, "policy": arm.policy.to_dict(), "bits": arm.variant.bits}
+            name: {
+                "kind": arm.kind,
+                "policy": arm.policy.to_dict(),
+                "bits": arm.variant.bits,
+                "strategy": arm.variant.strategy,
+            }
             for name, arm in comparison.arms.items()
         },
         "tasks": {task.task: _task_summary(comparison, task) for task in comparison.tasks},
         "frontier": frontiers,
+        "arms_on_torch": comparison.torch_names,
         "contests": [contest.to_dict() for contest in comparison.contests],
         "speed": comparison.speed,
         "layers": comparison.reading,
@@ -274,6 +232,8 @@ def _blocks(
     ]
     if comparison.speed is not None:
         blocks += [Heading("Speed"), *_speed_blocks(comparison), pictures["token_times"]]
+    if "strategies" in pictures:
+        blocks += [Heading("The other strategies"), *_strategy_blocks(comparison, pictures)]
     for task in comparison.tasks:
         blocks += [Heading(_task_title(comparison, task)), _task_table(comparison, task)]
         blocks += [Paragraph(note) for note in task.notes]
@@ -325,7 +285,8 @@ def _arm_lines(comparison: Comparison) -> list[str]:
         "random": "random-T: each token leaves at a depth drawn from those of similarity-T on the "
         "same task, for speed on all tasks. Tokens of a question draw too, though only those that "
         "count are in the histogram.",
-        "strategy": "NAME-T: similarity exits with another strategy for the skipped K and V.",
+        "strategy": "STRATEGY-T, STRATEGY-exit-N: the same exits with another strategy for the "
+        "skipped layers' keys and values, on the torch engine.",
     }
     kinds = dict.fromkeys(arm.kind for arm in comparison.arms.values())
     return [lines[kind] for kind in kinds]
@@ -334,21 +295,7 @@ def _arm_lines(comparison: Comparison) -> list[str]:
 def _speed_blocks(comparison: Comparison) -> list[Block]:
     assert comparison.speed is not None
     speed = comparison.speed
-    measures = [BACKBONE.name, *comparison.full_arms]
-    rows = []
-    for name, found in speed["arms"].items():
-        spread = found["tokens_per_second"]
-        rows.append(
-            [
-                name,
-                f"{spread['median']:.1f}",
-                f"{spread['lowest']:.1f} to {spread['highest']:.1f}",
-                *(f"{found['ratios'][other]['median']:.2f}" for other in measures),
-                f"{found['mean_exit_layer']:.1f}",
-                f"{found['bandwidth']['median'] / 1e9:.1f}",
-            ]
-        )
-    headings = ["arm", "tokens/s", "lowest to highest", *(f"times {other}" for other in measures)]
+    names = speed_names(comparison, with_strategies=False).values()
     return [
         Paragraph(
             f"Each arm decodes the same {speed['tokens']} tokens of {comparison.text} after "
@@ -356,8 +303,54 @@ def _speed_blocks(comparison: Comparison) -> list[Block]:
             "one that warms up: medians, and the ratios round by round. The bandwidth is the "
             "memory's beside the rounds."
         ),
-        Table([*headings, "depth", "GB/s"], rows),
+        _speed_table(comparison, list(names), [BACKBONE.name, *comparison.full_arms]),
     ]
+
+
+def _strategy_blocks(comparison: Comparison, pictures: dict[str, Picture]) -> list[Block]:
+    """The strategies and what they are held against, in speed on one engine."""
+    if comparison.speed is None:
+        return [pictures["strategies"]]
+    names = list(speed_names(comparison, with_strategies=True).values())
+    on_torch = comparison.torch_names
+    measures = [on_torch[name] for name in (BACKBONE.name, *comparison.full_arms)
+                if name in on_torch]  # fmt: skip
+    return [
+        Paragraph(
+            "They run on the torch engine alone, so backbone and river were timed there too, in "
+            "the same rounds."
+        ),
+        _speed_table(comparison, names, measures),
+        pictures["strategies"],
+        pictures["strategy_times"],
+    ]
+
+
+def _speed_table(comparison: Comparison, names: Sequence[str], measures: Sequence[str]) -> Table:
+    """Arms by the names under which they were timed.
+
+    Args:
+        measures: the arms that they are held against.
+    """
+    assert comparison.speed is not None
+    rows = []
+    for name in names:
+        found = comparison.speed["arms"][name]
+        spread = found["tokens_per_second"]
+        rows.append(
+            [
+                name,
+                found["engine"],
+                f"{spread['median']:.1f}",
+                f"{spread['lowest']:.1f} to {spread['highest']:.1f}",
+                *(f"{found['ratios'][other]['median']:.2f}" for other in measures),
+                f"{found['mean_exit_layer']:.1f}",
+                f"{found['bandwidth']['median'] / 1e9:.1f}",
+            ]
+        )
+    times = [f"times {other}" for other in measures]
+    headings = ["arm", "engine", "tokens/s", "lowest to highest", *times, "depth", "GB/s"]
+    return Table(headings, rows)
 
 
 def _task_title(comparison: Comparison, task: TaskResults) -> str:
