@@ -359,7 +359,7 @@ class TestMemory:
         answer(engine)
         assert before - _anonymous_bytes() > 0.75 * evicted
         engine.keep_layers(6)
-        assert abs(before - _anonymous_bytes()) < 0.1 * evicted
+        assert abs(before - _anonymous_bytes()) < 0.25 * evicted
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_nothing_that_stays_is_in_pages_of_a_file(self, tmp_path: Path) -> None:
