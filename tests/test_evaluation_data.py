@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from evaluation_items import ITEMS, write_items
+from huggingface_hub import constants
 
 from river_llm import ConfigError, DataError, MissingExtraError
 from river_llm.evaluation import data
@@ -218,6 +219,7 @@ class TestHub:
         library.load_dataset = load_dataset
         library.get_dataset_config_names = lambda name: ["two", "one"]
         monkeypatch.setattr(data, "import_extra", lambda module, purpose: library)
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
         return library
 
     @pytest.mark.parametrize("task", HUB_ROWS)
@@ -248,6 +250,27 @@ class TestHub:
         library.load_dataset = offline
         with pytest.raises(DataError, match=r"no route to host\); without a network, --data-dir"):
             read_records(SOURCE, None)
+
+    @pytest.mark.parametrize("is_reached", [True, False])
+    def test_a_hub_that_is_not_reached_is_asked_once(
+        self, library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, is_reached: bool
+    ) -> None:
+        offline: list[bool] = []
+
+        def ask(*_: object, **__: object) -> None:
+            if not is_reached:
+                raise OSError("no name")
+
+        def load_dataset(*_: object, **__: object) -> list[dict[str, Any]]:
+            offline.append(constants.HF_HUB_OFFLINE)
+            return [{"n": 1}]  # from the cache, for example
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", ask)
+        library.load_dataset = load_dataset
+        assert len(read_records(SOURCE, None)) == 1
+        assert offline == [not is_reached]
+        assert not constants.HF_HUB_OFFLINE
 
     def test_without_the_library_the_mend_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(module: str, purpose: str) -> None:

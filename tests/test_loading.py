@@ -9,7 +9,14 @@ import pytest
 import torch
 from broken_models import BROKEN
 from tiny_lm import END, character_tokenizer
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from river_llm import (
     ConfigError,
@@ -23,7 +30,7 @@ from river_llm import (
 )
 from river_llm.engines import CpuEngine
 from river_llm.exit_policy import DEFAULT_THRESHOLD
-from river_llm.loading import load_backbone
+from river_llm.loading import load_backbone, load_config
 
 # Each message is "the cause; the mend", as `errors` promises.
 MEND = re.compile(
@@ -60,6 +67,37 @@ def test_a_directory_gives_the_saved_weights_and_tokenizer(
 def test_the_weights_come_in_the_dtype_asked_for(directory: Path) -> None:
     assert load_backbone(directory)[0].dtype == torch.bfloat16
     assert load_backbone(directory, torch.float16)[0].dtype == torch.float16
+
+
+def test_a_model_that_takes_images_too_is_loaded_by_its_text_part(tmp_path: Path) -> None:
+    text = {
+        "model_type": "ministral3",
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    for tied in (False, True):
+        config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+        whole = Mistral3ForConditionalGeneration(config).eval()
+        whole.save_pretrained(tmp_path)
+        character_tokenizer().save_pretrained(tmp_path)
+        model, _ = load_backbone(tmp_path, torch.float32)
+        assert type(model).__name__ == "Ministral3ForCausalLM"
+        tokens = torch.tensor([[1, 5, 9, 3]])
+        assert torch.equal(model(tokens).logits, whole(input_ids=tokens).logits)
+        assert load_config(tmp_path).num_hidden_layers == 2
 
 
 class TestBrokenModel:

@@ -14,7 +14,7 @@ from river_llm.gguf_cache import copy_of, keep_copy, read_copy
 from river_llm.model_source import brief, resolve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_backbone(
@@ -49,11 +49,48 @@ def load_backbone(
         return model.eval().to(device), tokenizer
 
 
+def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a language model alone, that of the text part where the model takes
+    images too; arguments as of `load_backbone`.
+
+    Raises:
+        ModelLoadError: there is no such model, or its configuration can't be read.
+    """
+    source, gguf_file = resolve(name_or_path)
+    with _one_clear_line(str(name_or_path), gguf_file):
+        from transformers import AutoConfig
+
+        options = {} if gguf_file is None else {"gguf_file": gguf_file}
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **options
+        )
+        return _text_config(config) or config.get_text_config(decoder=True)
+
+
+# Models with a vision tower that transformers doesn't load as language models, and where their text
+# part stands among the weights.
+_TEXT_PARTS = {"mistral3": "language_model."}
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig | None:
+    """The configuration of the text part of one of `_TEXT_PARTS`; None for other models."""
+    if config.model_type not in _TEXT_PARTS:
+        return None
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model's decides
+    return text
+
+
 def _load(
     source: str, gguf_file: str | None, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokeniser from a directory or the Hub, or from the GGUF file in a directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # takes a second
+    from transformers import (  # takes a second
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GgufConfig,
+    )
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -63,6 +100,11 @@ def _load(
         options["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
     else:
         options["use_safetensors"] = True  # never unpickle weights
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        text = _text_config(config)
+        if text is not None:  # the vision tower stays on disk
+            prefix = _TEXT_PARTS[config.model_type].replace(".", r"\.")
+            options |= {"config": text, "key_mapping": {f"^{prefix}": ""}}
     model, info = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, **options
     )

@@ -19,6 +19,7 @@ from river_llm.cli.generate import generate
 from river_llm.cli.inspect import inspect
 from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
+from river_llm.cli.reproduce import reproduce
 from river_llm.errors import RiverError
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval)
 app.command()(compare)
+app.command()(reproduce)
 app.command()(cache)
 
 

@@ -8,9 +8,12 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import huggingface_hub
 
 from river_llm.errors import DataError
 from river_llm.evaluation.extras import import_extra
@@ -172,14 +175,34 @@ def digest(records: Sequence[Record]) -> str:
     return f"sha256:{found.hexdigest()}"
 
 
+@contextmanager
+def _without_retries(dataset: str) -> Iterator[None]:
+    """Where the Hub can't be reached, only what is on this machine counts: else `datasets` would
+    ask for half a minute, and tell of each time."""
+    try:
+        huggingface_hub.HfApi().dataset_info(dataset, timeout=10)
+        is_offline = False
+    except huggingface_hub.errors.HfHubHTTPError:  # it was reached, and may say more
+        is_offline = False
+    except Exception:
+        is_offline = True
+    constants, before = huggingface_hub.constants, huggingface_hub.constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or is_offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _from_hub(source: DataSource) -> Iterator[Record]:
     hub = source.hub
     library = import_extra("datasets", f"the data set {hub.dataset} of the Hub")
     try:
-        configs = [hub.config]
-        if hub.config == "*":
-            configs = sorted(library.get_dataset_config_names(hub.dataset))
-        parts = [library.load_dataset(hub.dataset, config, split=hub.split) for config in configs]
+        with _without_retries(hub.dataset):
+            configs = [hub.config]
+            if hub.config == "*":
+                configs = sorted(library.get_dataset_config_names(hub.dataset))
+            parts = [library.load_dataset(hub.dataset, name, split=hub.split) for name in configs]
     except Exception as error:  # the library and the network have many
         detail = " ".join(str(error).split())[:160]
         raise DataError(

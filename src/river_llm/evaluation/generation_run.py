@@ -109,6 +109,11 @@ class GenerationRun:
         summary["cut_short"] = sum(r["finish_reason"] in ("length", "context") for r in records)
         return summary
 
+    def prompt_tokens(self, item: int) -> list[int]:
+        """The token ids that an item is asked by."""
+        prompt = self._prompt(self._records[item])
+        return list(encode_prompt(self._lm.tokenizer, prompt, not self._is_chat))
+
     def _generate(self, prompts: list[Prompt]) -> list[GenerationResult]:
         lm, is_raw = self._lm, not self._is_chat
         encoded = [encode_prompt(lm.tokenizer, prompt, is_raw) for prompt in prompts]

@@ -78,7 +78,9 @@ def select(groups: Sequence[str | None], limit: int | None) -> list[int]:
     return sorted(in_turn[:limit])
 
 
-def read_examples(source: DataSource | None, directory: Path | None, shots: int) -> list[Record]:
+def read_examples(
+    source: DataSource | tuple[Record, ...] | None, directory: Path | None, shots: int
+) -> list[Record]:
     """The records that examples are taken from; none where there are to be none.
 
     Raises:
@@ -91,7 +93,7 @@ def read_examples(source: DataSource | None, directory: Path | None, shots: int)
         return []
     if source is None:
         raise ConfigError("this task has no examples; leave out --shots, or give 0")
-    records = read_records(source, directory)
+    records = read_records(source, directory) if isinstance(source, DataSource) else list(source)
     if len(records) < shots:
         raise ConfigError(f"--shots is {shots}, but there are {len(records)} examples")
     return records

@@ -29,6 +29,10 @@ class Models:
             self._loaded[arm.variant] = self._load(arm.variant)
         return self._loaded[arm.variant]
 
+    def release(self) -> None:
+        """Let go of all of them, for memory to be measured."""
+        self._loaded.clear()
+
     @contextmanager
     def running(self, arm: Arm) -> Iterator[RiverLM]:
         """The model with the arm's policy, and an engine that can take it."""

@@ -48,7 +48,8 @@ def run_task(
     settings: TaskSettings,
     folder: Path,
     *,
-    seed: int,
+    seed: int = 0,
+    with_fixed: bool = True,
     with_random: bool = True,
     batch_size: int = 8,
     restart: bool = False,
@@ -60,6 +61,7 @@ def run_task(
         arms: those that are known beforehand.
         folder: of the result files.
         seed: of random routing.
+        with_fixed: let an arm of fixed depth follow each similarity arm.
         with_random: let an arm of random routing follow each similarity arm.
         restart: begin every result file anew.
 
@@ -98,9 +100,10 @@ def run_task(
         run_arm(arm)
     for arm in [arm for arm in arms if arm.kind == "similarity"]:
         depths = decided_depths(found.results[arm.name])
-        fixed = fixed_like(depths)
-        run_arm(fixed)
-        found.same_depth[arm.name] = fixed.name
+        if with_fixed:
+            fixed = fixed_like(depths)
+            run_arm(fixed)
+            found.same_depth[arm.name] = fixed.name
         if with_random:
             random = random_like(arm, depths, seed)
             run_arm(random)

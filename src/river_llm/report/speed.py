@@ -80,6 +80,7 @@ def measure_speed(
     rounds: int,
     threads: int,
     read_bandwidth: ReadBandwidth,
+    context: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Let every arm decode along the same text in turn, `rounds` times after one that warms up.
@@ -89,6 +90,8 @@ def measure_speed(
         token_ids: of the text, which is repeated where it is shorter.
         tokens: decoded in each pass.
         threads: that read to find the memory's bandwidth.
+        context: tokens of the text that stand before the first decoded one, `SHORT_CONTEXT` at
+            least.
 
     Returns:
         plain JSON values: for each arm its speed, the ratios to the backbone and to each fully
@@ -97,7 +100,7 @@ def measure_speed(
     Raises:
         ContextFullError: so many tokens don't fit the model's context.
     """
-    workload = Workload("decode", tokens)
+    workload = Workload("decode", tokens, depth=context)
     source = TokenSource(token_ids)
     following = [FollowingArm(arm, models.of(arm).engine, source) for arm in arms]
     done = 0

@@ -18,6 +18,7 @@ from river_llm.evaluation.program_text import (
     function_of_answer,
     with_test,
 )
+from river_llm.evaluation.tasks.math_examples import MATH_EXAMPLES
 from river_llm.evaluation.tasks.task import GenerationTask, Scorer, Verdict
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
@@ -144,6 +145,8 @@ GENERATION_TASKS = (
         prompt=lambda record: f"Problem: {record.text('problem')}\nSolution:",
         request=_math_request,
         make_scorer=_MathScorer,
+        solution=lambda record: f" {record.text('solution')}",
+        examples=MATH_EXAMPLES,
         stop=("Problem:",),
         new_tokens=1024,
         is_chat=True,

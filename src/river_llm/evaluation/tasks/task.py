@@ -91,7 +91,7 @@ class GenerationTask:
         request: the user's message of the chat form.
         make_scorer: what scores the answers; may raise MissingExtraError.
         solution: an example's answer, in the text form; None where there are no examples.
-        examples: items for few-shot prompts.
+        examples: items for few-shot prompts: where they are, or themselves.
         shots: how many there are by default in the text form; none in the chat form.
         stop: strings that end an answer of the text form.
         new_tokens: at most, by default.
@@ -105,7 +105,7 @@ class GenerationTask:
     request: Callable[[Record], str]
     make_scorer: Callable[[], Scorer]
     solution: Callable[[Record], str] | None = None
-    examples: DataSource | None = None
+    examples: DataSource | tuple[Record, ...] | None = None
     shots: int = 0
     stop: tuple[str, ...] = ()
     new_tokens: int = 512

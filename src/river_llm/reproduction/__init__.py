@@ -1,0 +1,1 @@
+"""The paper's tables for a model, measured anew: `river-llm reproduce`."""
