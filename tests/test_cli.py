@@ -217,6 +217,24 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
         }
 
 
+@pytest.mark.parametrize("command", [["eval", "kld", "-m"], ["compare"], ["check-exact"]], ids=str)
+def test_the_width_of_the_kv_cache_reaches_the_loader(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def load(name: str, *others: object, kv_bits: int, **more: object) -> None:
+        seen.append(kv_bits)
+        raise RiverError("seen")
+
+    monkeypatch.setattr(RiverLM, "from_pretrained", load)
+    text = tmp_path / "text.txt"
+    text.write_text("abc")
+    file = ("--prompts" if "check-exact" in command else "--text", text)
+    run(*command, "a-model", *file, "--kv-bits", 8).check_fails(1, "seen")
+    assert seen == [8]
+
+
 def test_the_same_seed_gives_the_same_text(model: str) -> None:
     options = ("--temperature", 1, "--seed")
     first = answer(model, *options, 1)

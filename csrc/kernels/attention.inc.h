@@ -100,8 +100,8 @@ inline void weigh(const PageAttention& page, int query, Blocks blocks, Floats mo
 
 // Starts to bring that line of the page which comes next into the cache: the processor's own
 // prefetching ends with a page.
-RIVER_INLINE inline void fetch_next(const PageAttention& page, const uint32_t* line) {
-  prefetch(reinterpret_cast<const uint8_t*>(line) + page.next);
+RIVER_INLINE inline void fetch_next(const PageAttention& page, const void* line) {
+  prefetch(static_cast<const uint8_t*>(line) + page.next);
 }
 
 inline const void* query_at(const PageAttention& page, int query) {
@@ -199,6 +199,7 @@ void attend_codes(const PageAttention& page, int start) {
       });
     }
     const Floats scales = load(page.key_scales + b * kLanes);
+    fetch_next(page, page.key_scales + b * kLanes);
     repeat<Queries>([&]<int Q>() RIVER_INLINE {
       const Floats score = mul(to_floats(acc[Q]), mul(scales, set1(query[Q]->scale)));
       const Floats seen = keep_seen(page, start + Q, b, score, kNothingSeen);
@@ -210,6 +211,7 @@ void attend_codes(const PageAttention& page, int start) {
   int16_t weights[Queries][kPagePositions];
   float weight_scale[Queries];
   const int begin = blocks.first * kLanes, end = blocks.last * kLanes;
+  for (int b = blocks.first; b < blocks.last; ++b) fetch_next(page, page.value_scales + b * kLanes);
   for (int q = 0; q < Queries; ++q) {
     weigh(page, start + q, blocks, most[q], scores[q]);
     for (int b = blocks.first; b < blocks.last; ++b) {

@@ -470,6 +470,11 @@ class CpuEngine:
         """Memory that the KV cache takes."""
         return int(self._core.cache_bytes)
 
+    @property
+    def position_bytes(self) -> int:
+        """Of a token's keys and values in all layers."""
+        return int(self._core.position_bytes * self.num_layers)
+
     def step_bytes(self, exit_layer: int, position: int) -> int:
         """Bytes that decoding one token at `position` reads: weights, LM head, keys and values."""
         sides = [_BACKBONE] * exit_layer + [_RIVER] * (self.num_layers - exit_layer)
