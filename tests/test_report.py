@@ -45,7 +45,7 @@ from river_llm.report.findings import (
 from river_llm.report.models import Models
 from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.saved import measured_once
-from river_llm.report.speed import FollowingArm
+from river_llm.report.speed import FollowingArm, _by_position
 
 POINTS = [
     Point("full-4bit", "full", 600, 0.40),
@@ -335,6 +335,14 @@ def test_every_arm_decodes_along_the_text_and_each_token_is_timed() -> None:
     timing = arm.run(workload)
     assert arm.times == [[17, 18, 19, 20]]
     assert (timing.seconds, timing.tokens, timing.mean_exit_layer) == (74, 4, 3)
+
+
+def test_a_token_that_takes_long_counts_in_the_mean_of_its_stretch() -> None:
+    passes = [[1.0, 1.0, 7.0] * 16, [1.0, 1.0, 4.0] * 16, [1.0, 1.0, 1.0] * 16]
+    found = _by_position(passes, context=16)
+    assert found["positions"][:2] == [17.0, 20.0]
+    assert found["seconds_per_token"] == [1.0] * 16
+    assert found["mean_seconds_per_token"] == [2.0] * 16
 
 
 class TestSaved:

@@ -203,6 +203,17 @@ class TestCommandLine:
         assert output["tokens"] == plain["tokens"]
         assert output["exit_layers"] == [0] * 8
 
+    def test_quantised_takes_a_prompt_cache_and_offloading(
+        self, model: str, tmp_path: Path
+    ) -> None:
+        plain = answer(model, "--strategy", "quantised")
+        options = ("--strategy", "quantised", "--prompt-cache", tmp_path / "x", "--offload", 2)
+        first, second = answer(model, *options), answer(model, *options)
+        assert first["tokens"] == second["tokens"] == plain["tokens"]
+        assert second["cached_prompt_tokens"] == second["prompt_tokens"] - 1
+        assert second["offload"]["resident_layers"] == 2
+        assert second["offload"]["misses"] == 0
+
     def test_says_that_pytorch_computes(self, model: str) -> None:
         command = ("generate", PROMPT, "-m", model, "-n", 2, "--strategy", "mask")
         note = "river-llm: PyTorch computes: the strategy mask is for it alone\n"

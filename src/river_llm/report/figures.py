@@ -172,14 +172,20 @@ def draw_correlation(reading: Mapping[str, Any], command: str, path: Path) -> No
     save_figure(figure, command, path)
 
 
-def draw_token_times(arms: Mapping[str, Mapping[str, Any]], command: str, path: Path) -> None:
-    """The time of a token as the sequence grows, for each of some arms."""
+def draw_token_times(
+    arms: Mapping[str, Mapping[str, Any]], measure: str, command: str, path: Path
+) -> None:
+    """The time of a token as the sequence grows, for each of some arms.
+
+    Args:
+        measure: ``seconds_per_token`` or ``mean_seconds_per_token``, see `measure_speed`.
+    """
     figure = _figure(8, 5)
     axes = figure.add_subplot()
     for place, (name, found) in enumerate(arms.items()):
         axes.plot(
             found["positions"],
-            [1000 * seconds for seconds in found["seconds_per_token"]],
+            [1000 * seconds for seconds in found[measure]],
             color="k",
             linestyle=_LINES[place % len(_LINES)],
             marker=_LINE_MARKS[place % len(_LINE_MARKS)],
@@ -188,7 +194,7 @@ def draw_token_times(arms: Mapping[str, Mapping[str, Any]], command: str, path: 
         )
     axes.set(xlabel="tokens in the cache", ylabel="milliseconds a token")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     save_figure(figure, command, path)
 
 

@@ -137,7 +137,9 @@ def measure_speed(
 
 
 def _by_position(times: Sequence[Sequence[float]], context: int) -> dict[str, list[float]]:
-    """The median over passes and positions of a token's time, for each of some equal stretches."""
+    """A token's time in each of some equal stretches: the median over passes and positions, and
+    beside it the median over passes of the mean over positions, in which a token that takes long
+    counts in full."""
     count = len(times[0])
     edges = torch.linspace(0, count, min(_BUCKETS, count) + 1).round().int().tolist()
     stretches = list(pairwise(edges))
@@ -145,6 +147,10 @@ def _by_position(times: Sequence[Sequence[float]], context: int) -> dict[str, li
         "positions": [context + (first + end - 1) / 2 for first, end in stretches],
         "seconds_per_token": [
             statistics.median(seconds for one in times for seconds in one[first:end])
+            for first, end in stretches
+        ],
+        "mean_seconds_per_token": [
+            statistics.median(statistics.fmean(one[first:end]) for one in times)
             for first, end in stretches
         ],
     }

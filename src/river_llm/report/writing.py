@@ -116,10 +116,16 @@ def _draw(comparison: Comparison, folder: Path) -> dict[str, Picture]:
     if comparison.speed is not None:
         path = place("token_times", "Time of a token as the sequence grows: the median of each "
                      "stretch.")  # fmt: skip
-        figures.draw_token_times(_token_times(comparison, False), command, path)
+        figures.draw_token_times(
+            _token_times(comparison, False), "seconds_per_token", command, path
+        )
     if comparison.speed is not None and plan.strategies:
-        path = place("strategy_times", "The same for each strategy, all on the torch engine.")
-        figures.draw_token_times(_token_times(comparison, True), command, path)
+        path = place("strategy_times", "Time of a token by strategy as the sequence grows, all on "
+                     "the torch engine: the mean of each stretch, so that a token which computes "
+                     "the missing entries of others counts in full.")  # fmt: skip
+        figures.draw_token_times(
+            _token_times(comparison, True), "mean_seconds_per_token", command, path
+        )
     return pictures
 
 
@@ -265,7 +271,7 @@ def _circumstances(comparison: Comparison) -> list[list[str]]:
         ["model", f"{model['model']}, {model['num_layers']} layers"],
         ["weights", model["weights"]],
         ["river", f"{river['bits']} bits, groups of {river['group_size']}, {river['quantizer']}"],
-        ["engine", ", ".join(engines) or model["engine"]],
+        ["engine", "; ".join(engines) or model["engine"]],
         ["processor", f"{environment['processor']}, {environment['cores']} cores"],
         ["versions", ", ".join(f"{k} {v}" for k, v in environment["versions"].items())],
         ["date", environment["date"]],

@@ -31,8 +31,8 @@ class StrategyEngine(WithoutRiver):
     A token that leaves goes from where it is to the final norm and the LM head; the strategy says
     what becomes of the keys and values that it leaves out. Prompts run through the whole backbone,
     and each token after them leaves by the exit policy, as it would into a river. So do a prompt's
-    tokens by the prefill rule ``"token"``, and those of a given text (`score`): in one pass, whose
-    every token runs all layers that some token of it runs, and gives what single steps give.
+    tokens by the prefill rule ``"token"``, and those of a given text (`score`), in one pass: its
+    layers run for all of its tokens as long as one hasn't left.
 
     Attributes:
         strategy: its name.
@@ -62,9 +62,9 @@ class StrategyEngine(WithoutRiver):
         self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
         self.angle_limit = angle_limit(model)
         self._decoder = HookedDecoder(model)
-        self.layer_bytes, self.rest_bytes = weight_bytes(self._decoder)
         try:
             self.num_layers = len(self._decoder.layers)
+            self.layer_bytes, self.rest_bytes = weight_bytes(self._decoder)
             self._router = ExitRouter(policy, self.num_layers)
             self._strategy = strategy(self._decoder, self.angle_limit)
         except BaseException:
