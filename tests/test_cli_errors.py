@@ -55,7 +55,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(RiverLM, "from_pretrained", load)
-    monkeypatch.setattr("river_llm.river_lm.load_with_river", load)
+    monkeypatch.setattr("river_llm.pretrained.load_with_river", load)
     monkeypatch.setattr("river_llm.loading.load_backbone", load)
 
 

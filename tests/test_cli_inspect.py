@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverConfig
 from river_llm.inspection import inspect_text
-from river_llm.river_lm import load_with_river
+from river_llm.pretrained import load_with_river
 
 pytest_plugins = ["cli_models"]
 

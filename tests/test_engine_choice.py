@@ -168,7 +168,7 @@ def test_options_that_no_engine_takes_are_refused_before_loading(
     def load(*args: object) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("river_llm.river_lm.load_backbone", load)
+    monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
     engine, backbone_bits, lm_head_bits = options
     bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
     with pytest.raises(ConfigError, match=message):
@@ -190,7 +190,7 @@ class TestRiverLM:
     ) -> None:
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")  # or files are asked for
         loaded = _model(hidden_act="relu").to(settings.get("device", "cpu")), None
-        monkeypatch.setattr("river_llm.river_lm.load_backbone", lambda *_: loaded)
+        monkeypatch.setattr("river_llm.pretrained.load_backbone", lambda *_: loaded)
         built: list[tuple[int, int]] = []
         with pytest.raises(RiverError, match=message):
             RiverLM.from_pretrained(
@@ -205,7 +205,7 @@ class TestRiverLM:
         def load(*args: object) -> None:
             raise AssertionError("a model is loaded")
 
-        monkeypatch.setattr("river_llm.river_lm.load_backbone", load)
+        monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
         with pytest.raises(RiverError, match="native engine was not built"):
             RiverLM.from_pretrained("absent", engine="cpu")
 

@@ -281,7 +281,7 @@ class TestLoading:
         def load(*args: object) -> None:
             raise AssertionError("the model is loaded again")
 
-        monkeypatch.setattr("river_llm.river_lm.load_backbone", load)
+        monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
         for bits in (8, 16):
             lm = start(model, kv_bits=bits)
             assert lm.engine.kv_bits == bits
@@ -336,7 +336,7 @@ class TestErrors:
         def load(*args: object) -> None:
             raise AssertionError("a model is loaded")
 
-        monkeypatch.setattr("river_llm.river_lm.load_backbone", load)
+        monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
         with pytest.raises(ConfigError, match=message):
             RiverLM.from_pretrained("absent", kv_bits=bits)
         subject = subject_of("llama")

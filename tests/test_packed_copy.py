@@ -95,7 +95,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         loaded.append(name_or_path)
         return load_backbone(name_or_path, *arguments)
 
-    monkeypatch.setattr("river_llm.river_lm.load_backbone", load)
+    monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
     return loaded
 
 
@@ -103,7 +103,7 @@ def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("river_llm.river_lm.load_backbone", refuse)
+    monkeypatch.setattr("river_llm.pretrained.load_backbone", refuse)
 
 
 def starts_from_a_copy(loads: list[object], *arguments: Any, **options: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from river_llm.attachment import AttachedRiver, attach_river, detach_river
     from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
+    from river_llm.conversation import Conversation
     from river_llm.errors import (
         ConfigError,
         ContextFullError,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from river_llm.generation import GenerationResponse, GenerationResult
     from river_llm.lossless import LosslessStatistics
     from river_llm.river import River
-    from river_llm.river_lm import Conversation, RiverLM
+    from river_llm.river_lm import RiverLM
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
 _MODULES = {
     "attachment": ("AttachedRiver", "attach_river", "detach_river"),
     "config": ("DraftConfig", "RiverConfig", "SamplingConfig"),
+    "conversation": ("Conversation",),
     "errors": (
         "ConfigError",
         "ContextFullError",
@@ -71,7 +73,7 @@ _MODULES = {
     "generation": ("GenerationResponse", "GenerationResult"),
     "lossless": ("LosslessStatistics",),
     "river": ("River",),
-    "river_lm": ("Conversation", "RiverLM"),
+    "river_lm": ("RiverLM",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -136,6 +136,19 @@ class SamplingConfig:
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> SamplingConfig:
+        """From keyword arguments.
+
+        Raises:
+            ConfigError: one of them is unknown or out of its range.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            names = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(f"{error}; the sampling settings are {names}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:

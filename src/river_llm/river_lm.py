@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from river_llm.attachment import AttachedRiver, attach_river
-from river_llm.cache import CachedFolder
 from river_llm.cached_text import CachedText, prefill_thresholds, text_of_answer
 from river_llm.config import DraftConfig, Mode, RiverConfig, Strategy
-from river_llm.engines import (
-    CpuEngine,
-    Engine,
-    EngineChoice,
-    check_engine_options,
-    choose_engine,
-    make_engine,
-)
+from river_llm.engines import Engine, EngineChoice
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
-from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
+from river_llm.exit_policy import ExitPolicy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
-from river_llm.loading import load_backbone
 from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
 from river_llm.model_source import DEFAULT_MODEL
-from river_llm.packed_copy import (
-    PackedModel,
-    keep_packed,
-    offload_packed,
-    packed_folder,
-    read_packed,
-)
+from river_llm.pretrained import load_pretrained
 from river_llm.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
@@ -43,7 +26,7 @@ from river_llm.sampling import SamplingConfig
 from river_llm.text import Message, Prompt, encode_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 class RiverLM:
@@ -135,82 +118,32 @@ class RiverLM:
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
-        if strategy != "river":
-            from river_llm import strategies  # a quick start does without
-
-            has_8_bits = 8 in (backbone_bits, lm_head_bits)
-            has_offload = no_miss or offload not in (None, "off")
-            strategies.check_strategy(
-                strategy, policy, engine, river is not None, has_8_bits, kv_bits, has_offload
-            )
-            check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
-            policy = policy or strategies.default_policy(strategy)
-            if strategy in strategies.STRATEGIES:
-                device = device or _default_device()
-                model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
-                if threads is not None:
-                    torch.set_num_threads(threads)
-                own = strategies.make_strategy_engine(model, strategy, policy)
-                lm = cls(own, tokenizer, None, _stop_tokens(model, tokenizer))
-            else:
-                lm = cls.from_pretrained(
-                    name_or_path,
-                    river,
-                    policy,
-                    dtype,
-                    device=device,
-                    engine="torch",
-                    threads=threads,
-                    kv_bits=kv_bits,
-                    offload=offload,
-                    no_miss=no_miss,
-                    trust_remote_code=trust_remote_code,
-                    progress=progress,
-                )
-                lm.engine.strategy = strategy
-            if engine == "auto":
-                lm.fallback_reason = f"the strategy {strategy} is for it alone"
-            return lm
-        check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
-        if not isinstance(offload, OffloadConfig):
-            offload = OffloadConfig.parse(offload or "off", no_miss)
-        if no_miss and (offload is None or not offload.no_miss):
-            raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
-        bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
-        policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
-        device = device or _default_device()
-        directory = Path(river) if isinstance(river, str | Path) else None
-        find_packed = None
-        may_be_packed = engine != "torch" and dtype is torch.bfloat16 and not trust_remote_code
-        if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
-            find_packed = partial(packed_folder, name_or_path, river, **bits)
-        folder = find_packed() if find_packed else None
-        packed = read_packed(folder, policy, threads, offload, kv_bits) if folder else None
-        if folder is not None and not isinstance(river, str | Path):
-            directory = folder.directory  # where what is learnt about drafts may go too
-        if packed is not None:
-            return cls(
-                packed.engine,
-                packed.tokenizer,
-                packed.river_config,
-                packed.stop_tokens,
-                river_directory=directory,
-                residency=packed.residency,
-            )
-        check = partial(choose_engine, choice=engine, **bits)
-        model, tokenizer, made = _load(
-            name_or_path, river, dtype, device, trust_remote_code, progress, check
+        loaded = load_pretrained(
+            name_or_path,
+            river,
+            policy,
+            dtype,
+            device=device,
+            engine=engine,
+            threads=threads,
+            backbone_bits=backbone_bits,
+            lm_head_bits=lm_head_bits,
+            kv_bits=kv_bits,
+            offload=offload,
+            no_miss=no_miss,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            strategy=strategy,
         )
-        ends = _stop_tokens(model, tokenizer)
-        chosen, reason = make_engine(
-            model, made, policy, engine, threads=threads, kv_bits=kv_bits, **bits
+        return cls(
+            loaded.engine,
+            loaded.tokenizer,
+            loaded.river_config,
+            loaded.stop_tokens,
+            loaded.fallback_reason,
+            loaded.river_directory,
+            loaded.residency,
         )
-        if folder is not None and find_packed and isinstance(chosen, CpuEngine):
-            packed = PackedModel(chosen, tokenizer, made.config, ends)
-            if find_packed() == folder:  # else files were changed while they were read
-                keep_packed(folder, packed)
-        residency = _offload(chosen, folder, offload) if offload is not None else None
-        return cls(chosen, tokenizer, made.config, ends, reason, directory, residency)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -272,7 +205,7 @@ class RiverLM:
         a token appears once it is verified."""
         token_ids = encode_prompt(self.tokenizer, prompt, raw)
         return self.stream_tokens(
-            token_ids, sampling_config(sampling), reuse_cache, mode=mode, drafts=drafts
+            token_ids, SamplingConfig.of(sampling), reuse_cache, mode=mode, drafts=drafts
         )
 
     def generate_batch(
@@ -291,7 +224,7 @@ class RiverLM:
         """
         encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
         return self.generate_batch_tokens(
-            encoded, sampling_config(sampling), mode=mode, drafts=drafts
+            encoded, SamplingConfig.of(sampling), mode=mode, drafts=drafts
         )
 
     def generate_batch_tokens(
@@ -553,131 +486,3 @@ class RiverLM:
     def _keep_learnt(self, lossless: LosslessDecoder | None) -> None:
         if lossless is not None and self._river_directory is not None:
             write_learnt(self._river_directory, lossless.key, lossless.learnt())
-
-
-class Conversation:
-    """A chat that keeps its KV cache from turn to turn, as the turns before left it.
-
-    The cache of earlier turns holds what their exits wrote; in lossless mode, what the backbone
-    wrote. If the model answers something else in
-    between, it is lost, and the next turn runs the whole conversation by the prefill rule.
-
-    Attributes:
-        messages: all turns so far.
-        mode: ``"river"`` or ``"lossless"``.
-    """
-
-    def __init__(
-        self,
-        lm: RiverLM,
-        system: str | None = None,
-        *,
-        mode: Mode = "river",
-        drafts: DraftConfig | None = None,
-        **sampling: Any,
-    ) -> None:
-        self.messages: list[Message] = []
-        if system:
-            self.messages.append({"role": "system", "content": system})
-        self._lm = lm
-        self.mode: Mode = mode
-        self._drafts = drafts
-        self._sampling = sampling_config(sampling)
-
-    def stream(self, text: str) -> Iterator[GenerationResponse]:
-        """The answer to a user's turn. What has come when the stream is cut short stays.
-
-        Raises:
-            ConfigError: the text is empty or the model has no chat template.
-            ContextFullError: the conversation no longer fits the model's context.
-        """
-        if not text.strip():
-            raise ConfigError("the message is empty; give some text")
-        turn: Message = {"role": "user", "content": text}
-        token_ids = encode_prompt(self._lm.tokenizer, [*self.messages, turn])
-        answer: list[str] = []
-        try:
-            for response in self._lm.stream_tokens(
-                token_ids, self._sampling, reuse_cache=True, mode=self.mode, drafts=self._drafts
-            ):
-                answer.append(response.text)
-                yield response
-        finally:
-            if answer:
-                self.messages += [turn, {"role": "assistant", "content": "".join(answer)}]
-
-
-def sampling_config(fields: dict[str, Any]) -> SamplingConfig:
-    """A `SamplingConfig` from keyword arguments.
-
-    Raises:
-        ConfigError: one of them is unknown or out of its range.
-    """
-    try:
-        return SamplingConfig(**fields)
-    except TypeError as error:
-        names = ", ".join(SamplingConfig.__dataclass_fields__)
-        raise ConfigError(f"{error}; the sampling settings are {names}") from error
-
-
-def load_with_river(
-    name_or_path: str | Path,
-    river: str | Path | River | RiverConfig | None = None,
-    policy: ExitPolicy | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
-    """The model of `transformers` with its river attached, and its tokeniser; arguments and errors
-    as of `RiverLM.from_pretrained`."""
-    model, tokenizer, made = _load(name_or_path, river, dtype, device, trust_remote_code, progress)
-    return attach_river(model, made, policy=policy), tokenizer
-
-
-def _offload(engine: Engine, folder: CachedFolder | None, config: OffloadConfig) -> ResidencyPlan:
-    """Evict layers of an engine that was just made."""
-    if isinstance(engine, CpuEngine):
-        if folder is None:
-            raise ConfigError(
-                "the native engine offloads to the packed copy that it keeps in the cache, and "
-                "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
-            )
-        return offload_packed(engine, folder, config)
-    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, engine.policy)
-    engine.keep_layers(plan.resident)
-    return plan
-
-
-def _load(
-    name_or_path: str | Path,
-    river: str | Path | River | RiverConfig | None,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-    trust_remote_code: bool,
-    progress: Progress | None,
-    check: Callable[[PreTrainedModel], object] | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, River]:
-    """The model, its tokeniser and its river; `check` may refuse the model before the river is
-    built, which takes minutes where the model is large."""
-    if isinstance(river, str | Path):
-        river = River.load(river)
-    device = device or _default_device()
-    model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
-    if check is not None:
-        check(model)
-    if not isinstance(river, River):
-        river = River.build(model, river, progress)
-    return model, tokenizer, river
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end an answer: the tokeniser's, and those of the model's own settings."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset({tokenizer.eos_token_id, *listed} - {None})

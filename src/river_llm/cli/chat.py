@@ -24,7 +24,8 @@ from river_llm.cli.usage import check_text, is_text
 from river_llm.errors import ConfigError, ContextFullError, PromptCacheError
 
 if TYPE_CHECKING:
-    from river_llm.river_lm import Conversation, RiverLM
+    from river_llm.conversation import Conversation
+    from river_llm.river_lm import RiverLM
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -116,7 +117,7 @@ def _converse(
     lm: RiverLM, cache: PromptCache | None, system: str | None, settings: dict[str, Any]
 ) -> None:
     from river_llm.cli import render
-    from river_llm.river_lm import Conversation
+    from river_llm.conversation import Conversation
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # one bad line leaves the next ones whole

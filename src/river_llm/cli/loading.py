@@ -120,7 +120,7 @@ def load_attached(options: LoadOptions) -> tuple[AttachedRiver, PreTrainedTokeni
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)
-        from river_llm.river_lm import load_with_river
+        from river_llm.pretrained import load_with_river
 
         return load_with_river(
             options.model,

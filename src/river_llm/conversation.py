@@ -1,0 +1,64 @@
+"""A chat whose KV cache stays from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from river_llm.config import DraftConfig, Mode, SamplingConfig
+from river_llm.errors import ConfigError
+from river_llm.generation import GenerationResponse
+from river_llm.river_lm import RiverLM
+from river_llm.text import Message, encode_prompt
+
+
+class Conversation:
+    """A chat that keeps its KV cache from turn to turn, as the turns before left it.
+
+    The cache of earlier turns holds what their exits wrote; in lossless mode, what the backbone
+    wrote. If the model answers something else in between, it is lost, and the next turn runs the
+    whole conversation by the prefill rule.
+
+    Attributes:
+        messages: all turns so far.
+        mode: ``"river"`` or ``"lossless"``.
+    """
+
+    def __init__(
+        self,
+        lm: RiverLM,
+        system: str | None = None,
+        *,
+        mode: Mode = "river",
+        drafts: DraftConfig | None = None,
+        **sampling: Any,
+    ) -> None:
+        self.messages: list[Message] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self._lm = lm
+        self.mode: Mode = mode
+        self._drafts = drafts
+        self._sampling = SamplingConfig.of(sampling)
+
+    def stream(self, text: str) -> Iterator[GenerationResponse]:
+        """The answer to a user's turn. What has come when the stream is cut short stays.
+
+        Raises:
+            ConfigError: the text is empty or the model has no chat template.
+            ContextFullError: the conversation no longer fits the model's context.
+        """
+        if not text.strip():
+            raise ConfigError("the message is empty; give some text")
+        turn: Message = {"role": "user", "content": text}
+        token_ids = encode_prompt(self._lm.tokenizer, [*self.messages, turn])
+        answer: list[str] = []
+        try:
+            for response in self._lm.stream_tokens(
+                token_ids, self._sampling, reuse_cache=True, mode=self.mode, drafts=self._drafts
+            ):
+                answer.append(response.text)
+                yield response
+        finally:
+            if answer:
+                self.messages += [turn, {"role": "assistant", "content": "".join(answer)}]

@@ -1,0 +1,209 @@
+"""What `RiverLM.from_pretrained` loads: model, tokeniser, river, and the engine that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from river_llm.attachment import AttachedRiver, attach_river
+from river_llm.cache import CachedFolder
+from river_llm.config import RiverConfig, Strategy
+from river_llm.engines import (
+    CpuEngine,
+    Engine,
+    EngineChoice,
+    check_engine_options,
+    choose_engine,
+    make_engine,
+)
+from river_llm.errors import ConfigError
+from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
+from river_llm.loading import load_backbone
+from river_llm.packed_copy import (
+    PackedModel,
+    keep_packed,
+    offload_packed,
+    packed_folder,
+    read_packed,
+)
+from river_llm.residency import OffloadConfig, ResidencyPlan
+from river_llm.river import Progress, River
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """The parts of a `RiverLM`; see there."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    river_config: RiverConfig | None
+    stop_tokens: frozenset[int]
+    fallback_reason: str | None = None
+    river_directory: Path | None = None
+    residency: ResidencyPlan | None = None
+
+
+def load_pretrained(
+    name_or_path: str | Path,
+    river: str | Path | River | RiverConfig | None,
+    policy: ExitPolicy | None,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str | None = None,
+    engine: EngineChoice = "auto",
+    threads: int | None = None,
+    backbone_bits: int = 16,
+    lm_head_bits: int = 16,
+    kv_bits: int = 16,
+    offload: OffloadConfig | str | None = None,
+    no_miss: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    strategy: Strategy = "river",
+) -> Pretrained:
+    """Load all of it; arguments and errors as of `RiverLM.from_pretrained`."""
+    if strategy != "river":
+        from river_llm import strategies  # a quick start does without
+
+        has_8_bits = 8 in (backbone_bits, lm_head_bits)
+        has_offload = no_miss or offload not in (None, "off")
+        strategies.check_strategy(
+            strategy, policy, engine, river is not None, has_8_bits, kv_bits, has_offload
+        )
+        check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
+        policy = policy or strategies.default_policy(strategy)
+        reason = f"the strategy {strategy} is for it alone" if engine == "auto" else None
+        if strategy in strategies.STRATEGIES:
+            device = device or _default_device()
+            model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+            if threads is not None:
+                torch.set_num_threads(threads)
+            own = strategies.make_strategy_engine(model, strategy, policy)
+            return Pretrained(own, tokenizer, None, _stop_tokens(model, tokenizer), reason)
+        loaded = load_pretrained(
+            name_or_path,
+            river,
+            policy,
+            dtype,
+            device=device,
+            engine="torch",
+            threads=threads,
+            kv_bits=kv_bits,
+            offload=offload,
+            no_miss=no_miss,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        loaded.engine.strategy = strategy
+        return replace(loaded, fallback_reason=reason)
+    check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
+    if not isinstance(offload, OffloadConfig):
+        offload = OffloadConfig.parse(offload or "off", no_miss)
+    if no_miss and (offload is None or not offload.no_miss):
+        raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
+    bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
+    policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
+    device = device or _default_device()
+    directory = Path(river) if isinstance(river, str | Path) else None
+    find_packed = None
+    may_be_packed = engine != "torch" and dtype is torch.bfloat16 and not trust_remote_code
+    if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
+        find_packed = partial(packed_folder, name_or_path, river, **bits)
+    folder = find_packed() if find_packed else None
+    packed = read_packed(folder, policy, threads, offload, kv_bits) if folder else None
+    if folder is not None and not isinstance(river, str | Path):
+        directory = folder.directory  # where what is learnt about drafts may go too
+    if packed is not None:
+        return Pretrained(
+            packed.engine,
+            packed.tokenizer,
+            packed.river_config,
+            packed.stop_tokens,
+            river_directory=directory,
+            residency=packed.residency,
+        )
+    check = partial(choose_engine, choice=engine, **bits)
+    model, tokenizer, made = _load(
+        name_or_path, river, dtype, device, trust_remote_code, progress, check
+    )
+    ends = _stop_tokens(model, tokenizer)
+    chosen, reason = make_engine(
+        model, made, policy, engine, threads=threads, kv_bits=kv_bits, **bits
+    )
+    if folder is not None and find_packed and isinstance(chosen, CpuEngine):
+        packed = PackedModel(chosen, tokenizer, made.config, ends)
+        if find_packed() == folder:  # else files were changed while they were read
+            keep_packed(folder, packed)
+    residency = _offload(chosen, folder, offload) if offload is not None else None
+    return Pretrained(chosen, tokenizer, made.config, ends, reason, directory, residency)
+
+
+def load_with_river(
+    name_or_path: str | Path,
+    river: str | Path | River | RiverConfig | None = None,
+    policy: ExitPolicy | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
+    """The model of `transformers` with its river attached, and its tokeniser; arguments and errors
+    as of `RiverLM.from_pretrained`."""
+    model, tokenizer, made = _load(name_or_path, river, dtype, device, trust_remote_code, progress)
+    return attach_river(model, made, policy=policy), tokenizer
+
+
+def _offload(engine: Engine, folder: CachedFolder | None, config: OffloadConfig) -> ResidencyPlan:
+    """Evict layers of an engine that was just made."""
+    if isinstance(engine, CpuEngine):
+        if folder is None:
+            raise ConfigError(
+                "the native engine offloads to the packed copy that it keeps in the cache, and "
+                "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
+            )
+        return offload_packed(engine, folder, config)
+    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, engine.policy)
+    engine.keep_layers(plan.resident)
+    return plan
+
+
+def _load(
+    name_or_path: str | Path,
+    river: str | Path | River | RiverConfig | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+    progress: Progress | None,
+    check: Callable[[PreTrainedModel], object] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, River]:
+    """The model, its tokeniser and its river; `check` may refuse the model before the river is
+    built, which takes minutes where the model is large."""
+    if isinstance(river, str | Path):
+        river = River.load(river)
+    device = device or _default_device()
+    model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+    if check is not None:
+        check(model)
+    if not isinstance(river, River):
+        river = River.build(model, river, progress)
+    return model, tokenizer, river
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end an answer: the tokeniser's, and those of the model's own settings."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset({tokenizer.eos_token_id, *listed} - {None})
