@@ -258,13 +258,16 @@ class TestStrategies:
         """Of a comparison whose backbone and river run on the native engine."""
         pytest.importorskip("river_llm._core")
         output = tmp_path_factory.mktemp("strategies") / "out"
-        outcome = run(
-            "compare", model, "--tasks", "arc_easy", "--limit", 3, "--data-dir", inputs,
-            "--text", inputs / "text.txt", "--window", 32, "--windows", 1,
-            "--thresholds", "0.7,0.9", "--exit-layers", 2, "--no-random",
-            "--strategies", "mask, monotonic", "--speed-tokens", 6, "--rounds", 1,
-            "--threads", 1, "--engine", "cpu", "-o", output,
-        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            # layers are read on the model that was loaded for the torch engine
+            patch.setattr("river_llm.cli.compare.load_attached", lambda _: pytest.fail("again"))
+            outcome = run(
+                "compare", model, "--tasks", "arc_easy", "--limit", 3, "--data-dir", inputs,
+                "--text", inputs / "text.txt", "--window", 32, "--windows", 1,
+                "--thresholds", "0.7,0.9", "--exit-layers", 2, "--no-random",
+                "--strategies", "mask, monotonic", "--speed-tokens", 6, "--rounds", 1,
+                "--threads", 1, "--engine", "cpu", "-o", output,
+            )  # fmt: skip
         assert outcome.exit_code == 0, outcome.stderr
         assert "- Best at each speed on the torch engine, by accuracy" in outcome.stdout
         return output

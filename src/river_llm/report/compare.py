@@ -210,6 +210,8 @@ def compare(
             progress("reading the layers", 0, 1)
         engine = lm.engine
         exits = read_exits(engine, policies, windows)
+        if twins:  # loaded for the strategies' sake, if it isn't the same
+            engine = models.of(twins[BACKBONE.name]).engine
         attached = engine.attached if isinstance(engine, TorchEngine) else load_attached()
         return {**read_layers(attached, windows), "exits": exits}
 
