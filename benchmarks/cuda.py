@@ -2,10 +2,10 @@
 
     python benchmarks/cuda.py [--shape llama-3.1-8b] [--exit-layer 3] [--contexts 512 4096 65536]
 
-Arms decode in turn behind a prompt that the backbone has read; speeds are medians of the rounds,
-ratios are taken round by round. Memory is the most that PyTorch's allocator held on the device
-while an arm read the prompt and decoded. The model alone, without a river, is measured before one
-is attached.
+Arms with all layers on the device decode in turn, those with evicted layers one after the other
+behind them; speeds are medians of the rounds. Each reads the prompt with the layers that it has.
+Memory is the most that PyTorch's allocator held on the device while it did and decoded. The model
+alone, without a river, is measured before one is attached.
 """
 
 from __future__ import annotations
@@ -54,13 +54,12 @@ class Arm:
     misses: int = 0
     seconds_waited: float = 0.0
 
-    def row(self, backbone: Arm) -> dict[str, Any]:
-        """Its figures, beside the backbone's."""
-        pairs = zip(self.speeds, backbone.speeds, strict=False)
+    def row(self) -> dict[str, Any]:
+        """Its figures."""
         return {
             "arm": self.name,
             "tokens_per_second": round(statistics.median(self.speeds), 2),
-            "times_backbone": round(statistics.median(own / its for own, its in pairs), 3),
+            "slowest_and_fastest": [round(min(self.speeds), 2), round(max(self.speeds), 2)],
             "prompt_seconds": round(self.prompt_seconds, 3),
             "peak_gigabytes": round(self.peak_bytes / 1e9, 2),
             "misses": self.misses,
@@ -155,7 +154,7 @@ def measure(
         arm.misses = after.misses - before.misses
         arm.seconds_waited = after.seconds_waited - before.seconds_waited
     engine.keep_layers(engine.num_layers)
-    return [arm.row(arms[0]) for arm in arms + evicted]
+    return [arm.row() for arm in arms + evicted]
 
 
 def read_prompt(engine: TorchEngine, arm: Arm, context: int) -> None:
