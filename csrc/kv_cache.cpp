@@ -107,15 +107,6 @@ void KvCache::forget(int sequence, int begin, int end) {
     }
 }
 
-void KvCache::copy(int from, int to) {
-  if (from == to) return;
-  truncate(to, 0);
-  reserve(to, sequences_[from].length);
-  for (size_t p = 0; p < sequences_[to].pages.size(); ++p)
-    std::memcpy(sequences_[to].pages[p], sequences_[from].pages[p], page_bytes_);
-  sequences_[to].length = sequences_[from].length;
-}
-
 int8_t* KvCache::key_codes(uint32_t* part, int place) const {
   return reinterpret_cast<int8_t*>(part + static_cast<size_t>(place / kLanes) * head_dim_ / 4 * kLanes +
                                    place % kLanes);

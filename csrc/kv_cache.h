@@ -37,8 +37,6 @@ class KvCache {
   void lengthen(int sequence, int length);
   // Forgets the positions from `length` on; what stood there leaves no trace, be it no numbers.
   void truncate(int sequence, int length);
-  // `to` becomes what `from` is, by copy of its pages.
-  void copy(int from, int to);
 
   // A page as it lies in memory, to be kept and put back where kCacheLayout and the sizes are the same.
   size_t page_bytes() const { return page_bytes_; }

@@ -206,7 +206,7 @@ class TestEngines:
         for bits in (16, 8):
             engine: Engine = engine_on(kind, subject, bits=bits)
             assert engine.kv_bits == bits
-            assert ("KV cache 8" in engine.setting) == (bits == 8)
+            assert ("KV cache 8 bits" in engine.setting) == (bits == 8)
 
 
 class TestLossless:

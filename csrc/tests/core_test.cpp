@@ -44,7 +44,6 @@ constexpr Test kTests[] = {
     RIVER_TEST(what_was_written_is_read),
     RIVER_TEST(pages_stay_where_they_are),
     RIVER_TEST(freed_pages_are_used_again),
-    RIVER_TEST(copies_are_apart),
     RIVER_TEST(codes_are_the_nearest),
     RIVER_TEST(codes_take_half_the_memory),
     RIVER_TEST(a_state_that_is_no_number_becomes_none),

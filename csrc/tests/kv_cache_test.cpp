@@ -130,22 +130,6 @@ void freed_pages_are_used_again() {
   });
 }
 
-void copies_are_apart() {
-  with_each_width([](KvCache& cache) {
-    cache.resize(3);
-    fill(cache, 0, 0, 0, 150);
-    fill(cache, 1, 1, 0, 400);
-    cache.copy(0, 1);  // shorter than what was there
-    cache.copy(0, 2);  // and longer
-    for (int s = 0; s < 3; ++s) CHECK(cache.length(s) == 150 && holds(cache, s, 0));
-    cache.truncate(1, 0);
-    fill(cache, 1, 5, 0, 150);
-    CHECK(holds(cache, 0, 0) && holds(cache, 1, 5) && holds(cache, 2, 0));
-    cache.copy(2, 2);  // onto itself
-    CHECK(cache.length(2) == 150 && holds(cache, 2, 0));
-  });
-}
-
 void codes_are_the_nearest() {
   KvCache cache(1, 1, kDims, 8);
   cache.resize(1);

@@ -32,7 +32,6 @@ void the_largest_is_the_first_of_equals();
 void what_was_written_is_read();
 void pages_stay_where_they_are();
 void freed_pages_are_used_again();
-void copies_are_apart();
 void codes_are_the_nearest();
 void codes_take_half_the_memory();
 void a_state_that_is_no_number_becomes_none();

@@ -17,7 +17,7 @@ from river_llm.backbone import decoder_layers
 from river_llm.config import Strategy
 from river_llm.engines.cache_identity import native_identity
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
-from river_llm.engines.engine import StepResult
+from river_llm.engines.engine import StepResult, check_batch, check_room
 from river_llm.engines.llama_family import check_supported, describe
 from river_llm.engines.native_core import Positions, check_built, make_core, one_clear_line
 from river_llm.engines.native_model import NativeModel, WeightFormats
@@ -27,7 +27,7 @@ from river_llm.engines.weight_packer import (
     give_up,
     quantized_head,
 )
-from river_llm.errors import ConfigError, ContextFullError, RiverError
+from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.residency import OffloadStatistics
 from river_llm.river import River
@@ -207,7 +207,7 @@ class CpuEngine:
             f"backbone {self.backbone_bits} bits, LM head {self.lm_head_bits}"
         )
         if kv_bits == 8:
-            self.setting += ", KV cache 8"
+            self.setting += ", KV cache 8 bits"
 
     def _complete(self, embedding: Any) -> None:
         self.embedding = embedding
@@ -437,7 +437,7 @@ class CpuEngine:
 
     @_in_turn
     def write_cache(self, tensors: Mapping[str, Tensor], length: int) -> None:
-        self._check_fits(length)
+        check_room(length, self.context_length)
         self.truncate(0)
         pages = [tensors.get(_page_name(index)) for index in range(len(tensors))]
         if not all(page is not None and page.dtype is torch.uint8 for page in pages):
@@ -487,7 +487,7 @@ class CpuEngine:
     def _begin(self, batch: int, num_tokens: int, padding_mask: Tensor | None) -> None:
         """See that the tokens fit, and note the padding of new sequences."""
         end = self._length + num_tokens
-        self._check_fits(end)
+        check_room(end, self.context_length)
         padding = _padding(padding_mask, batch, num_tokens)
         if self._length == 0:
             with one_clear_line():
@@ -496,22 +496,12 @@ class CpuEngine:
             self._padding = padding
         elif any(padding):
             raise RiverError("padding stands before the first tokens only; the cache holds some")
-        elif batch != len(self._padding):
-            raise RiverError(
-                f"the cache holds {len(self._padding)} sequences, not {batch}; "
-                "truncate(0) begins anew"
-            )
+        else:
+            check_batch(len(self._padding), batch)
         with one_clear_line():
             if self._length > 0:
                 self._cut(self._length)  # Ctrl-C may have come before a pass was counted
             self._positions.cover(end - min(self._padding))  # padding has no position
-
-    def _check_fits(self, length: int) -> None:
-        if self.context_length is not None and length > self.context_length:
-            raise ContextFullError(
-                f"{length} tokens don't fit the model's context of {self.context_length}; shorten "
-                "the prompt or lower the number of new tokens"
-            )
 
     def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
         """Their shape, seen to be that of whole numbers."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from river_llm.config import Strategy
 from river_llm.engines.drafting import Choose, Draft, DraftRule
 from river_llm.engines.native_model import AngleLimit
+from river_llm.errors import ContextFullError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.residency import OffloadStatistics
 
@@ -230,3 +231,26 @@ class Engine(Protocol):
             ContextFullError: they don't fit; the cache stays as it was.
         """
         ...
+
+
+def check_room(length: int, context_length: int | None) -> None:
+    """See that so many tokens fit the model's context; None: there is no limit.
+
+    Raises:
+        ContextFullError: they don't.
+    """
+    if context_length is not None and length > context_length:
+        raise ContextFullError(
+            f"{length} tokens don't fit the model's context of {context_length}; "
+            "shorten the prompt or lower the number of new tokens"
+        )
+
+
+def check_batch(held: int, given: int) -> None:
+    """See that tokens are for as many sequences as the cache holds.
+
+    Raises:
+        RiverError: they aren't.
+    """
+    if held != given:
+        raise RiverError(f"the cache holds {held} sequences, not {given}; truncate(0) begins anew")

@@ -14,7 +14,8 @@ from river_llm.errors import ConfigError
 _LARGEST_CODE = 127
 _SMALLEST = 1e-30  # a key or value whose largest entry is smaller becomes zero
 _SCALE_BYTES = 4
-_LEAST_ROOM, _ROOM_SHARE = 256, 32  # positions, and a part of those that are there
+_LEAST_ROOM = 256  # positions of all sequences of a batch together
+_FEWEST, _ROOM_SHARE = 16, 32  # positions of each, and a part of those that are there
 
 
 def check_kv_bits(kv_bits: int) -> None:
@@ -83,9 +84,8 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
         begin = part.shape[2]
         end = begin + new.shape[2]
         room = self._rooms.get(name)
-        is_inside = room is not None and (begin == 0 or part.data_ptr() == room.data_ptr())
-        if room is None or not is_inside or len(room) != len(new) or room.shape[2] < end:
-            length = end + max(_LEAST_ROOM, end // _ROOM_SHARE)
+        if room is None or part.data_ptr() != room.data_ptr() or room.shape[2] < end:
+            length = end + max(_LEAST_ROOM // len(new), _FEWEST, end // _ROOM_SHARE)
             room = new.new_empty(*new.shape[:2], length, *new.shape[3:])
             room[:, :, :begin] = part
             self._rooms[name] = room
@@ -113,6 +113,7 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
             return torch.stack([row.roll(shift, dims=1) for row, shift in rows])[:, :, unused:]
 
         self._change(moved)
+        self._rooms.clear()  # what was moved is elsewhere
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.parts:

@@ -20,10 +20,10 @@ from river_llm.engines.drafting import (
     draft_step_by_step,
     likeliest_with_margin,
 )
-from river_llm.engines.engine import StepResult
+from river_llm.engines.engine import StepResult, check_batch, check_room
 from river_llm.engines.kv_cache import check_kv_bits, layer_class
 from river_llm.engines.llama_family import angle_limit
-from river_llm.errors import ContextFullError, RiverError
+from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
 from river_llm.residency import OffloadStatistics
@@ -249,6 +249,8 @@ class TorchEngine:
     ) -> StepResult:
         num_tokens = token_ids.shape[1]
         check_room(self._length + num_tokens, self.context_length)
+        if self._length > 0:
+            check_batch(len(self._cache.layers[0].keys), len(token_ids))
         inputs = self._inputs(token_ids, padding_mask)
         self.attached.phase = phase
         length = self._length
@@ -291,19 +293,6 @@ class TorchEngine:
     def _undo(self, length: int) -> None:
         self._length = length + 1  # some layers hold more than others: cut them all back
         self.truncate(length)
-
-
-def check_room(length: int, context_length: int | None) -> None:
-    """See that so many tokens fit the model's context; None: there is no limit.
-
-    Raises:
-        ContextFullError: they don't.
-    """
-    if context_length is not None and length > context_length:
-        raise ContextFullError(
-            f"{length} tokens don't fit the model's context of {context_length}; "
-            "shorten the prompt or lower the number of new tokens"
-        )
 
 
 def padded_inputs(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from river_llm.engines.engine import StepResult
+from river_llm.engines.engine import StepResult, check_batch, check_room
 from river_llm.engines.llama_family import angle_limit
-from river_llm.engines.torch_engine import check_room, padded_inputs
+from river_llm.engines.torch_engine import padded_inputs
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import ExitRouter, Phase
 from river_llm.strategies.hooked_decoder import HookedDecoder, LayerCall
@@ -104,7 +104,7 @@ class StrategyEngine(WithoutRiver):
         return self._state.length
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
-        before = state = self._ready_for(token_ids.shape[1])
+        before = state = self._ready_for(*token_ids.shape)
         start = state.length
         if self.policy.prefill != "token":  # then its tokens go on as decoding does
             start = self._strategy.prompt_start(state)
@@ -117,12 +117,12 @@ class StrategyEngine(WithoutRiver):
         return result
 
     def decode(self, token_ids: Tensor) -> StepResult:
-        state = self._ready_for(1)
+        state = self._ready_for(len(token_ids), 1)
         result, self._state = self._run(state, token_ids.unsqueeze(1), None, "decode")
         return result
 
     def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
-        state = self._ready_for(token_ids.shape[1])
+        state = self._ready_for(*token_ids.shape)
         result, self._state = self._run(state, token_ids, None, "decode", all_logits=True)
         if counts is not None:
             self.rewind([token_ids.shape[1] - count for count in counts])
@@ -150,15 +150,18 @@ class StrategyEngine(WithoutRiver):
         """Give the model back as it was. The engine can't run any more."""
         self._decoder.detach()
 
-    def _ready_for(self, num_tokens: int) -> CacheState:
-        """The cache as the strategy wants it before so many new tokens.
+    def _ready_for(self, batch: int, num_tokens: int) -> CacheState:
+        """The cache as the strategy wants it before so many new tokens of each sequence.
 
         Raises:
             ContextFullError: they don't fit.
+            RiverError: there are not as many sequences as the cache holds.
         """
         state = self._state
         end = state.length + num_tokens
         check_room(end, self.context_length)
+        if state.length > 0:
+            check_batch(len(state.token_ids), batch)
         whole, state = state, state.first(self._strategy.steps_start(state, end))
         if state.length == whole.length:
             return state

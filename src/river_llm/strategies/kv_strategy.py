@@ -92,12 +92,14 @@ class CacheState:
     def first(self, length: int) -> CacheState:
         """Only the first `length` positions."""
         padding_mask = None if self.padding_mask is None else self.padding_mask[:, :length]
+        waiting = self.hidden_states
         return replace(
             self,
             token_ids=self.token_ids[:, :length],
             padding_mask=padding_mask,
             filled=self.filled[:, :length],
             exit_layers=self.exit_layers[:, :length],
+            hidden_states=None if waiting is None or length <= waiting.first else waiting,
         )
 
     def moved(self, shifts: Sequence[int], num_layers: int) -> CacheState:

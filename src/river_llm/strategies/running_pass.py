@@ -47,11 +47,6 @@ class RunningPass:
         return self.token_ids.shape[1]
 
     @property
-    def batch(self) -> int:
-        """B, the number of sequences."""
-        return self.token_ids.shape[0]
-
-    @property
     def is_text(self) -> bool:
         """Whether it has several tokens of a sequence that leave each on its own."""
         return self.leave_apart and self.end - self.start > 1

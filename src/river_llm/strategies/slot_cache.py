@@ -107,6 +107,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its older name
+
 
 def _grown(slots: Tensor, number: int) -> Tensor:
     # zeros, for an empty slot's weight of 0 times what no number is were no number
