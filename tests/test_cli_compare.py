@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import run
 from evaluation_items import ITEMS, write_items
+from html_page import Page
 
 from river_llm.evaluation.result_file import read_result
 
@@ -28,7 +28,6 @@ FIGURES = {
     "correlation",
     "token_times",
 }
-VOID = {"meta", "img"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,26 +66,6 @@ def folder(model: str, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -
 def report(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return found
-
-
-class Page(HTMLParser):
-    """Sees that tags are closed in order, and gathers what a page refers to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 class TestReport:

@@ -6,14 +6,15 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import run
 from evaluation_items import ITEMS, write_items
+from html_page import Page
 from packed_models import save_model
-from test_cli_compare import Page
 
 from river_llm.benchmark.memory import MemoryArm, MemoryResult, memory_arms
 from river_llm.evaluation.result_file import read_result
@@ -32,7 +33,7 @@ TINY = PaperModel(
         "gsm8k": TaskFigures(Figures(99.9, 84.5), Figures(0.0), Figures(99.5, 182.9, 1e6)),
         "arc_easy": TaskFigures(river=Figures(50.0), awq=Figures(60.0, 1.0)),
     },
-    MemoryFigures(22.0, 12.0, 14.0),
+    MemoryFigures(22.0, 12.0, 14.0, "12.00 comes out of nothing."),
 )
 ARMS = ["backbone", "full-4bit", "river-0.5", "river-0.7"]
 
@@ -61,10 +62,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def arguments(model: str, inputs: Path, output: Path, *more: object) -> list[object]:
+    speed = [] if "--no-speed" in more else ["--speed-tokens", 4, "--rounds", 2]
     return [
         "reproduce", *more, "--model", model, "--limit", 3, "-n", 4, "--data-dir", inputs,
-        "--speed-tokens", 4, "--rounds", 2, "--engine", "torch", "--dtype", "float32",
-        "--threads", 1, "-o", output, "--json",
+        *speed, "--engine", "torch", "--dtype", "float32", "--threads", 1, "-o", output, "--json",
     ]  # fmt: skip
 
 
@@ -129,13 +130,13 @@ class TestReport:
         assert arms["full-4bit"]["speed"]["mean_exit_layer"] == 0
         assert len(arms["river-0.7"]["speed"]["rounds"]) == 2
 
-    def test_the_papers_figures_stand_beside_and_differences_are_marked(self, folder: Path) -> None:
+    def test_the_papers_figures_stand_beside_and_accuracies_are_marked(self, folder: Path) -> None:
         tasks = report(folder)["tasks"]
         gsm8k = tasks["gsm8k"]["arms"]
         assert gsm8k["backbone"]["paper"]["tokens_per_second"] == 84.5
         assert gsm8k["backbone"]["accuracy_against_paper"] == "lower"
         assert gsm8k["full-4bit"]["accuracy_against_paper"] == "within"
-        assert gsm8k["river-0.5"]["speed_up_against_paper"] == "lower"
+        assert gsm8k["river-0.5"]["paper"]["speed_up"] == 1e6
         assert gsm8k["river-0.7"]["paper"]["accuracy"] is None  # its table is of 0.5
         assert gsm8k["river-0.7"]["accuracy_against_paper"] is None
         assert tasks["arc_easy"]["arms"]["river-0.5"]["accuracy_against_paper"] == "within"
@@ -145,7 +146,10 @@ class TestReport:
         found = report(folder)
         text = " ".join(found["what_can_be_compared"])
         assert "4 layers of width 64" in text
-        assert "tokens/s can't be compared, only ratios" in text
+        assert "tokens/s can't be compared, at most ratios" in text
+        assert "GB/s" not in text  # what a token of the tiny model reads is not known
+        assert "River's arms too, whose accuracy is with the prompt leaving as a whole." in text
+        assert "No speed-up is marked" in text
         assert "--limit 3" in text
         assert "--max-new-tokens 4" in text
         assert "AWQ the paper has 60.0 % on arc_easy" in text
@@ -160,6 +164,9 @@ class TestReport:
         html = (folder / "report.html").read_text(encoding="utf-8")
         assert markdown.startswith("# The paper's tables: Tiny-1B\n")
         assert "(99.9, ours lower)" in markdown
+        assert "(1000000.00) |" in markdown  # a speed-up, without a mark
+        assert "not corrected for the number of rows" in markdown
+        assert "not checked against its tables" in markdown
         assert "arXiv 2604.18396" in html
         assert f"    {report(folder)['command']}" in markdown
         assert markdown.count("unknown") > 4
@@ -177,6 +184,7 @@ class TestReport:
         assert sizes["backbone"] < sizes["river-0.5"]
         markdown = (folder / "report.md").read_text(encoding="utf-8")
         assert "| 22.00 |" in markdown
+        assert "The paper's figures: 12.00 comes out of nothing." in markdown
         rows = {line.split(" | ")[0]: line for line in markdown.splitlines()}
         assert rows["| river-0.5, offloaded"].endswith("| 14.00 |")
         assert rows["| river-0.7, offloaded"].endswith("| unknown |")
@@ -292,7 +300,7 @@ def test_memory_is_measured_where_it_is_asked(
         asked.append((arms, contexts, rounds))
         sizes = [(place + 1) << 30 for place in range(len(arms))]
         return [
-            MemoryResult(arm.name, contexts[0], 9.0, size, size, 1 << 29, size, 0)
+            MemoryResult(arm.name, contexts[0], 9.0, size, size + (1 << 28), 1 << 29, size, 0)
             for arm, size in zip(arms, sizes, strict=True)
         ]
 
@@ -306,11 +314,14 @@ def test_memory_is_measured_where_it_is_asked(
     memory = run(*command).json["memory"]
     assert (memory["context"], memory["measured_context"]) == (256, 192)
     depth = memory["offload_depths"]["river-0.5"]
-    assert asked == [(memory_arms(4, depth, 4), [192], 1)]
+    backbone, quantised, *river = memory_arms(4, depth, 4)
+    assert asked == [([backbone, replace(quantised, name="full-4bit"), *river], [192], 1)]
     assert memory["measured"]["backbone"]["held_bytes"] == 1 << 29
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "Measured at 192 tokens" in markdown
-    assert "| full 4-bit | 2.00 | 1.50 | 2.00 | 9.0 |" in markdown
+    assert "| full-4bit | 2.00 | 1.50 | 2.00 | 2.25 | 9.0 |" in markdown
+    assert "full 4-bit" not in markdown
+    assert f"every token leaves after {depth} backbone layers, the mean depth of river" in markdown
     assert "The model takes no more tokens; the paper's figures are at 65,536." in markdown
     assert run(*command).json["memory"] == memory
     assert len(asked) == 1
@@ -328,6 +339,16 @@ def test_the_list_needs_no_model() -> None:
     assert listed["tasks"][0] == {"name": "gsm8k", "title": "GSM8K", "shots": 5}
 
 
+def test_the_list_may_be_of_one_model() -> None:
+    outcome = run("reproduce", "--list", "ministral-3-8b")
+    assert outcome.exit_code == 0
+    assert "ministral-3-8b: " in outcome.stdout
+    assert "llama" not in outcome.stdout
+    assert f"{ARMS[1]}" in outcome.stdout
+    listed = run("reproduce", "Ministral-3-8B", "--list", "--json").json
+    assert [model["name"] for model in listed["models"]] == ["ministral-3-8b"]
+
+
 USAGE: dict[str, tuple[list[object], str]] = {
     "nothing": ([], "give one of the paper's models (--list shows them), or --model"),
     "a model that the paper lacks": (["phi-4"], "no model 'phi-4'; did you mean phi-4-mini?"),
@@ -339,6 +360,23 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "no thresholds": (["phi-4-mini", "--thresholds", ","], "give one threshold or more"),
     "a threshold that is a word": (["phi-4-mini", "--thresholds", "x"], "--thresholds is 'x'"),
     "no cosine": (["phi-4-mini", "--thresholds", "1.5"], "choose one in [-1, 1]"),
+    "a list of what the paper lacks": (["--list", "phi-4"], "did you mean phi-4-mini?"),
+    "a list with options": (
+        ["--list", "phi-4-mini", "--tasks", "mmlu", "-n", 4],
+        "--list runs nothing; leave --max-new-tokens, --tasks out",
+    ),
+    "tokens of no speed": (
+        ["phi-4-mini", "--no-speed", "--speed-tokens", 256],
+        "--no-speed measures none; leave --speed-tokens out",
+    ),
+    "rounds of no speed": (
+        ["phi-4-mini", "--no-speed", "--rounds", 5],
+        "--no-speed measures none; leave --rounds out",
+    ),
+    "tokens of no speed, beside memory": (
+        ["phi-4-mini", "--no-speed", "--speed-tokens", 4, "--rounds", 1, "--measure-memory"],
+        "leave --speed-tokens out",
+    ),
     "no items": (["phi-4-mini", "--limit", 0], "--limit"),
 }
 
@@ -348,6 +386,61 @@ def test_wrong_usage_is_told_before_the_model_is_sought(
     options: list[object], message: str
 ) -> None:
     run("reproduce", *options).check_fails(2, message)
+
+
+@pytest.fixture
+def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tiny Llama under a name that transformers lacks, whose code comes with it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    directory = save_model(tmp_path / "creek")
+    (directory / "creek.py").write_text(CREEK)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config |= {
+        "model_type": "creek",
+        "architectures": ["CreekForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "creek.CreekConfig",
+            "AutoModelForCausalLM": "creek.CreekForCausalLM",
+        },
+    }
+    path.write_text(json.dumps(config))
+    return str(directory)
+
+
+CREEK = """\
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class CreekConfig(LlamaConfig):
+    model_type = "creek"
+
+class CreekForCausalLM(LlamaForCausalLM):
+    config_class = CreekConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_where_it_is_trusted(
+    model_with_code: str, inputs: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    common = ["--tasks", "mmlu", "--no-speed"]
+    command = arguments(model_with_code, inputs, output, "tiny-1b", *common)
+    run(*command).check_fails(1, "comes with code of its own", "--trust-remote-code")
+    memory = run(*command, "--trust-remote-code").json["memory"]
+    assert memory["expected_bytes"]["backbone"] > 0
+
+
+def test_a_model_that_can_not_be_sized_is_told_before_it_is_loaded(
+    model_with_code: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr("river_llm.cli.reproduce.load", refuse)
+    (Path(model_with_code) / "creek.py").write_text(CREEK + "\n    def __init__(self): pass\n")
+    common = ["tiny-1b", "--tasks", "mmlu", "--no-speed", "--trust-remote-code"]
+    outcome = run(*arguments(model_with_code, inputs, tmp_path / "out", *common))
+    outcome.check_fails(1, "creek can't be loaded", "check that its files are whole")
 
 
 def test_what_only_the_data_or_the_river_can_tell_is_told(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import io
+import ssl
+import urllib.error
+import urllib.request
+from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +213,17 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+IS_HUB_REACHED = data._is_hub_reached
+HOST = constants.ENDPOINT
+ANSWERS: dict[str, tuple[Exception | None, bool]] = {
+    "an answer": (None, True),
+    "a refusal": (urllib.error.HTTPError(HOST, 403, "forbidden", Message(), None), True),
+    "another certificate": (urllib.error.URLError(ssl.SSLError("unknown issuer")), True),
+    "no name": (urllib.error.URLError(OSError("no such host")), False),
+    "no answer": (TimeoutError("timed out"), False),
+}
+
+
 class TestHub:
     @pytest.fixture
     def library(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -219,7 +236,7 @@ class TestHub:
         library.load_dataset = load_dataset
         library.get_dataset_config_names = lambda name: ["two", "one"]
         monkeypatch.setattr(data, "import_extra", lambda module, purpose: library)
-        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+        monkeypatch.setattr(data, "_is_hub_reached", lambda: True)
         return library
 
     @pytest.mark.parametrize("task", HUB_ROWS)
@@ -251,25 +268,49 @@ class TestHub:
         with pytest.raises(DataError, match=r"no route to host\); without a network, --data-dir"):
             read_records(SOURCE, None)
 
-    @pytest.mark.parametrize("is_reached", [True, False])
+    @pytest.mark.parametrize(("error", "is_reached"), ANSWERS.values(), ids=ANSWERS)
     def test_a_hub_that_is_not_reached_is_asked_once(
-        self, library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, is_reached: bool
+        self,
+        library: SimpleNamespace,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception | None,
+        is_reached: bool,
     ) -> None:
         offline: list[bool] = []
+        asked: list[str] = []
 
-        def ask(*_: object, **__: object) -> None:
-            if not is_reached:
-                raise OSError("no name")
+        def ask(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+            asked.append(request.full_url)
+            if error is not None:
+                raise error
+            return io.BytesIO()
 
         def load_dataset(*_: object, **__: object) -> list[dict[str, Any]]:
             offline.append(constants.HF_HUB_OFFLINE)
             return [{"n": 1}]  # from the cache, for example
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", ask)
+        monkeypatch.setattr(data, "_is_hub_reached", functools.cache(IS_HUB_REACHED.__wrapped__))
+        monkeypatch.setattr("urllib.request.urlopen", ask)
         library.load_dataset = load_dataset
-        assert len(read_records(SOURCE, None)) == 1
-        assert offline == [not is_reached]
+        for _ in range(2):
+            assert len(read_records(SOURCE, None)) == 1
+        assert offline == [not is_reached] * 2
+        assert asked == [constants.ENDPOINT]
+        assert not constants.HF_HUB_OFFLINE
+
+    @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()], ids=repr)
+    def test_whatever_comes_between_the_hub_stays_online(
+        self, library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(data, "_is_hub_reached", lambda: False)
+        library.load_dataset = fail
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            read_records(SOURCE, None)
         assert not constants.HF_HUB_OFFLINE
 
     def test_without_the_library_the_mend_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:

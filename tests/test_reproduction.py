@@ -13,12 +13,22 @@ from river_llm.evaluation.math_answer import MathVerifier
 from river_llm.evaluation.tasks import TASKS as OURS
 from river_llm.evaluation.tasks.math_examples import MATH_EXAMPLES
 from river_llm.evaluation.tasks.task import GenerationTask
+from river_llm.loading import empty_model
 from river_llm.reproduction.availability import runnable
 from river_llm.reproduction.comparison import verdict
 from river_llm.reproduction.memory import ModelSizes
 from river_llm.reproduction.paper import MODELS, TASKS, find_model, find_tasks
 
 GIB = 1 << 30
+LLAMA_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=True,
+)
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -76,7 +86,7 @@ class TestMemory:
     def test_is_that_of_the_tensors(self) -> None:
         model = tiny_model("Llama")
         river = River.build(model, RiverConfig(4, 32))
-        sizes = ModelSizes.of(model.config, river.config)
+        sizes = ModelSizes.of(model, river.config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         cache = 4 * 2 * 2 * 16 * 10 * 2  # layers, K and V, key heads, head dim, tokens, bytes
         assert sizes.held(10, 4, with_river=False) == 2 * parameters + cache
@@ -86,15 +96,46 @@ class TestMemory:
 
     def test_a_window_bounds_the_cache(self) -> None:
         model = tiny_model("Mistral", sliding_window=8)
-        sizes = ModelSizes.of(model.config, RiverConfig(4, 32))
+        sizes = ModelSizes.of(model, RiverConfig(4, 32))
         assert sizes.held(8, 0) == sizes.held(100, 0) > sizes.held(7, 0)
 
     def test_of_the_backbone_is_the_papers_where_its_gb_are_gib(self) -> None:
-        sizes = ModelSizes.of(LLAMA_8B, RiverConfig())
+        sizes = sizes_of(LLAMA_8B)
         memory = find_model("llama-3.1-8b-instruct").memory
         assert memory is not None
         found = sizes.held(65_536, 32, with_river=False) / GIB
         assert found == pytest.approx(memory.backbone, abs=0.005)
+
+    def test_of_the_papers_other_arms_comes_out_with_two_heads(self) -> None:
+        sizes = sizes_of(LLAMA_8B)
+        memory = find_model("llama-3.1-8b-instruct").memory
+        assert memory is not None
+        head = 2 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
+        exits = sizes.num_layers * sizes.backbone_layer // 4  # without scales and zeros
+        bare = sizes.held(65_536, 0, with_river=False) + exits
+        assert (bare - head * 3 // 4) / GIB == pytest.approx(memory.full, abs=0.005)
+        assert (bare + 3.75 * sizes.backbone_layer) / GIB == pytest.approx(
+            memory.offloaded, abs=0.005
+        )
+        assert sizes.held(65_536, 0) / GIB == pytest.approx(13.61, abs=0.005)  # with scales
+        assert f"{bare / GIB:.2f} and 3.75 backbone layers of " in memory.reading
+        assert f"layers of {sizes.backbone_layer / GIB:.2f}." in memory.reading
+
+    def test_that_a_token_reads_is_the_backbone_without_a_lone_embedding(self) -> None:
+        embedding = 2 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
+        for config, name, idle, share in (
+            (LLAMA_1B, "llama-3.2-1b-instruct", 0, 0.30),
+            (LLAMA_8B, "llama-3.1-8b-instruct", embedding, 0.55),
+        ):
+            sizes, model = sizes_of(config), find_model(name)
+            read = sizes.held(0, sizes.num_layers, with_river=False) - idle
+            assert model.read_gb == pytest.approx(read / 1e9, abs=0.005)
+            assert model.bandwidth_share == pytest.approx(share, abs=0.005)
+        assert find_model("phi-4-mini").bandwidth_share is None
+
+
+def sizes_of(config: LlamaConfig) -> ModelSizes:
+    return ModelSizes.of(empty_model(config, "a Llama"), RiverConfig())
 
 
 @pytest.mark.parametrize(

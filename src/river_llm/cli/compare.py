@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.lists import listed, numbers
 from river_llm.cli.loading import LoadOptions, load, load_attached
 from river_llm.cli.settings import river_config
 from river_llm.cli.usage import usage_error
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from river_llm.config import Strategy
     from river_llm.report.arms import Variant
     from river_llm.river_lm import RiverLM
-
-Number = TypeVar("Number", int, float)
 
 _ARMS, _TASKS, _SPEED = "Arms", "Tasks", "Speed"
 
@@ -141,10 +139,10 @@ def compare(
     """Compare backbone, full quantisation, fixed depths, similarity exits, random routing and other
     strategies on tasks and in speed, and write a report. A run that was cut short goes on with the
     same command."""
-    names = _listed(tasks)
-    taus = sorted(_numbers("--thresholds", thresholds, float))
-    layers = sorted(_numbers("--exit-layers", exit_layers, int))
-    others = _listed(strategies)
+    names = listed(tasks)
+    taus = sorted(numbers("--thresholds", thresholds, float))
+    layers = sorted(numbers("--exit-layers", exit_layers, int))
+    others = listed(strategies)
     _check(names, taus, layers, others, text)
     if others and kv_bits is not options.WeightBits.sixteen:
         raise usage_error(
@@ -235,18 +233,6 @@ def compare(
         print(json.dumps(summary, ensure_ascii=False))
     else:
         _show(summary, output)
-
-
-def _listed(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _numbers(option: str, given: str, kind: Callable[[str], Number]) -> list[Number]:
-    """The numbers of a list, each once."""
-    try:
-        return list(dict.fromkeys(kind(one) for one in _listed(given)))
-    except ValueError as error:
-        raise usage_error(f"{option} is {given!r}; give numbers with commas between") from error
 
 
 def _check(

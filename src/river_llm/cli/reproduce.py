@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.lists import listed, numbers
 from river_llm.cli.loading import LoadOptions, load, prepare_torch
 from river_llm.cli.reproduce_list import list_paper
 from river_llm.cli.settings import river_config
-from river_llm.cli.usage import usage_error
+from river_llm.cli.usage import given_options, usage_error
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _TASKS, _SPEED = "Tasks", "Speed and memory"
 
 
 def reproduce(
+    context: typer.Context,
     paper_model: Annotated[
         str | None,
         typer.Argument(
@@ -53,7 +55,8 @@ def reproduce(
     list_models: Annotated[
         bool,
         typer.Option(
-            "--list", help="Print the paper's models, tasks and figures, and run nothing."
+            "--list",
+            help="Print the paper's models, tasks and figures, or those of MODEL, and run nothing.",
         ),
     ] = False,
     tasks: Annotated[
@@ -145,24 +148,27 @@ def reproduce(
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Run the paper's tasks on a model: backbone, full 4-bit and River at the paper's thresholds,
-    on one engine, and write a report with the paper's figures beside. A run that was cut short
-    goes on with the same command."""
+    """Run the paper's tasks on a model: backbone, all layers in 4 bits and River at the paper's
+    thresholds, on one engine, and write a report with the paper's figures beside. A run that was
+    cut short goes on with the same command."""
+    given = given_options(context)
     if list_models:
-        list_paper(json_output)
+        _list(paper_model, given, json_output)
         return
+    _check_speed(given, no_speed, measure_memory)
     reference, name = _chosen(paper_model, model, as_model)
-    named = [one.strip() for one in tasks.split(",") if one.strip()]
+    named = listed(tasks)
     wanted = _tasks(named)
     taus = _thresholds(thresholds, reference)
     made = river_config(river, 4, group_size, quantizer)
     prepare_torch(threads)
-    from river_llm.loading import load_config
+    from river_llm.loading import empty_model, load_config
 
     is_reference = paper_model is not None
     config = load_config(name, trust_remote_code)
     if is_reference and reference is not None:
         _check_shape(config, name, reference)
+    empty = empty_model(config, name, trust_remote_code)
     from river_llm.exit_policy import ExitPolicy
     from river_llm.reproduction.availability import runnable
 
@@ -219,7 +225,7 @@ def reproduce(
         raise AssertionError(f"all arms run on one model, not on {variant}")
 
     assert lm.river_config is not None  # no other strategy is asked for
-    sizes = ModelSizes.of(config, lm.river_config)
+    sizes = ModelSizes.of(empty, lm.river_config)
     models = Models(load_variant, {BACKBONE.variant: lm})
     del lm  # `models` alone holds it, and lets go of it where memory is measured
     with LoadingProgress("reproducing") as progress:
@@ -237,6 +243,36 @@ def reproduce(
         print(json.dumps(summary, ensure_ascii=False))
     else:
         _show(beginning, output)
+
+
+def _list(paper_model: str | None, given: set[str], json_output: bool) -> None:
+    """Print what the paper reports, of all its models or of one.
+
+    Raises:
+        typer.Exit: the paper has no such model, or an option is given that says nothing here.
+    """
+    from river_llm.reproduction.paper import MODELS, find_model
+
+    if others := sorted(given - {"--list", "--json"}):
+        raise usage_error(f"--list runs nothing; leave {', '.join(others)} out")
+    try:
+        models = MODELS if paper_model is None else (find_model(paper_model),)
+    except ConfigError as error:
+        raise usage_error(str(error)) from error
+    list_paper(models, paper_model is None, json_output)
+
+
+def _check_speed(given: set[str], no_speed: bool, measure_memory: bool) -> None:
+    """See that no option is for a speed that isn't measured.
+
+    Raises:
+        typer.Exit: one is.
+    """
+    if not no_speed:
+        return
+    idle = {"--speed-tokens"} if measure_memory else {"--speed-tokens", "--rounds"}
+    if idle := given & idle:
+        raise usage_error(f"--no-speed measures none; leave {' and '.join(sorted(idle))} out")
 
 
 def _chosen(
@@ -284,19 +320,16 @@ def _thresholds(given: str, reference: PaperModel | None) -> list[float]:
     from river_llm.exit_policy import ExitPolicy
     from river_llm.reproduction.paper import DEFAULT_THRESHOLDS
 
-    words = [word.strip() for word in given.split(",") if word.strip()]
-    if given and not words:
+    taus = sorted(numbers("--thresholds", given, float))
+    if given and not taus:
         raise usage_error("give one threshold or more")
-    if not words:
+    if not taus:
         return list(reference.thresholds if reference is not None else DEFAULT_THRESHOLDS)
     try:
-        taus = sorted({float(word) for word in words})
         for tau in taus:
             ExitPolicy.similarity(tau)
     except ConfigError as error:
         raise usage_error(str(error)) from error
-    except ValueError as error:
-        raise usage_error(f"--thresholds is {given!r}; give numbers with commas between") from error
     return taus
 
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-from river_llm.reproduction.paper import MODELS, SOURCE, TASKS, UNKNOWN, Figures, PaperModel
+from river_llm.reproduction.paper import BITS, SOURCE, TASKS, UNKNOWN, Figures, PaperModel
 
-_ARMS = {"backbone": "backbone", "full": "full 4-bit", "river": "River", "awq": "River, AWQ"}
+_FULL = f"full-{BITS}bit"  # as `report.arms` names it, whose imports take seconds
+_ARMS = {"backbone": "backbone", "full": _FULL, "river": "River", "awq": "River, AWQ"}
 
 
-def list_paper(json_output: bool) -> None:
-    """Print models, tasks, thresholds and figures, for people or as JSON."""
+def list_paper(models: Sequence[PaperModel], with_tasks: bool, json_output: bool) -> None:
+    """Print models with thresholds and figures, and tasks, for people or as JSON."""
     if json_output:
-        models = [asdict(model) for model in MODELS]
-        tasks = [asdict(task) for task in TASKS]
-        print(json.dumps({"source": SOURCE, "tasks": tasks, "models": models}, ensure_ascii=False))
+        listed: dict[str, Any] = {"source": SOURCE}
+        if with_tasks:
+            listed["tasks"] = [asdict(task) for task in TASKS]
+        listed["models"] = [asdict(model) for model in models]
+        print(json.dumps(listed, ensure_ascii=False))
         return
     from river_llm.cli.render import stdout
 
-    stdout.print(f"{SOURCE}\n")
-    for task in TASKS:
+    stdout.print(SOURCE)
+    if with_tasks:
+        stdout.print()
+    for task in TASKS if with_tasks else ():
         stdout.print(f"{task.name}: {task.title}, {task.shots}-shot")
-    for model in MODELS:
+    for model in models:
         taus = " and ".join(f"{tau:g}" for tau in model.thresholds)
         stdout.print(
             f"\n{model.name}: {model.hub}, {model.num_layers} layers of width "
@@ -32,8 +39,8 @@ def list_paper(json_output: bool) -> None:
         if model.memory is not None:
             memory = model.memory
             stdout.print(
-                f"  memory at 64K tokens, GB: backbone {memory.backbone}, full 4-bit "
-                f"{memory.full}, River with offloading {memory.offloaded}"
+                f"  memory at 64K tokens, GB: backbone {memory.backbone}, "
+                f"{_FULL} {memory.full}, River with offloading {memory.offloaded}"
             )
     stdout.print("\nAll other figures are unknown.")
 

@@ -13,6 +13,22 @@ def usage_error(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """The options on the command line, as `--help` names them."""
+    return {
+        option.opts[0]
+        for option in context.command.params
+        if option.opts[0].startswith("-")
+        and option.name is not None
+        and _is_on_command_line(context, option.name)
+    }
+
+
+def _is_on_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def is_text(text: str) -> bool:
     """Whether a string can be encoded: bytes that are no UTF-8 come in as lone surrogates."""
     try:

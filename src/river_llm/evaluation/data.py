@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import http.client
 import json
 import os
+import ssl
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -175,20 +180,26 @@ def digest(records: Sequence[Record]) -> str:
     return f"sha256:{found.hexdigest()}"
 
 
+@functools.cache
+def _is_hub_reached() -> bool:
+    """Whether a connection to the Hub comes about; asked once."""
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except (urllib.error.HTTPError, http.client.HTTPException):  # it answered
+        return True
+    except OSError as error:  # a certificate is judged by the Hub's client, which has its own
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return True
+
+
 @contextmanager
-def _without_retries(dataset: str) -> Iterator[None]:
+def _without_retries() -> Iterator[None]:
     """Where the Hub can't be reached, only what is on this machine counts: else `datasets` would
     ask for half a minute, and tell of each time."""
-    try:
-        huggingface_hub.HfApi().dataset_info(dataset, timeout=10)
-        is_offline = False
-    except huggingface_hub.errors.HfHubHTTPError:  # it was reached, and may say more
-        is_offline = False
-    except Exception:
-        is_offline = True
     constants, before = huggingface_hub.constants, huggingface_hub.constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or is_offline
     try:
+        constants.HF_HUB_OFFLINE = before or not _is_hub_reached()
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
@@ -198,7 +209,7 @@ def _from_hub(source: DataSource) -> Iterator[Record]:
     hub = source.hub
     library = import_extra("datasets", f"the data set {hub.dataset} of the Hub")
     try:
-        with _without_retries(hub.dataset):
+        with _without_retries():
             configs = [hub.config]
             if hub.config == "*":
                 configs = sorted(library.get_dataset_config_names(hub.dataset))

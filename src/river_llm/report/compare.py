@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +17,6 @@ from river_llm.engines import TorchEngine
 from river_llm.errors import ConfigError, DataError
 from river_llm.evaluation.harness import compare_results
 from river_llm.evaluation.requests import TaskSettings
-from river_llm.evaluation.run import describe_model
 from river_llm.evaluation.tasks import TASKS
 from river_llm.evaluation.tasks.task import GenerationTask
 from river_llm.report import findings
@@ -31,6 +28,7 @@ from river_llm.report.arms import (
     planned_arms,
     random_like,
 )
+from river_llm.report.identity import model_identity, tokens_digest
 from river_llm.report.models import Models, Progress
 from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.reading import read_exits, read_layers, windows_of
@@ -174,7 +172,9 @@ def compare(
     arms = _all_arms(tasks, plan.seed)
     twins = _on_torch(arms, lm.engine.name) if plan.strategies else {}
     timed = {**arms, **{twin.name: twin for twin in twins.values()}} if plan.with_speed else arms
-    described = {arm.variant: _described(models, arm, settings.model) for arm in timed.values()}
+    described = {
+        arm.variant: model_identity(models.of(arm), settings.model) for arm in timed.values()
+    }
     speed = None
     if plan.with_speed:
         speed = measured_once(
@@ -183,7 +183,7 @@ def compare(
                 "models": [described[variant] for variant in described],
                 "settings": [models.of(arm).engine.setting for arm in timed.values()],
                 "arms": {name: arm.policy.to_dict() for name, arm in timed.items()},
-                "text": _digest(token_ids),
+                "text": tokens_digest(token_ids),
                 "tokens": plan.speed_tokens,
                 "rounds": plan.rounds,
                 "threads": threads,
@@ -220,7 +220,7 @@ def compare(
         {
             "model": described[BACKBONE.variant],
             "policies": {name: policy.to_dict() for name, policy in policies.items()},
-            "text": _digest([token for window in windows for token in window]),
+            "text": tokens_digest([token for window in windows for token in window]),
             "windows": len(windows),
         },
         read,
@@ -291,12 +291,3 @@ def _on_torch(arms: Mapping[str, Arm], engine: str) -> dict[str, Arm]:
         if arm.kind not in ("random", "strategy") and arm.variant.bits is None
     }
     return held if engine == "torch" else {name: on_torch(arm) for name, arm in held.items()}
-
-
-def _described(models: Models, arm: Arm, name: str) -> dict[str, Any]:
-    described = describe_model(models.of(arm), name)
-    return {key: value for key, value in described.items() if key != "policy"}
-
-
-def _digest(token_ids: Sequence[int]) -> str:
-    return f"sha256:{hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()}"

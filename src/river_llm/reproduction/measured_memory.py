@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from river_llm.benchmark.environment import processor_name
 from river_llm.benchmark.memory import keep_weights, measure_memory, memory_arms
 from river_llm.engines import CpuEngine
-from river_llm.report.arms import BACKBONE
+from river_llm.report.arms import BACKBONE, full
 from river_llm.report.models import Models, Progress
 from river_llm.report.saved import Values, measured_once
 from river_llm.reproduction.paper import BITS
@@ -37,7 +37,8 @@ def measure_arms(
     threads: int,
     progress: Progress | None,
 ) -> Values:
-    """Measure backbone, full quantisation, River and River offloaded, once.
+    """Measure backbone, full quantisation, River and River offloaded, once, all at a fixed depth:
+    an evicted layer is never missed.
 
     Args:
         models: on the native engine; they are let go of.
@@ -46,7 +47,8 @@ def measure_arms(
         context: tokens in the cache.
 
     Returns:
-        for each arm the fields of `MemoryResult` and ``held_bytes``.
+        for each arm, under the name of the other tables where it is in them, the fields of
+        `MemoryResult` and ``held_bytes``.
 
     Raises:
         RiverError: a process failed.
@@ -59,7 +61,8 @@ def measure_arms(
     def measure() -> Values:
         engine = models.of(BACKBONE).engine
         assert isinstance(engine, CpuEngine)
-        arms = memory_arms(engine.num_layers, exit_layer, BITS)
+        backbone, quantised, *river = memory_arms(engine.num_layers, exit_layer, BITS)
+        arms = [backbone, replace(quantised, name=full(BITS).name), *river]
         with tempfile.TemporaryDirectory() as directory:
             keep_weights(engine, Path(directory))
             del engine
@@ -80,6 +83,7 @@ def measure_arms(
         folder / "measurements" / "memory.json",
         {
             "model": described,
+            "full_arm": full(BITS).name,
             "exit_layer": exit_layer,
             "context": context,
             "rounds": plan.rounds,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PreTrainedModel
 
 from river_llm.backbone import decoder_layers, linear_weight
 from river_llm.config import RiverConfig
@@ -37,14 +36,13 @@ class ModelSizes:
     context_length: int | None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, river: RiverConfig) -> ModelSizes:
-        """Of the language model of that configuration, without its weights.
+    def of(cls, model: PreTrainedModel, river: RiverConfig) -> ModelSizes:
+        """Of a language model, whose tensors may be empty, see `empty_model`.
 
         Raises:
             UnsupportedModelError: see `decoder_layers`.
         """
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        config = model.config
         layers = decoder_layers(model)
         counts = [linear_weight(linear).numel() for linear in layers[0].linears.values()]
         heads = config.num_attention_heads

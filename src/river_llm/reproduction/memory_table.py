@@ -6,6 +6,7 @@ from typing import Any
 
 from river_llm.report.arms import BACKBONE, full
 from river_llm.report.document import Block, Paragraph, Table
+from river_llm.report.saved import Values
 from river_llm.reproduction.paper import BITS, MEMORY_CONTEXT, UNKNOWN
 from river_llm.reproduction.run import Reproduction, offloaded
 
@@ -31,30 +32,45 @@ def memory_blocks(reproduction: Reproduction) -> list[Block]:
             row.append(_paper(reproduction, name))
         rows.append(row)
     blocks: list[Block] = [Paragraph(words), Table(headings, rows)]
+    if reference is not None and reference.memory is not None and reference.memory.reading:
+        blocks.append(Paragraph(f"The paper's figures: {reference.memory.reading}"))
     if memory.measured is not None:
-        blocks += [
-            Paragraph(
-                f"Measured at {memory.measured_context:,} tokens, each arm in a process of its "
-                f"own, the largest of {reproduction.plan.rounds} rounds in GiB: resident memory "
-                "while decoding; the same without Python and its libraries; what the engine should "
-                "hold."
-            ),
-            Table(
-                ["arm", "process", "model", "expected", "tokens/s"],
-                [
-                    [
-                        name,
-                        *(
-                            f"{found[key] / _GIB:.2f}"
-                            for key in ("steady_bytes", "held_bytes", "expected_bytes")
-                        ),
-                        f"{found['tokens_per_second']:.1f}",
-                    ]
-                    for name, found in memory.measured.items()
-                ],
-            ),
-        ]
+        blocks += _measured(reproduction, memory.measured)
     return blocks
+
+
+def _measured(reproduction: Reproduction, measured: Values) -> list[Block]:
+    memory, plan = reproduction.memory, reproduction.plan
+    first = plan.river_arms[0].name
+    depth = memory.offload_depths[first]
+    return [
+        Paragraph(
+            f"Measured at {memory.measured_context:,} tokens, each arm in a process of its own, "
+            f"the largest of {plan.rounds} rounds in GiB: resident memory while decoding; the same "
+            "without Python and its libraries; what the engine should hold; the most that the "
+            "process ever held, loading included."
+        ),
+        Table(
+            ["arm", "process", "model", "expected", "peak", "tokens/s"],
+            [
+                [
+                    name,
+                    *(
+                        f"{found[key] / _GIB:.2f}"
+                        for key in ("steady_bytes", "held_bytes", "expected_bytes", "peak_bytes")
+                    ),
+                    f"{found['tokens_per_second']:.1f}",
+                ]
+                for name, found in measured.items()
+            ],
+        ),
+        Paragraph(
+            f"Here every token leaves after {depth} backbone layers, the mean depth of {first} "
+            f"rounded up, so that no evicted layer is ever missed. Tokens of {first} itself go "
+            "deeper at times; offloaded, they would wait for layers to be read back, which is not "
+            "in these tokens/s."
+        ),
+    ]
 
 
 def memory_values(reproduction: Reproduction) -> dict[str, Any]:

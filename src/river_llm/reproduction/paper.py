@@ -1,8 +1,9 @@
 """What the paper reports, as data: models, tasks, shots, thresholds and figures.
 
 Source: Shen and Zou, "River-LLM: Large Language Model Seamless Exit Based on KV Share", arXiv
-2604.18396, ACL 2026, one NVIDIA A40, batch 1. The figures are those that readers' notes give; what
-none of them gives is None here, and is shown as not known.
+2604.18396, ACL 2026, one NVIDIA A40, batch 1. The figures are from second-hand summaries of the
+paper and were not checked against its tables; what no summary gives is None here, and is shown as
+unknown.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from river_llm.errors import ConfigError
 
 SOURCE = (
     'Shen and Zou, "River-LLM: Large Language Model Seamless Exit Based on KV Share", '
-    "arXiv 2604.18396, ACL 2026; figures as readers' notes give them"
+    "arXiv 2604.18396, ACL 2026; figures from second-hand summaries of the paper, not checked "
+    "against its tables"
 )
 MACHINE = "NVIDIA A40"
+MACHINE_BANDWIDTH = 696  # GB/s of memory, by its data sheet; 10**9 bytes
 BITS = 4  # of the exit river
 MEMORY_CONTEXT = 65_536  # tokens
-UNKNOWN = "unknown"  # a figure that no note gives, in tables
+UNKNOWN = "unknown"  # a figure that no summary gives, in tables
 NEAR_LOSSLESS = 0.7  # the threshold that the paper calls so
 
 
@@ -52,11 +55,17 @@ class TaskFigures:
 @dataclass(frozen=True, slots=True)
 class MemoryFigures:
     """At `MEMORY_CONTEXT` tokens, in the paper's GB, which are 2**30 bytes: the weights of
-    Llama-3.1-8B in 16 bits and its keys and values come to just 22.96 of those."""
+    Llama-3.1-8B in 16 bits and its keys and values come to just 22.96 of those.
+
+    Attributes:
+        backbone, full, offloaded: the arms.
+        reading: what the figures seem to count, by `ModelSizes`.
+    """
 
     backbone: float
     full: float
     offloaded: float
+    reading: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,8 @@ class PaperModel:
         table_thresholds: lowest and highest that the figures may be of.
         figures: by task.
         memory: None where not known.
+        read_gb: 10**9 bytes of 16-bit weights that a token of the backbone reads: all but an input
+            embedding of its own.
     """
 
     name: str
@@ -98,6 +109,18 @@ class PaperModel:
     table_thresholds: tuple[float, float]
     figures: Mapping[str, TaskFigures] = field(default_factory=dict)
     memory: MemoryFigures | None = None
+    read_gb: float | None = None
+
+    @property
+    def bandwidth_share(self) -> float | None:
+        """Of the paper's card's bandwidth, what its backbone reaches on GSM8K; None: not known."""
+        found = self.figures.get("gsm8k", TaskFigures())
+        speed, river = found.backbone.tokens_per_second, found.river
+        if speed is None and river.tokens_per_second and river.speed_up:
+            speed = river.tokens_per_second / river.speed_up
+        if speed is None or self.read_gb is None:
+            return None
+        return speed * self.read_gb / MACHINE_BANDWIDTH
 
     def may_be_of(self, threshold: float) -> bool:
         """Whether the figures may be of this threshold."""
@@ -132,6 +155,7 @@ MODELS = (
             "math500": TaskFigures(Figures(17.8), Figures(12.2), Figures(14.6, 189.2, 1.88)),
             "humaneval": TaskFigures(river=Figures(23.2, 171.8, 1.71)),
         },
+        read_gb=2.47,
     ),
     PaperModel(
         "llama-3.1-8b-instruct",
@@ -150,7 +174,15 @@ MODELS = (
             "math500": TaskFigures(river=Figures(26.6, 43.1, 1.72)),
             "humaneval": TaskFigures(Figures(57.3), Figures(50.2), Figures(55.5, 44.7, 1.77)),
         },
-        MemoryFigures(22.96, 12.47, 14.73),
+        MemoryFigures(
+            22.96,
+            12.47,
+            14.73,
+            "12.47 comes out without scales and zeros, and with the LM head in 4 bits too; with "
+            "the head in 16 bits that is 13.21, and 14.73 is 13.21 and 3.75 backbone layers of "
+            "0.41. So the two seem to have different heads.",
+        ),
+        read_gb=15.01,
     ),
     PaperModel(
         "phi-4-mini",

@@ -13,6 +13,7 @@ from river_llm.benchmark.environment import describe_environment
 from river_llm.engines import CpuEngine
 from river_llm.errors import ConfigError
 from river_llm.report.arms import BACKBONE, Arm, decided_depths, full, mean_depth
+from river_llm.report.identity import model_identity
 from river_llm.report.models import Models, Progress
 from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.saved import Values
@@ -20,7 +21,7 @@ from river_llm.reproduction.measured_memory import measure_arms, measured_contex
 from river_llm.reproduction.memory import ModelSizes
 from river_llm.reproduction.paper import BITS, MEMORY_CONTEXT
 from river_llm.reproduction.plan import Plan, is_generated, settings_for
-from river_llm.reproduction.task_speed import described, machine_of, measure_task_speed
+from river_llm.reproduction.task_speed import machine_of, measure_task_speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def reproduce(
                 )
             except ConfigError as error:
                 not_measured[f"the speed of {task.name}"] = str(error)
-    about = described(lm, plan.settings.model)
+    about = model_identity(lm, plan.settings.model)
     machine, setting = machine_of(lm.engine), lm.engine.setting
     depths = {arm.name: task_mean_depth(arm, results) for arm in plan.arms}
     memory = _arithmetic(plan, sizes, depths)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,15 +13,14 @@ from river_llm.engines import Engine
 from river_llm.errors import ConfigError
 from river_llm.evaluation.generation_run import GenerationRun
 from river_llm.evaluation.requests import make_run
-from river_llm.evaluation.run import describe_model
 from river_llm.report.arms import BACKBONE
+from river_llm.report.identity import model_identity, tokens_digest
 from river_llm.report.models import Models, Progress
 from river_llm.report.quality import TaskResults
 from river_llm.report.saved import Values, measured_once
 from river_llm.report.speed import measure_speed
 from river_llm.reproduction.paper import PaperTask
 from river_llm.reproduction.plan import Plan, settings_for
-from river_llm.river_lm import RiverLM
 
 _FEWEST_TOKENS = 2  # that a speed is measured with
 
@@ -71,11 +67,11 @@ def measure_task_speed(
     return measured_once(
         folder / "measurements" / f"speed.{task.name}.json",
         {
-            "model": described(lm, plan.settings.model),
+            "model": model_identity(lm, plan.settings.model),
             "setting": lm.engine.setting,
             "machine": machine_of(lm.engine),
             "arms": {arm.name: arm.policy.to_dict() for arm in plan.arms},
-            "text": f"sha256:{hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()}",
+            "text": tokens_digest(token_ids),
             **settings,
         },
         lambda: measure_speed(
@@ -99,9 +95,3 @@ def machine_of(engine: Engine) -> str:
     if isinstance(device, torch.device) and device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name()
-
-
-def described(lm: RiverLM, name: str) -> dict[str, Any]:
-    """What runs, whatever the policy, see `describe_model`."""
-    found = describe_model(lm, name)
-    return {key: value for key, value in found.items() if key != "policy"}
