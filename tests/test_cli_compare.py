@@ -160,6 +160,17 @@ class TestReport:
         assert markdown.index("## Findings") < markdown.index("## How it was measured")
         assert len(found["findings"]) == 11
         assert "Best at each speed, by accuracy" in found["findings"][0]
+        first, second = (found["tasks"][name]["arms"] for name in ("arc_easy", "gsm8k"))
+        errors = [  # of the mean over two tasks
+            sum(one[arm]["summary"]["standard_error"] ** 2 for one in (first, second)) ** 0.5 / 2
+            for arm in set(first) & set(second)
+        ]
+        told = f"the standard error is up to {100 * max(errors):.1f} points."
+        assert found["findings"][0].endswith(told)
+        errors = [
+            one["summary"]["mean_kld_error"] for one in found["tasks"]["kld"]["arms"].values()
+        ]
+        assert found["findings"][1].endswith(f"is up to {max(errors):.4f} nats.")
         assert f"    {found['command']}" in markdown
         assert found["model"]["weights"] in page
         assert found["processor"] in page
@@ -190,9 +201,14 @@ def test_a_second_run_only_writes_the_report(
     for name in ("prefill", "decode", "score"):
         monkeypatch.setattr(f"river_llm.engines.TorchEngine.{name}", refuse)
     monkeypatch.setattr("river_llm.report.compare.read_layers", refuse)
-    second = run(*arguments(model, inputs, output)).json
-    for name in ("tasks", "speed", "layers", "contests", "findings"):
+    second = run(*arguments(model, inputs, output), "--batch-size", 2).json
+    for name in ("tasks", "speed", "layers", "measured_by", "contests", "findings"):
         assert second[name] == first[name]
+    assert second["command"].endswith("--batch-size 2")
+    for name in ("speed", "layers"):
+        assert second["measured_by"][name]["command"] == first["command"]
+        line = f"| {name} measured | {first['measured_by'][name]['date']} by river-llm compare "
+        assert line in (output / "report.md").read_text(encoding="utf-8")
     assert (output / "report.html").is_file()
 
 
@@ -314,15 +330,17 @@ class TestStrategies:
         assert all(name == timed for name, timed in found["arms_on_torch"].items())
         assert set(found["speed"]["arms"]) == set(found["arms"])
 
-    def test_without_speed_the_spared_layers_are_shown(
-        self, model: str, inputs: Path, tmp_path: Path
-    ) -> None:
+    def test_without_speed_have_no_figure(self, model: str, inputs: Path, tmp_path: Path) -> None:
         found = run(
             "compare", model, "--tasks", "blimp", "--limit", 2, "--data-dir", inputs,
             "--no-speed", "--no-random", "--thresholds", 0.7, "--strategies", "mask",
             "--window", 16, "--windows", 1, "--threads", 1, "-o", tmp_path / "out", "--json",
         ).json  # fmt: skip
-        assert set(found["figures"]) == FIGURES - {"token_times"} | {"strategies"}
+        assert set(found["figures"]) == FIGURES - {"token_times"}
+        assert found["arms"]["mask-0.7"]["kind"] == "strategy"
+        markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+        assert "## The other strategies" not in markdown
+        assert "No speed was measured: the backbone layers that are spared" in markdown
 
 
 USAGE: dict[str, tuple[list[object], str]] = {
@@ -342,6 +360,9 @@ USAGE: dict[str, tuple[list[object], str]] = {
         ["--strategies", "mask", "--kv-bits", 8],
         "--strategies keep their KV cache in the model's dtype",
     ),
+    "a seed for nothing": (["--no-random", "--seed", 0], "--no-random leaves random routing out"),
+    "tokens of no speed": (["--no-speed", "--speed-tokens", 256], "--no-speed measures none; le"),
+    "rounds of no speed": (["--no-speed", "--rounds", 5], "leave --speed-tokens and --rounds out"),
     "a text that is not there": (["--text", "no-such-file"], "there is no file no-such-file"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ from river_llm.report.findings import (
     frontier_sentence,
     holm,
     mean_accuracy,
+    mean_accuracy_errors,
     rule_sentence,
     same_speed_sentence,
     sign_flip_test,
 )
 from river_llm.report.models import Models
 from river_llm.report.quality import TaskResults, run_task
-from river_llm.report.saved import measured_once
+from river_llm.report.saved import measured_once, measurement
 from river_llm.report.speed import FollowingArm, _by_position
 
 POINTS = [
@@ -113,8 +115,17 @@ class TestFrontier:
         assert frontier_sentence(POINTS, "accuracy") == (
             "Best at each speed, by accuracy, the fastest first: full-4bit (40.0 %, 600 tokens/s), "
             "similarity-0.9 (45.0 %, 500 tokens/s), backbone (50.0 %, 200 tokens/s); of the "
-            "other arms (3) each is matched or beaten in both."
+            "other arms (3) each is matched or beaten in both. By point values."
         )
+
+    @pytest.mark.parametrize(
+        ("measure", "told"),
+        [("accuracy", "up to 3.2 points."), ("kld", "up to 0.0320 nats.")],
+    )
+    def test_tells_the_largest_standard_error_of_all_arms(self, measure: Any, told: str) -> None:
+        points = [Point("backbone", "backbone", 200, 0.5, 0.01), Point("x", "fixed", 9, 0.1, 0.032)]
+        sentence = frontier_sentence(points, measure)
+        assert sentence.endswith(f". By point values; the standard error is {told}")
 
 
 class TestTests:
@@ -239,6 +250,17 @@ class TestContests:
         assert (depth.verdict, eight.verdict) == ("better", "worse")
 
 
+def test_the_error_of_a_mean_over_tasks() -> None:
+    def task(name: str, error: float | None) -> TaskResults:
+        summary = {"accuracy": 0.5, "standard_error": error}
+        return TaskResults(name, {}, {"backbone": Result(Path(name), {}, summary=summary)})
+
+    three, four, unknown = task("one", 0.03), task("two", 0.04), task("three", None)
+    assert mean_accuracy_errors([three, four]) == {"backbone": pytest.approx(0.025)}
+    assert mean_accuracy_errors([three, unknown]) == {"backbone": None}
+    assert mean_accuracy_errors([]) == {}
+
+
 class TestTask:
     def run(self, folder: Path, limit: int, **options: Any) -> TaskResults:
         data = write_items(folder / "data", {"arc_easy_test.jsonl": ITEMS["arc_easy_test.jsonl"]})
@@ -360,6 +382,38 @@ class TestSaved:
         path.write_text(path.read_text()[:-9])
         assert measured_once(path, {"rounds": 6, "arms": ("a",)}, measure) == {"value": 3}
         assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
+
+    def test_tells_when_and_by_which_command_it_was_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "speed.json"
+        monkeypatch.setattr("sys.argv", ["river-llm", "compare", "first"])
+        first = measurement(path, {}, lambda: {"value": 1})
+        assert first.part["command"] == "river-llm compare first"
+        assert first.part.keys() == {"command", "date", "processor", "cores", "versions"}
+        monkeypatch.setattr("sys.argv", ["river-llm", "compare", "second"])
+        assert measurement(path, {}, lambda: {"value": 2}) == first
+        again = measurement(path, {}, lambda: {"value": 2}, restart=True)
+        assert (again.values, again.part["command"]) == ({"value": 2}, "river-llm compare second")
+
+    @pytest.mark.parametrize("package", ["river-llm", "torch", "transformers"])
+    def test_another_version_is_measured_anew(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+    ) -> None:
+        path = tmp_path / "speed.json"
+        versions = {"river-llm": "1", "torch": "2", "transformers": "5"}
+        monkeypatch.setattr("river_llm.report.saved.installed_versions", lambda _: versions)
+        assert measured_once(path, {}, lambda: {"value": 1}) == {"value": 1}
+        versions = {**versions, package: "9"}
+        assert measured_once(path, {}, lambda: {"value": 2}) == {"value": 2}
+
+    def test_a_file_that_does_not_say_when_is_measured_anew(self, tmp_path: Path) -> None:
+        path = tmp_path / "speed.json"
+        measured_once(path, {}, lambda: {"value": 1})
+        old = json.loads(path.read_text())
+        del old["part"]
+        path.write_text(json.dumps(old))
+        assert measured_once(path, {}, lambda: {"value": 2}) == {"value": 2}
 
     def test_that_it_can_not_be_written_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "folder").write_text("a file")

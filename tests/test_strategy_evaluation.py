@@ -95,6 +95,14 @@ class TestCommand:
             one["log_likelihoods"] for one in second.values()
         ]
 
+    def test_no_exit_is_the_backbone_and_has_nothing_to_compare_with(
+        self, model: str, data: Path
+    ) -> None:
+        (found,) = self.evaluate(
+            model, data, "arc_easy", "--strategy", "none", "--limit", 2, "--compare-backbone"
+        )
+        assert found["comparison"] is None
+
     def test_divergence_is_measured(self, model: str, data: Path, tmp_path: Path) -> None:
         text = tmp_path / "text.txt"
         text.write_text("The river runs to the sea. " * 40)

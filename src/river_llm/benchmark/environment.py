@@ -38,7 +38,7 @@ def describe_run(packages: Iterable[str]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor_name(),
         "cores": usable_cores(),
-        "versions": {"python": platform.python_version(), **_installed(packages)},
+        "versions": {"python": platform.python_version(), **installed_versions(packages)},
     }
 
 
@@ -59,6 +59,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _installed(packages: Iterable[str]) -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those of `packages` that are installed."""
     found = {package: list(distributions(name=package)) for package in packages}
     return {package: versions[0].version for package, versions in found.items() if versions}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from river_llm.river_lm import RiverLM
 
 _ARMS, _TASKS, _SPEED = "Arms", "Tasks", "Speed"
+_SEED, _SPEED_TOKENS, _ROUNDS = 0, 256, 5
 
 
 def compare(
@@ -106,18 +107,33 @@ def compare(
         ),
     ] = False,
     seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**63 - 1, help="Of random routing.", rich_help_panel=_ARMS),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help=f"Of random routing. \\[default: {_SEED}]",
+            rich_help_panel=_ARMS,
+        ),
+    ] = None,
     no_speed: Annotated[
         bool, typer.Option("--no-speed", help="Don't measure it.", rich_help_panel=_SPEED)
     ] = False,
     speed_tokens: Annotated[
-        int, typer.Option(min=2, help="Decoded in each pass.", rich_help_panel=_SPEED)
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=2,
+            help=f"Decoded in each pass. \\[default: {_SPEED_TOKENS}]",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="That count, after one to warm up.", rich_help_panel=_SPEED)
-    ] = 5,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"That count, after one to warm up. \\[default: {_ROUNDS}]",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the report and its results.")
     ] = Path("comparison"),
@@ -148,6 +164,10 @@ def compare(
         raise usage_error(
             "--strategies keep their KV cache in the model's dtype; leave --kv-bits out"
         )
+    if no_random and seed is not None:
+        raise usage_error("--no-random leaves random routing out; leave --seed out too")
+    if no_speed and not (speed_tokens is None and rounds is None):
+        raise usage_error("--no-speed measures none; leave --speed-tokens and --rounds out")
     made = river_config(river, bits, group_size, quantizer)
     from river_llm.config import RiverConfig
     from river_llm.exit_policy import ExitPolicy
@@ -203,9 +223,9 @@ def compare(
         strategies=cast("list[Strategy]", others),
         with_random=not no_random,
         with_speed=not no_speed,
-        speed_tokens=speed_tokens,
-        rounds=rounds,
-        seed=seed,
+        speed_tokens=_SPEED_TOKENS if speed_tokens is None else speed_tokens,
+        rounds=_ROUNDS if rounds is None else rounds,
+        seed=_SEED if seed is None else seed,
         batch_size=batch_size,
         restart=restart,
     )

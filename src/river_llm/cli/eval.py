@@ -127,7 +127,8 @@ def evaluate(
         bool,
         typer.Option(
             "--compare-backbone",
-            help="Run the backbone alone on the same items first, and compare with it.",
+            help="Run the backbone alone on the same items first, and compare with it; nothing "
+            "more with --policy never or --strategy none, which are the backbone.",
             rich_help_panel=_RESULTS,
         ),
     ] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from river_llm.cli.imports import import_libraries
 from river_llm.cli.options import DtypeName, EngineName, StrategyName, WeightBits
-from river_llm.config import WITH_RIVER, DraftConfig, RiverConfig
+from river_llm.config import WITH_RIVER, WITHOUT_POLICY, DraftConfig, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.residency import OffloadConfig
 
@@ -70,7 +70,7 @@ def load(options: LoadOptions) -> RiverLM:
         lm = RiverLM.from_pretrained(
             options.model,
             options.river if options.strategy.value in WITH_RIVER else None,
-            None if options.strategy.value in ("none", "quantised") else options.policy,
+            None if options.strategy.value in WITHOUT_POLICY else options.policy,
             torch_dtype(options.dtype),
             device=check_device(options.device),
             engine=options.engine.value,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from river_llm.cli.options import (
     DraftHeadBits,
@@ -15,7 +15,15 @@ from river_llm.cli.options import (
     StrategyName,
 )
 from river_llm.cli.usage import usage_error
-from river_llm.config import WITH_RIVER, DraftConfig, Mode, RiverConfig, SamplingConfig
+from river_llm.config import (
+    WITH_RIVER,
+    DraftConfig,
+    Mode,
+    RiverConfig,
+    SamplingConfig,
+    Strategy,
+    strategy_conflict,
+)
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,19 +119,23 @@ def check_strategy(
         typer.Exit: one doesn't.
     """
     name = strategy.value
-    if strategy is StrategyName.river:
-        return
-    if mode is ModeName.lossless:
+    conflict = strategy_conflict(
+        cast("Strategy", name),
+        mode.value,
+        policy_given=any(value is not None for value in of_policy),
+        river_given=river != RiverConfig(),
+    )
+    if conflict == "mode":
         raise usage_error(f"--mode lossless drafts with the river; it has no --strategy {name}")
-    if name in ("none", "quantised") and any(value is not None for value in of_policy):
+    if conflict == "policy":
         raise usage_error(f"--strategy {name} has no exit policy; leave its options out")
-    if name in WITH_RIVER:
-        return
-    if river != RiverConfig():
+    if conflict == "river":
         raise usage_error(
             f"--strategy {name} has no river; leave --river, --bits, --group-size and --quantizer "
             "out"
         )
+    if name in WITH_RIVER:
+        return
     if offload is not None and offload != "off":
         raise usage_error(
             f"--strategy {name} has no river to leave for, so all layers stay in memory; leave "

@@ -8,7 +8,15 @@ from typing import Any, get_args
 
 import torch
 
-from river_llm.config import WITH_RIVER, Mode, RiverConfig, SamplingConfig, Strategy
+from river_llm.config import (
+    WITH_RIVER,
+    WITHOUT_POLICY,
+    Mode,
+    RiverConfig,
+    SamplingConfig,
+    Strategy,
+    strategy_conflict,
+)
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.model_source import DEFAULT_MODEL
@@ -20,7 +28,6 @@ DEFAULT_NEW_TOKENS = 256  # as of lm-eval's own models
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 _OF_RIVER = ("bits", "group_size", "quantizer")
 _OF_POLICY = ("policy", "threshold", "exit_layer", "first_layer", "prefill")
-_WITHOUT_CHOICE = ("none", "quantised")  # of an exit policy
 _ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLED = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
@@ -124,7 +131,7 @@ class ModelArguments:
         Raises:
             RiverError: see `RiverLM.from_pretrained`.
         """
-        policy = None if self.strategy in _WITHOUT_CHOICE else self.exit_policy()
+        policy = None if self.strategy in WITHOUT_POLICY else self.exit_policy()
         built = {name: value for name in _OF_RIVER if (value := getattr(self, name)) is not None}
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -179,25 +186,19 @@ class ModelArguments:
 
     def _check_strategy(self) -> None:
         """See that the arguments go with the strategy."""
-        if self.strategy == "river":
-            return
-        if self.mode == "lossless":
+        of_policy, of_river = self._given(_OF_POLICY), self._given(("river", *_OF_RIVER))
+        conflict = strategy_conflict(
+            self.strategy, self.mode, policy_given=bool(of_policy), river_given=bool(of_river)
+        )
+        named = f"strategy={self.strategy}"
+        if conflict == "mode":
+            raise ConfigError(f"model_args: mode=lossless drafts with the river; leave out {named}")
+        if conflict == "policy":
             raise ConfigError(
-                f"model_args: mode=lossless drafts with the river; leave out {self._named_strategy}"
+                f"model_args: {named} has no exit policy; leave out {', '.join(of_policy)}"
             )
-        if self.strategy in _WITHOUT_CHOICE and (given := self._given(_OF_POLICY)):
-            raise ConfigError(
-                f"model_args: {self._named_strategy} has no exit policy; leave out "
-                f"{', '.join(given)}"
-            )
-        if self.strategy not in WITH_RIVER and (given := self._given(("river", *_OF_RIVER))):
-            raise ConfigError(
-                f"model_args: {self._named_strategy} has no river; leave out {', '.join(given)}"
-            )
-
-    @property
-    def _named_strategy(self) -> str:
-        return f"strategy={self.strategy}"
+        if conflict == "river":
+            raise ConfigError(f"model_args: {named} has no river; leave out {', '.join(of_river)}")
 
 
 def sampling_config(settings: Mapping[str, Any]) -> SamplingConfig:

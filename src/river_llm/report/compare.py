@@ -32,7 +32,7 @@ from river_llm.report.identity import model_identity, tokens_digest
 from river_llm.report.models import Models, Progress
 from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.reading import read_exits, read_layers, windows_of
-from river_llm.report.saved import measured_once
+from river_llm.report.saved import measurement
 from river_llm.report.speed import measure_speed
 
 _KIND_ORDER = ("backbone", "full", "fixed", "similarity", "random", "strategy")
@@ -93,8 +93,10 @@ class Comparison:
         reading: see `read_layers`, with `exits` as of `read_exits`.
         contests: see `findings`.
         model: see `describe_model`, of the river that the user named.
-        environment: command, machine, versions.
+        environment: command, machine, versions of the run that gathers it.
         text: what speed and layers were measured on.
+        parts: of ``speed``, if it was measured, and ``layers``: when and where, maybe in a run
+            before; see `Measurement`.
     """
 
     plan: Plan
@@ -107,6 +109,7 @@ class Comparison:
     model: dict[str, Any]
     environment: dict[str, Any]
     text: str
+    parts: dict[str, dict[str, Any]]
 
     @property
     def full_arms(self) -> list[str]:
@@ -177,7 +180,7 @@ def compare(
     }
     speed = None
     if plan.with_speed:
-        speed = measured_once(
+        speed = measurement(
             folder / "measurements" / "speed.json",
             {
                 "models": [described[variant] for variant in described],
@@ -215,7 +218,7 @@ def compare(
         attached = engine.attached if isinstance(engine, TorchEngine) else load_attached()
         return {**read_layers(attached, windows), "exits": exits}
 
-    reading = measured_once(
+    reading = measurement(
         folder / "measurements" / "layers.json",
         {
             "model": described[BACKBONE.variant],
@@ -232,12 +235,13 @@ def compare(
         arms,
         {name: twin.name for name, twin in twins.items()},
         tasks,
-        speed,
-        reading,
+        speed.values if speed else None,
+        reading.values,
         findings.contests(tasks, full_arms),
         described[BACKBONE.variant],
         describe_environment(),
         text,
+        {"layers": reading.part} | ({"speed": speed.part} if speed else {}),
     )
 
 

@@ -8,6 +8,7 @@ at several thresholds, so its p-values are corrected by Holm's method.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,12 +38,14 @@ class Point:
         kind: of the arm, or its strategy where that is another than the river's.
         speed: tokens per second.
         quality: more is better.
+        error: the standard error of the quality; None where it isn't known.
     """
 
     arm: str
     kind: ArmKind | Strategy
     speed: float
     quality: float
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,12 @@ def quality(summary: Mapping[str, Any]) -> float | None:
     return -float(summary["mean_kld"]) if "mean_kld" in summary else None
 
 
+def quality_error(summary: Mapping[str, Any]) -> float | None:
+    """The standard error of `quality`; None where it isn't known, as of a single item."""
+    error = summary.get("standard_error" if "accuracy" in summary else "mean_kld_error")
+    return None if error is None else float(error)
+
+
 def mean_accuracy(tasks: Sequence[TaskResults]) -> dict[str, float]:
     """Of each arm that answered all tasks that have answers: the mean over these."""
     answered = _with_accuracy(tasks)
@@ -137,6 +146,17 @@ def mean_accuracy(tasks: Sequence[TaskResults]) -> dict[str, float]:
     return {
         arm: sum(one.summary(arm)["accuracy"] for one in answered) / len(answered) for arm in common
     }
+
+
+def mean_accuracy_errors(tasks: Sequence[TaskResults]) -> dict[str, float | None]:
+    """The standard errors of `mean_accuracy`: tasks have no items in common."""
+    answered = _with_accuracy(tasks)
+    found: dict[str, float | None] = {}
+    for arm in mean_accuracy(tasks):
+        errors = [quality_error(one.summary(arm)) for one in answered]
+        known = [error for error in errors if error is not None]
+        found[arm] = math.hypot(*known) / len(known) if len(known) == len(errors) else None
+    return found
 
 
 def contests(tasks: Sequence[TaskResults], full_arms: Sequence[str]) -> list[Contest]:
@@ -224,15 +244,19 @@ def _with_divergence(tasks: Sequence[TaskResults]) -> list[TaskResults]:
 
 
 def frontier_sentence(points: Sequence[Point], measure: Measure, where: str = "") -> str:
-    """The best arm at each speed; `where` says on what, after a blank."""
+    """The best arm at each speed; `where` says on what, after a blank. Of many arms the best point
+    values are in part luck, so the standard error stands beside them."""
     best = [
         f"{point.arm} ({format_quality(point.quality, measure)}, {point.speed:.0f} tokens/s)"
         for point in frontier(points)
     ]
     beaten = len(points) - len(best)
     rest = f"; of the other arms ({beaten}) each is matched or beaten in both" if beaten else ""
+    errors = [point.error for point in points if point.error is not None]
+    error = f"; the standard error is up to {_format_error(max(errors), measure)}" if errors else ""
     return (
-        f"Best at each speed{where}, {_NAMES[measure]}, the fastest first: {', '.join(best)}{rest}."
+        f"Best at each speed{where}, {_NAMES[measure]}, the fastest first: {', '.join(best)}{rest}"
+        f". By point values{error}."
     )
 
 
@@ -287,6 +311,10 @@ def correlation_sentence(reading: Mapping[str, Any]) -> str:
 def format_quality(value: float, measure: Measure) -> str:
     """An accuracy in per cent, or a divergence."""
     return f"{100 * value:.1f} %" if measure == "accuracy" else f"KLD {-value:.4f}"
+
+
+def _format_error(error: float, measure: Measure) -> str:
+    return f"{100 * error:.1f} points" if measure == "accuracy" else f"{error:.4f} nats"
 
 
 def format_difference(contest: Contest) -> str:

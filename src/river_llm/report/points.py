@@ -6,9 +6,18 @@ plane of their own, beside backbone and river as that engine runs them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from river_llm.report import figures
 from river_llm.report.compare import Comparison
-from river_llm.report.findings import Measure, Point, mean_accuracy, quality
+from river_llm.report.findings import (
+    Measure,
+    Point,
+    mean_accuracy,
+    mean_accuracy_errors,
+    quality,
+    quality_error,
+)
 from river_llm.report.quality import TaskResults
 
 ON_TORCH = " on the torch engine"
@@ -38,9 +47,19 @@ def quality_points(
     found: list[tuple[Measure, list[Point]]] = []
     accuracies = mean_accuracy(comparison.tasks)
     if accuracies:
-        found.append(("accuracy", _points(comparison, speeds, accuracies, with_strategies)))
+        errors = mean_accuracy_errors(comparison.tasks)
+        found.append(("accuracy", _points(comparison, speeds, accuracies, with_strategies, errors)))
     found += [
-        ("kld", _points(comparison, speeds, _task_quality(task), with_strategies))
+        (
+            "kld",
+            _points(
+                comparison,
+                speeds,
+                _task_quality(task),
+                with_strategies,
+                {arm: quality_error(task.summary(arm)) for arm in task.arms},
+            ),
+        )
         for task in comparison.tasks
         if task.task == "kld"
     ]
@@ -50,7 +69,12 @@ def quality_points(
 def panels(
     comparison: Comparison, with_strategies: bool = False
 ) -> tuple[list[figures.Panel], str]:
-    """One for each task, before them their mean; and what the axis of speed shows."""
+    """One for each task, before them their mean; and what the axis of speed shows.
+
+    Without speed it shows the layers that are spared, which say nothing of strategies: recomputed
+    layers and propagated projections aren't among them.
+    """
+    assert comparison.speed is not None or not with_strategies
     answered = [task for task in comparison.tasks if task.task != "kld"]
     found = []
     if comparison.speed is not None:
@@ -91,11 +115,13 @@ def _points(
     speeds: dict[str, float],
     qualities: dict[str, float],
     with_strategies: bool,
+    errors: Mapping[str, float | None] | None = None,
 ) -> list[Point]:
     points = []
     for name, timed in speed_names(comparison, with_strategies).items():
         if name in qualities and timed in speeds:
             arm = comparison.arms[name]
             kind = arm.variant.strategy if arm.kind == "strategy" else arm.kind
-            points.append(Point(timed, kind, speeds[timed], qualities[name]))
+            error = (errors or {}).get(name)
+            points.append(Point(timed, kind, speeds[timed], qualities[name], error))
     return points

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ def find(comparison: Comparison) -> list[str]:
 def _draw(comparison: Comparison, folder: Path) -> dict[str, Picture]:
     """Draw every figure; by name."""
     make_folder(folder / _FIGURES)
-    command = comparison.environment["command"]
+    command, own = comparison.environment["command"], comparison.parts
+    of_layers = own["layers"]["command"]
     num_layers = comparison.model["num_layers"]
     reading, plan = comparison.reading, comparison.plan
     shown = similarity(plan.shown_threshold).name
@@ -95,44 +96,47 @@ def _draw(comparison: Comparison, folder: Path) -> dict[str, Picture]:
         pictures[name] = Picture(_FIGURES / f"{name}.png", caption)
         return folder / pictures[name].path
 
+    without_speed = "" if comparison.speed else (" No speed was measured: the backbone layers that "
+                     "are spared take its place, as if quantised ones cost nothing.")  # fmt: skip
     path = place("frontier", "Quality against speed. The dotted line joins the arms that no other "
-                 "arm beats in both.")  # fmt: skip
+                 f"arm beats in both.{without_speed}")  # fmt: skip
     figures.draw_frontier(*panels(comparison), command, path)
-    if plan.strategies:
+    if plan.strategies and comparison.speed is not None:
         path = place("strategies", _strategies_caption(comparison))
         figures.draw_frontier(*panels(comparison, with_strategies=True), command, path)
     path = place("exit_depths", f"Exit depth of the tokens of {comparison.text}.")
-    figures.draw_exit_depths(reading["exits"], num_layers, command, path)
+    figures.draw_exit_depths(reading["exits"], num_layers, of_layers, path)
     path = place("exit_positions", f"Exit depth by position in a window of {comparison.text}.")
-    figures.draw_exit_positions(reading["exits"][shown], shown, num_layers, command, path)
+    figures.draw_exit_positions(reading["exits"][shown], shown, num_layers, of_layers, path)
     path = place("similarity", "State transition similarity of each layer, all tokens in the "
                  "backbone.")  # fmt: skip
-    figures.draw_similarity(reading, plan.thresholds, command, path)
+    figures.draw_similarity(reading, plan.thresholds, of_layers, path)
     path = place("cosines", "Keys and values that the river alone writes against the backbone's.")
-    figures.draw_cosines(reading, command, path)
+    figures.draw_cosines(reading, of_layers, path)
     path = place("correlation", "Early similarity of a token against how near the river's values "
                  "in the last layer come to the backbone's.")  # fmt: skip
-    figures.draw_correlation(reading, command, path)
+    figures.draw_correlation(reading, of_layers, path)
     if comparison.speed is not None:
         path = place("token_times", "Time of a token as the sequence grows: the median of each "
                      "stretch.")  # fmt: skip
         figures.draw_token_times(
-            _token_times(comparison, False), "seconds_per_token", command, path
+            _token_times(comparison, False), "seconds_per_token", own["speed"]["command"], path
         )
     if comparison.speed is not None and plan.strategies:
         path = place("strategy_times", "Time of a token by strategy as the sequence grows, all on "
                      "the torch engine: the mean of each stretch, so that a token which computes "
                      "the missing entries of others counts in full.")  # fmt: skip
         figures.draw_token_times(
-            _token_times(comparison, True), "mean_seconds_per_token", command, path
+            _token_times(comparison, True),
+            "mean_seconds_per_token",
+            own["speed"]["command"],
+            path,
         )
     return pictures
 
 
 def _strategies_caption(comparison: Comparison) -> str:
     caption = "The other strategies beside backbone and river."
-    if comparison.speed is None:
-        return caption
     engine = comparison.model["engine"]
     if engine == "torch":
         return f"{caption} All were timed on the torch engine."
@@ -189,6 +193,7 @@ def _summary(
         "contests": [contest.to_dict() for contest in comparison.contests],
         "speed": comparison.speed,
         "layers": comparison.reading,
+        "measured_by": comparison.parts,
         "figures": {name: picture.path.as_posix() for name, picture in pictures.items()},
     }
 
@@ -275,9 +280,23 @@ def _circumstances(comparison: Comparison) -> list[list[str]]:
         ["processor", f"{environment['processor']}, {environment['cores']} cores"],
         ["versions", ", ".join(f"{k} {v}" for k, v in environment["versions"].items())],
         ["date", environment["date"]],
+        *(
+            [f"{name} measured", _told(comparison.parts[name])]
+            for name in ("speed", "layers")
+            if name in comparison.parts
+        ),
         ["seed", str(comparison.plan.seed)],
         ["text", comparison.text],
     ]
+
+
+def _told(part: Mapping[str, Any]) -> str:
+    """When and where something was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+    return (
+        f"{part['date']} by {part['command']}; {part['processor']}, {part['cores']} cores; "
+        f"{versions}"
+    )
 
 
 def _arm_lines(comparison: Comparison) -> list[str]:
@@ -315,8 +334,6 @@ def _speed_blocks(comparison: Comparison) -> list[Block]:
 
 def _strategy_blocks(comparison: Comparison, pictures: dict[str, Picture]) -> list[Block]:
     """The strategies and what they are held against, in speed on one engine."""
-    if comparison.speed is None:
-        return [pictures["strategies"]]
     names = list(speed_names(comparison, with_strategies=True).values())
     on_torch = comparison.torch_names
     measures = [on_torch[name] for name in (BACKBONE.name, *comparison.full_arms)
