@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library reads it: tests fetch nothing
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "river-llm"
 os.environ.setdefault("RIVER_LLM_CACHE", str(_CACHE))
 settings.register_profile("river", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("river")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it
 torch.set_num_threads(1)  # two spinning threads beside another process take a hundred times longer
 
 
