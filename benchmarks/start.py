@@ -33,22 +33,21 @@ for weight in weights:
     weight.sum()  # every page of the mapped file is in memory, and counts, before the building too
 before = resident_memory_bytes()
 river = River.build(model)
-print(held, river.num_bytes, before, peak_memory_bytes())
-layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
-print(layer)
 river.save(sys.argv[2])
+layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+print(held, river.num_bytes, before, peak_memory_bytes(), layer)
 """
 
 
 def build(model: Path, river: Path) -> None:
-    """Build the river in a process of its own, and say what memory that takes."""
+    """Build and write the river in a process of its own, and say what memory that takes."""
     output = subprocess.check_output([sys.executable, "-c", BUILD, model, river], text=True)
     held, river_bytes, before, peak, layer = (int(word) for word in output.split())
     print(
         f"model {held / 1e6:.0f} MB, river {river_bytes / 1e6:.0f} MB, layer {layer / 1e6:.0f} MB"
     )
     print(
-        f"building took {(peak - before) / 1e6:.0f} MB more than the model alone; "
+        f"building and writing took {(peak - before) / 1e6:.0f} MB more than the model alone; "
         f"river and layer are {(river_bytes + layer) / 1e6:.0f} MB"
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,27 @@ LINEARS = [
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 ]
 CONFIG = RiverConfig(bits=3, group_size=32, quantizer="rtn")
+BUILD_AND_SAVE = """
+import sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from river_llm import River
+from river_llm.memory import peak_memory_bytes, resident_memory_bytes
+
+shape = LlamaConfig(
+    vocab_size=256, hidden_size=1024, intermediate_size=8192, num_hidden_layers=6,
+    num_attention_heads=16, num_key_value_heads=4,
+)
+torch.set_default_dtype(torch.bfloat16)
+model = LlamaForCausalLM(shape)
+layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+with torch.inference_mode():  # what the first pass and the first product allocate for good
+    model(torch.tensor([[1, 2, 3]]))
+before = resident_memory_bytes()
+river = River.build(model)
+river.save(sys.argv[1])
+print(peak_memory_bytes() - before, layer + river.num_bytes)
+"""
 
 
 @pytest.fixture
@@ -76,6 +99,15 @@ def test_building_reports_every_layer(tiny_llama: PreTrainedModel) -> None:
     reports: list[tuple[int, int]] = []
     River.build(tiny_llama, progress=lambda done, total: reports.append((done, total)))
     assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's account of memory")
+def test_building_and_saving_take_the_river_and_a_layer_at_most(tmp_path: Path) -> None:
+    output = subprocess.check_output(
+        [sys.executable, "-c", BUILD_AND_SAVE, tmp_path / "river"], text=True
+    )
+    taken, bound = map(int, output.split())
+    assert taken <= bound
 
 
 @pytest.mark.parametrize("model_name", ["GPT2", "Phi3"])

@@ -116,7 +116,7 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
         )
     num_groups = columns // config.group_size
     block_rows = max(1, _BLOCK_ELEMENTS // columns)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(rows, columns * config.bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=weight.device)
     zeros = torch.empty_like(scales)
     for start in range(0, rows, block_rows):
@@ -128,12 +128,10 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
         block_codes, block_scales, block_zeros = _encode(groups, scale, zero_point, config.bits)
         if not bool(torch.isfinite(block_zeros).all()):
             raise ConfigError("the weight holds values that are not finite; check the model's file")
-        codes[block] = block_codes.view(-1, columns)
+        packed[block] = pack_codes(block_codes.view(-1, columns), config.bits)
         scales[block] = block_scales.view(-1, num_groups)
         zeros[block] = block_zeros.view(-1, num_groups)
-    return QuantizedMatrix(
-        pack_codes(codes, config.bits), scales, zeros, config.bits, config.group_size
-    )
+    return QuantizedMatrix(packed, scales, zeros, config.bits, config.group_size)
 
 
 def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
