@@ -241,7 +241,7 @@ class TestEngineArm:
 
 
 class TestRounds:
-    def test_alternate_each_between_two_readings_after_one_that_warms_up(self) -> None:
+    def test_go_forth_and_back_each_between_two_readings_after_one_that_warms_up(self) -> None:
         log: list[str] = []
 
         def read_bandwidth(threads: int) -> float:
@@ -250,10 +250,16 @@ class TestRounds:
 
         arms: list[Arm] = [FakeArm("a", log), FakeArm("b", log)]
         results = measure_rounds(arms, DECODE, 2, 3, read_bandwidth)
-        warm_up = ["prepare a", "a", "prepare b", "b"]
-        one_round = ["prepare a", "read 3", "a", "read 3", "prepare b", "read 3", "b", "read 3"]
-        assert log == warm_up + 2 * one_round
+        a = ["prepare a", "read 3", "a", "read 3"]
+        b = ["prepare b", "read 3", "b", "read 3"]
+        assert log == ["prepare a", "a", "prepare b", "b", *b, *a, *a, *b]
         assert [len(rounds) for rounds in results] == [2, 2]
+
+    def test_are_of_their_own_arm_in_either_order(self) -> None:
+        arms: list[Arm] = [FakeArm("a", [], speed=1), FakeArm("b", [], speed=10)]
+        results = measure_rounds(arms, DECODE, 3, 1, lambda threads: 1.0)
+        speeds = [[round.tokens_per_second for round in rounds] for rounds in results]
+        assert speeds == [[2, 3, 4], [20, 30, 40]]
 
     def test_speed_bandwidth_and_fraction_of_the_limit(self) -> None:
         readings = iter([100.0, 300.0])

@@ -1,4 +1,4 @@
-"""Rounds A B C A B C ..., each beside the bandwidth of its moment; medians, spreads, ratios."""
+"""Rounds A B C, C B A, ..., each beside the bandwidth of its moment; medians, spreads, ratios."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def measure_rounds(
     warm_up: int = 1,
     round_done: RoundDone | None = None,
 ) -> list[list[Round]]:
-    """Let every arm do the workload in turn, `rounds` times over.
+    """Let every arm do the workload in turn, `rounds` times over, every other round from the last
+    arm to the first: where the machine changes during a round, no arm is always the later one.
 
     Args:
         threads: that read to find the bandwidth.
@@ -67,9 +68,10 @@ def measure_rounds(
         for each arm its rounds, in order.
     """
     results: list[list[Round]] = [[] for _ in arms]
+    order = list(zip(arms, results, strict=True))
     before = 0.0
     for number in range(1 - warm_up, rounds + 1):
-        for arm, arm_rounds in zip(arms, results, strict=True):
+        for arm, arm_rounds in order:
             arm.prepare(workload)
             counts = number > 0
             if counts:
@@ -83,6 +85,7 @@ def measure_rounds(
                 arm_rounds.append(Round(speed, bandwidth, read, fraction, timing.mean_exit_layer))
             if round_done:
                 round_done(arm.name, max(number, 0))
+        order.reverse()
     return results
 
 
