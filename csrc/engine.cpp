@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <functional>
 #include <set>
 #include <stdexcept>
 
@@ -293,6 +294,7 @@ nb::object Engine::logits() {
 }
 
 nb::list Engine::packed_weights(nb::handle self) {
+  Turn turn(*this);
   nb::list parts;
   const auto append = [&](Model::Part part) {
     if (part.data == nullptr)
@@ -334,6 +336,14 @@ void Engine::resize(int sequences) {
   Turn turn(*this);
   if (sequences < 0) throw std::invalid_argument("a negative number of sequences");
   decoder_.cache.resize(sequences);
+}
+
+void Engine::keep_sequences(const std::vector<int>& sequences) {
+  Turn turn(*this);
+  for (const int sequence : sequences) check_sequence(sequence);
+  if (std::adjacent_find(sequences.begin(), sequences.end(), std::greater_equal()) != sequences.end())
+    throw std::invalid_argument("the sequences don't ascend");
+  decoder_.cache.keep(sequences);
 }
 
 void Engine::truncate(int sequence, int length) {

@@ -53,6 +53,8 @@ class Engine {
   nb::object logits();
 
   void resize(int sequences);
+  // Of the sequences only these are left, ascending; they become 0, 1 and so on.
+  void keep_sequences(const std::vector<int>& sequences);
   void truncate(int sequence, int length);
   // As if the sequence had so many positions, with keys and values of zero in the new ones: what
   // memory and speed are at length can be measured without computing a text.

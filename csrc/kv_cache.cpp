@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 namespace river {
 namespace {
@@ -64,6 +65,21 @@ KvCache::KvCache(int layers, int kv_heads, int head_dim, int bits)
 void KvCache::resize(int count) {
   for (int s = count; s < sequences(); ++s) truncate(s, 0);
   sequences_.resize(static_cast<size_t>(count));
+}
+
+void KvCache::keep(const std::vector<int>& kept) {
+  std::vector<Sequence> left;
+  left.reserve(kept.size());
+  auto next = kept.begin();
+  for (int s = 0; s < sequences(); ++s) {
+    if (next != kept.end() && *next == s) {
+      left.push_back(std::move(sequences_[s]));
+      ++next;
+    } else {
+      truncate(s, 0);
+    }
+  }
+  sequences_ = std::move(left);
 }
 
 void KvCache::reserve(int sequence, int length) {

@@ -29,6 +29,9 @@ class KvCache {
 
   // There are `count` sequences from now on; those beyond are forgotten, new ones are empty.
   void resize(int count);
+  // Only these sequences are left, ascending; they become 0, 1 and so on. Throws std::bad_alloc, with
+  // nothing lost.
+  void keep(const std::vector<int>& kept);
   // Makes room for positions up to `length`. Throws std::bad_alloc, with nothing lost.
   void reserve(int sequence, int length);
   void set_length(int sequence, int length) { sequences_[sequence].length = length; }

@@ -67,6 +67,7 @@ NB_MODULE(_core, m) {
            "chances"_a, "least_chances"_a, "stop_tokens"_a, "draft_head"_a, "head_tokens"_a)
       .def("logits", &Engine::logits)
       .def("resize", &Engine::resize, "sequences"_a)
+      .def("keep_sequences", &Engine::keep_sequences, "sequences"_a)
       .def("truncate", &Engine::truncate, "sequence"_a, "length"_a)
       .def("lengthen", &Engine::lengthen, "sequence"_a, "length"_a)
       .def("length", &Engine::length, "sequence"_a)

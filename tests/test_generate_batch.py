@@ -73,6 +73,41 @@ def test_by_the_minimum_rows_leave_together(lm: RiverLM) -> None:
     assert len(set(rows[0].exit_layers[1:])) > 1
 
 
+def test_a_row_that_has_ended_runs_no_more(lm: RiverLM) -> None:
+    whole = lm.generate_batch(PROMPTS, raw=True, max_new_tokens=15)
+    lm.stop_tokens = frozenset(row.tokens[4 * i] for i, row in enumerate(whole))
+    batches: list[int] = []
+    decode = lm.engine.decode
+    lm.engine.decode = lambda tokens: batches.append(len(tokens)) or decode(tokens)  # type: ignore[method-assign,func-returns-value]
+    rows = lm.generate_batch(PROMPTS, raw=True, max_new_tokens=15)
+    steps = max(len(row.tokens) for row in rows)
+    assert batches == [sum(len(row.tokens) > step for row in rows) for step in range(1, steps)]
+    assert batches[-1] < len(PROMPTS)
+
+
+def test_a_row_that_has_ended_holds_no_other_back(lm: RiverLM) -> None:
+    lm.policy = ExitPolicy.similarity(0.84, batch="minimum")
+    lm.stop_tokens = frozenset(lm.generate(PROMPTS[0], raw=True, max_new_tokens=1).tokens)
+    alone = lm.generate(PROMPTS[2], raw=True, max_new_tokens=20)
+    rows = lm.generate_batch([PROMPTS[0], PROMPTS[2]], raw=True, max_new_tokens=20)
+    assert len(rows[0].tokens) == 1
+    assert rows[1].exit_layers == alone.exit_layers
+    assert len(set(alone.exit_layers[1:])) > 1
+
+
+def test_tokens_of_a_row_that_has_ended_count_as_held_back_no_more(lm: RiverLM) -> None:
+    lm.engine.depth_limit = 2
+    whole = lm.generate_batch(PROMPTS, raw=True, max_new_tokens=15)
+    lm.stop_tokens = frozenset(row.tokens[4 * i] for i, row in enumerate(whole))
+
+    def held_back(prompts: list[str]) -> int:
+        before = lm.engine.offload_statistics.held_back
+        lm.generate_batch(prompts, raw=True, max_new_tokens=15)
+        return lm.engine.offload_statistics.held_back - before
+
+    assert held_back(PROMPTS) == sum(held_back([prompt]) for prompt in PROMPTS) > 0
+
+
 def test_a_single_prompt_is_generate(lm: RiverLM) -> None:
     _check_rows(lm, lm.generate_batch(PROMPTS[:1], raw=True, max_new_tokens=9), max_new_tokens=9)
 

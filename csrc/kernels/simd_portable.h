@@ -136,7 +136,8 @@ inline Ints dot_shorts(Ints acc, Words w, const int16_t* x) {
   return acc;
 }
 inline Ints times_256_plus(Ints high, Ints low) {
-  RIVER_LANES high.lane[i] = high.lane[i] * 256 + low.lane[i];
+  RIVER_LANES high.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(high.lane[i]) * 256 +
+                                                  static_cast<uint32_t>(low.lane[i]));
   return high;
 }
 inline Floats to_floats(Ints a) {

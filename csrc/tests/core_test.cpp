@@ -43,6 +43,7 @@ constexpr Test kTests[] = {
     RIVER_TEST(the_largest_is_the_first_of_equals),
     RIVER_TEST(what_was_written_is_read),
     RIVER_TEST(pages_stay_where_they_are),
+    RIVER_TEST(sequences_that_are_kept_move_up),
     RIVER_TEST(freed_pages_are_used_again),
     RIVER_TEST(codes_are_the_nearest),
     RIVER_TEST(codes_take_half_the_memory),

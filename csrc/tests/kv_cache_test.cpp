@@ -101,6 +101,26 @@ void pages_stay_where_they_are() {
   });
 }
 
+void sequences_that_are_kept_move_up() {
+  with_each_width([](KvCache& cache) {
+    cache.resize(5);
+    for (int s = 0; s < 5; ++s) fill(cache, s, s, 0, 70 + 64 * s);
+    const uint32_t* page = cache.keys(3, 0, 0, 0);
+    const size_t bytes = cache.bytes();
+    cache.keep({1, 3, 4});
+    CHECK(cache.sequences() == 3 && cache.keys(1, 0, 0, 0) == page);
+    const int kept[] = {1, 3, 4};
+    for (int s = 0; s < 3; ++s)
+      CHECK(cache.length(s) == 70 + 64 * kept[s] && holds(cache, s, kept[s]));
+    cache.resize(4);
+    CHECK(cache.length(3) == 0);
+    fill(cache, 3, 2, 0, 300);  // in the pages of those that were left out
+    CHECK(cache.bytes() == bytes && holds(cache, 3, 2) && holds(cache, 1, 3));
+    cache.keep({});
+    CHECK(cache.sequences() == 0);
+  });
+}
+
 void freed_pages_are_used_again() {
   with_each_width([](KvCache& cache) {
     cache.resize(2);

@@ -31,6 +31,7 @@ void the_largest_is_the_first_of_equals();
 // kv_cache_test.cpp
 void what_was_written_is_read();
 void pages_stay_where_they_are();
+void sequences_that_are_kept_move_up();
 void freed_pages_are_used_again();
 void codes_are_the_nearest();
 void codes_take_half_the_memory();

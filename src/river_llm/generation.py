@@ -184,7 +184,8 @@ def generate_rows(
 
     first_token_at = 0.0
     memory = peak_memory_bytes(engine.device)
-    new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]
+    rows = list(range(len(answers)))  # of the engine's batch: whose they are
+    new_tokens = _choose(answers, rows, step)
     while True:
         now = time.perf_counter()
         first_token_at = first_token_at or now
@@ -231,20 +232,22 @@ def generate_rows(
             yield responses
             if all(answer.has_ended for answer in answers):
                 return
-        going = [not answer.has_ended for answer in answers]
         if lossless is not None:
             new_tokens = [
                 [_Chosen(new.token, engine.num_layers, new.origin) for new in verified]
                 for verified in lossless.round()
             ]
         else:
-            last = [answer.token_ids[-1] for answer in answers]
-            step = engine.decode(torch.tensor(last))
-            new_tokens = [[_Chosen(token, layer)] for token, layer in _choose(answers, step)]
-        if residency is not None:
-            rows = [row for row, goes in zip(new_tokens, going, strict=True) if goes]
-            if residency.note(new.exit_layer for row in rows for new in row):
-                engine.keep_layers(residency.resident)
+            if any(answers[i].has_ended for i in rows):
+                going = [row for row, i in enumerate(rows) if not answers[i].has_ended]
+                engine.keep_sequences(going)
+                rows = [rows[row] for row in going]
+            step = engine.decode(torch.tensor([answers[i].token_ids[-1] for i in rows]))
+            new_tokens = _choose(answers, rows, step)
+        if residency is not None and residency.note(
+            new.exit_layer for chosen in new_tokens for new in chosen
+        ):
+            engine.keep_layers(residency.resident)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,17 +279,15 @@ def _prefill(
     return step, int(padding_mask.sum())
 
 
-def _choose(answers: Sequence[Answer], step: StepResult) -> Iterator[tuple[int, int]]:
-    """The next token of each answer and its exit layer; of one that has ended, any token, to keep
-    its place."""
+def _choose(
+    answers: Sequence[Answer], rows: Sequence[int], step: StepResult
+) -> list[list[_Chosen]]:
+    """The next token of those answers that were rows of the pass, none of the others."""
+    chosen: list[list[_Chosen]] = [[] for _ in answers]
     layers = step.exit_layers.tolist()
     # the engine knows it without handing out the logits
-    best = step.best_tokens.tolist() if any(answer.takes_best for answer in answers) else layers
-    for i, answer in enumerate(answers):
-        if answer.has_ended:
-            token = answer.token_ids[-1]
-        elif answer.takes_best:
-            token = best[i]
-        else:
-            token = answer.choose(step.logits[i])
-        yield token, layers[i]
+    best = step.best_tokens.tolist() if any(answers[i].takes_best for i in rows) else layers
+    for row, i in enumerate(rows):
+        token = best[row] if answers[i].takes_best else answers[i].choose(step.logits[row])
+        chosen[i].append(_Chosen(token, layers[row]))
+    return chosen

@@ -17,7 +17,7 @@ from river_llm.backbone import decoder_layers
 from river_llm.config import Strategy
 from river_llm.engines.cache_identity import native_identity
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
-from river_llm.engines.engine import StepResult, check_batch, check_room
+from river_llm.engines.engine import StepResult, check_batch, check_room, check_sequences
 from river_llm.engines.llama_family import check_supported, describe
 from river_llm.engines.native_core import Positions, check_built, make_core, one_clear_line
 from river_llm.engines.native_model import NativeModel, WeightFormats
@@ -406,6 +406,14 @@ class CpuEngine:
         self._set_lengths(lengths)
         with one_clear_line():
             self._cut(self._length)
+
+    @_in_turn
+    def keep_sequences(self, sequences: Sequence[int]) -> None:
+        check_sequences(len(self._padding), sequences)
+        lengths = [self._length - self._padding[sequence] for sequence in sequences]
+        with one_clear_line():
+            self._core.keep_sequences(list(sequences))
+        self._set_lengths(lengths)
 
     @_in_turn
     def truncate(self, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -193,6 +194,15 @@ class Engine(Protocol):
         lengths then; `length` is that of the longest, and the others count as padded."""
         ...
 
+    def keep_sequences(self, sequences: Sequence[int]) -> None:
+        """Forget all sequences of the batch but these, in ascending order. They become the
+        sequences 0, 1 and so on; `length` is that of the longest of them.
+
+        Raises:
+            RiverError: there are none, not all in the cache, or not in order.
+        """
+        ...
+
     def keep_layers(self, count: int) -> None:
         """Keep the backbone weights of the first so many layers in memory, and evict the others,
         which come back when a token goes that deep. May be called between passes.
@@ -243,6 +253,19 @@ def check_room(length: int, context_length: int | None) -> None:
         raise ContextFullError(
             f"{length} tokens don't fit the model's context of {context_length}; "
             "shorten the prompt or lower the number of new tokens"
+        )
+
+
+def check_sequences(held: int, sequences: Sequence[int]) -> None:
+    """See that these sequences of a batch ascend, and that there are such.
+
+    Raises:
+        RiverError: they don't, or there aren't.
+    """
+    ascending = all(one < other for one, other in pairwise(sequences))
+    if not sequences or not ascending or sequences[0] < 0 or sequences[-1] >= held:
+        raise RiverError(
+            f"the cache holds {held} sequences; {list(sequences)} are not some of them in order"
         )
 
 

@@ -115,6 +115,11 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
         self._change(moved)
         self._rooms.clear()  # what was moved is elsewhere
 
+    def keep(self, sequences: Sequence[int], unused: int) -> None:
+        """Only these sequences of the batch, without the first `unused` positions."""
+        self._change(lambda part: part[list(sequences), :, unused:])
+        self._rooms.clear()  # what was kept is elsewhere
+
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.parts:
             setattr(self, name, change(getattr(self, name)))

@@ -20,7 +20,7 @@ from river_llm.engines.drafting import (
     draft_step_by_step,
     likeliest_with_margin,
 )
-from river_llm.engines.engine import StepResult, check_batch, check_room
+from river_llm.engines.engine import StepResult, check_batch, check_room, check_sequences
 from river_llm.engines.kv_cache import check_kv_bits, layer_class
 from river_llm.engines.llama_family import angle_limit
 from river_llm.errors import RiverError
@@ -182,6 +182,22 @@ class TorchEngine:
         unused = int(mask.any(0).long().argmax())  # columns that are padding everywhere
         for layer in self._cache.layers:
             layer.move(shifts, unused)
+        self._leave_out(unused, mask)
+
+    def keep_sequences(self, sequences: Sequence[int]) -> None:
+        check_sequences(len(self._cache.layers[0].keys) if self._length else 0, sequences)
+        mask = self._padding_mask
+        if mask is None:
+            mask = torch.ones(len(sequences), self._length, dtype=torch.bool)
+        else:
+            mask = mask[list(sequences)]
+        unused = int(mask.any(0).long().argmax())  # columns that are padding everywhere
+        for layer in self._cache.layers:
+            layer.keep(sequences, unused)
+        self._leave_out(unused, mask)
+
+    def _leave_out(self, unused: int, mask: Tensor) -> None:
+        """The first `unused` positions are gone; note it in the padding mask, which has them."""
         self._length -= unused
         mask = mask[:, unused:]
         self._padding_mask = None if bool(mask.all()) else mask

@@ -158,10 +158,13 @@ class LosslessDecoder:
         return limit.is_crossed(length, length + max(a.tokens_left for a in self._answers))
 
     def _plain_round(self) -> list[list[VerifiedToken]]:
-        """One token of each answer without a draft; those that have ended run along."""
+        """One token of each answer without a draft."""
+        self._forget_ended()
         start = time.perf_counter()
         last = [[answer.token_ids[-1]] for answer in self._answers]
-        result = self._engine.verify(torch.tensor(last))
+        counts = [0 if answer.has_ended else 1 for answer in self._answers]
+        result = self._engine.verify(torch.tensor(last), counts)
+        self._cached = [cached + count for cached, count in zip(self._cached, counts, strict=True)]
         new: list[list[VerifiedToken]] = []
         for i, answer in enumerate(self._answers):
             if answer.has_ended:

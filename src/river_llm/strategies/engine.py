@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from river_llm.engines.engine import StepResult, check_batch, check_room
+from river_llm.engines.engine import StepResult, check_batch, check_room, check_sequences
 from river_llm.engines.llama_family import angle_limit
 from river_llm.engines.torch_engine import padded_inputs
 from river_llm.exit_policy import ExitPolicy
@@ -138,6 +138,13 @@ class StrategyEngine(WithoutRiver):
         state = self._state.moved(shifts, self.num_layers)
         cache = self._cache.moved(shifts, self.length, unused=self.length - state.length)
         self._state, self._cache = state, cache
+
+    def keep_sequences(self, sequences: Sequence[int]) -> None:
+        check_sequences(len(self._state.token_ids), sequences)
+        state = self._state.of_sequences(sequences)
+        unused = self.length - state.length
+        self._cache = self._cache.of_sequences(sequences, self.length, unused)
+        self._state = state
 
     def truncate(self, length: int) -> None:
         if length <= 0:

@@ -53,7 +53,14 @@ class HiddenStates:
     def moved(self, shifts: Sequence[int], length: int, unused: int) -> HiddenStates:
         """Those up to `length`, each sequence moved to the right by so many places; then the first
         `unused` positions of all are left out."""
-        states = rolled(self.between(self.first, length), shifts)
+        return self._without_first(rolled(self.between(self.first, length), shifts), unused)
+
+    def of_sequences(self, rows: Sequence[int], length: int, unused: int) -> HiddenStates:
+        """Those of some sequences up to `length`, without the first `unused` positions."""
+        return self._without_first(self.between(self.first, length)[list(rows)], unused)
+
+    def _without_first(self, states: Tensor, unused: int) -> HiddenStates:
+        """`states` from `first` on, without the first `unused` positions of all."""
         first = max(self.first - unused, 0)
         return HiddenStates.of(first, states[:, first + unused - self.first :])
 
@@ -100,6 +107,20 @@ class CacheState:
             filled=self.filled[:, :length],
             exit_layers=self.exit_layers[:, :length],
             hidden_states=None if waiting is None or length <= waiting.first else waiting,
+        )
+
+    def of_sequences(self, sequences: Sequence[int]) -> CacheState:
+        """Only these sequences of the batch, without positions that are padding in all of them."""
+        rows = list(sequences)
+        mask = None if self.padding_mask is None else self.padding_mask[rows]
+        unused = 0 if mask is None else int(mask.any(0).long().argmax())
+        waiting = self.hidden_states
+        return CacheState(
+            self.token_ids[rows, unused:],
+            None if mask is None or bool(mask[:, unused:].all()) else mask[:, unused:],
+            self.filled[rows, unused:],
+            self.exit_layers[rows, unused:],
+            None if waiting is None else waiting.of_sequences(rows, self.length, unused),
         )
 
     def moved(self, shifts: Sequence[int], num_layers: int) -> CacheState:

@@ -6,7 +6,7 @@ slots grow by half, so that a step appends in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,20 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def moved(self, shifts: Sequence[int], length: int, unused: int) -> SlotCache:
         """The first `length` slots with each sequence moved to the right by so many places, where
         the last ones are forgotten; then the first `unused` slots of all are left out."""
-        cache = SlotCache(len(self.layers), self._batch)
+        return self._changed(
+            self._batch, lambda slots: _moved(slots, shifts, length)[:, :, unused:]
+        )
+
+    def of_sequences(self, sequences: Sequence[int], length: int, unused: int) -> SlotCache:
+        """The first `length` slots of these sequences, without the first `unused`."""
+        rows = list(sequences)
+        return self._changed(len(rows), lambda slots: slots[rows, :, unused:length])
+
+    def _changed(self, batch: int, change: Callable[[Tensor], Tensor]) -> SlotCache:
+        cache = SlotCache(len(self.layers), batch)
         for layer, copy in zip(self.layers, cache.layers, strict=True):
             if layer.is_initialized:
-                copy.keys, copy.values = (
-                    _moved(slots, shifts, length)[:, :, unused:]
-                    for slots in (layer.keys, layer.values)
-                )
+                copy.keys, copy.values = change(layer.keys), change(layer.values)
                 copy.is_initialized = True
         return cache
 
