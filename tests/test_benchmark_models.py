@@ -192,9 +192,9 @@ class TestLlamaCpp:
         )
 
         source = TokenSource.for_model(tokenizer, smollm2_bf16.config.vocab_size)  # type: ignore[arg-type]
-        files = make_gguf_files(smollm2_bf16, tmp_path, "model")
+        files = make_gguf_files(smollm2_bf16, tmp_path)
         written = {name: path.stat().st_mtime_ns for name, path in files.items()}
-        make_gguf_files(smollm2_bf16, tmp_path, "model")
+        make_gguf_files(smollm2_bf16, tmp_path)
         assert written == {name: path.stat().st_mtime_ns for name, path in files.items()}
         least = {"bf16": 0.95, "Q8_0": 0.9, "Q4_0": 0.3}
         river = River.build(smollm2_bf16, RiverConfig(4, 64, "rtn"))
@@ -235,7 +235,7 @@ class TestLlamaCpp:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data.mul_(8)  # so that layers and positions matter
-        files = make_gguf_files(model, tmp_path, "model")
+        files = make_gguf_files(model, tmp_path)
         source = TokenSource.for_model(None, 97)
         arm = LlamaCppArm("bf16", files["bf16"], source, threads=1, repack=False)
         assert same_top_share(model, arm, source) >= 0.9

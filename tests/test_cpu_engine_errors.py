@@ -234,7 +234,33 @@ def test_a_negative_length_is_refused(subject: Subject) -> None:
     assert engine.length == 5
 
 
+@pytest.mark.parametrize("kind", ["engine", "reference"])
+class TestBothEngines:
+    def test_a_depth_limit_that_no_layer_has_is_refused(self, subject: Subject, kind: str) -> None:
+        engine = getattr(subject, kind)(POLICY)
+        for limit in (-1, subject.num_layers + 1):
+            with pytest.raises(ConfigError, match=f"the depth limit is {limit}, but the model"):
+                engine.depth_limit = limit
+        assert engine.depth_limit is None
+
+    def test_a_rewind_needs_a_count_for_each_sequence(self, subject: Subject, kind: str) -> None:
+        engine = getattr(subject, kind)(POLICY)
+        engine.prefill(PROMPT)
+        for counts in ([1], [1, 1, 1]):
+            with pytest.raises(RiverError, match="the cache holds 2 sequences"):
+                engine.rewind(counts)
+        assert engine.length == 5
+
+
 class TestLogits:
+    def test_are_gone_after_a_pass_that_fails(self, subject: Subject) -> None:
+        engine = subject.engine(POLICY)
+        step = engine.prefill(PROMPT[:1])
+        with pytest.raises(RiverError):
+            engine._forward([7], [5], [0.0] * subject.num_layers, [0])  # there is no sequence 5
+        with pytest.raises(RiverError, match=r"look at them before the engine's next pass"):
+            _ = step.logits
+
     def test_are_gone_after_the_next_pass(self, subject: Subject) -> None:
         engine = subject.engine(POLICY)
         steps = [engine.prefill(PROMPT[:1]), engine.decode(ids([7])), engine.decode(ids([8]))]

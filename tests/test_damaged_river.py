@@ -65,13 +65,21 @@ def _garbled_header(directory: Path) -> None:
     (directory / TENSORS_NAME).write_bytes(content)
 
 
+def _zeros(directory: Path) -> None:
+    """All after the header is zero, as after a crash of the machine."""
+    content = (directory / TENSORS_NAME).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    (directory / TENSORS_NAME).write_bytes(content[:header] + bytes(len(content) - header))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tensors": (lambda d: (d / TENSORS_NAME).unlink(), "has 0 bytes where .* cut short"),
     **{
         f"tensors cut at {part}": (_cut(TENSORS_NAME, part), "bytes where .* it is cut short")
         for part in (0, 0.0001, 0.01, 0.5, 0.999, -1)
     },
-    "a garbled header": (_garbled_header, f"{TENSORS_NAME} can't be read"),
+    "a garbled header": (_garbled_header, f"{TENSORS_NAME} is damaged"),
+    "tensors that never reached the disk": (_zeros, f"{TENSORS_NAME} is damaged"),
     **{
         f"manifest cut at {part}": (_cut(MANIFEST_NAME, part), f"{MANIFEST_NAME} is cut short")
         for part in (0, 0.1, 0.5, 0.9, -2)
@@ -79,7 +87,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a manifest of bytes": (_manifest_of(b"\xff\xfe\x00"), f"{MANIFEST_NAME} is cut short"),
     "a manifest that is a list": (_manifest_of(b"[1]"), f"{MANIFEST_NAME} is cut short"),
     "a manifest of nothing": (_manifest_of(b"{}"), f"{MANIFEST_NAME} is cut short"),
-    "a later format": (_manifest(format_version=2), "format version 2, this release reads 1"),
+    "a later format": (_manifest(format_version=3), "format version 3, this release reads 2"),
     "an unknown setting": (_manifest(config={"axis": 1}), "damaged .*unknown river setting axis"),
     "odd bits": (_manifest(config={"bits": 7}), "damaged .*bits is 7; choose one of 2, 3, 4"),
     "no config": (_manifest(config=None), "damaged"),

@@ -6,6 +6,8 @@ import errno
 import gc
 import os
 import shutil
+import signal
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +174,28 @@ class TestFileStore:
         (tmp_path / "file").write_text("")
         with pytest.raises(RiverError, match=r"can't be written to .*RIVER_LLM_CACHE"):
             FileStore(tmp_path / "file" / "cache")
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_in_a_forked_process_is_an_error_and_not_a_wait(
+        self, tmp_path: Path, weights: list[Tensor]
+    ) -> None:
+        store = FileStore(tmp_path)
+        store.put(3, weights)
+        child = os.fork()
+        if child == 0:  # whatever comes, pytest must not go on here
+            try:
+                store.read(3)
+            except RiverError as error:
+                os._exit(7 if "forked" in str(error) else 8)
+            finally:
+                os._exit(9)
+        deadline = time.monotonic() + 30
+        while not (done := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        assert os.waitstatus_to_exitcode(done[1]) == 7
+        assert _equal(store.read(3), weights)
 
     def test_is_gone_with_its_file_and_thread(self, tmp_path: Path, weights: list[Tensor]) -> None:
         store = FileStore(tmp_path)

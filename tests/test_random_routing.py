@@ -9,6 +9,7 @@ from torch import Tensor
 
 from river_llm import ConfigError, ExitPolicy
 from river_llm.engines import Engine
+from river_llm.errors import RiverError
 from river_llm.report.random_routing import RandomRouting, with_random_routing
 
 TOKENS = torch.tensor([[5, 17, 3, 44, 17, 3, 60, 2, 9, 33, 21, 8]])
@@ -108,6 +109,20 @@ def test_any_other_policy_is_the_engines_own(engine: Engine) -> None:
     assert step.exit_layers.unique().tolist() == [2]
 
 
+def test_settings_are_the_engines_own(engine: Engine) -> None:
+    routed = with_random_routing(engine)
+    routed.record_similarities, routed.depth_limit = True, 2
+    try:
+        assert (engine.record_similarities, engine.depth_limit) == (True, 2)
+        routed.policy = ExitPolicy.never()
+        routed.truncate(0)
+        step = routed.score(TOKENS)
+        assert step.exit_layers.unique().tolist() == [2]
+        assert step.similarities is not None
+    finally:
+        engine.record_similarities, engine.depth_limit = False, None
+
+
 def test_what_can_not_be_drawn_is_told(engine: Engine) -> None:
     with pytest.raises(ConfigError, match="no exit depths"):
         RandomRouting.like({}, seed=0)
@@ -118,5 +133,7 @@ def test_what_can_not_be_drawn_is_told(engine: Engine) -> None:
     routed.truncate(0)
     with pytest.raises(ConfigError, match="one sequence at a time"):
         routed.score(TOKENS.repeat(2, 1))
+    with pytest.raises(RiverError, match="nothing to score"):
+        routed.score(TOKENS, [0])
     with pytest.raises(ConfigError, match="no thresholds"):
         engine.policy = RandomRouting.like({1: 1}, seed=0)

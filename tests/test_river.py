@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from river_llm import river as river_module
 from river_llm.backbone import decoder_layers, fingerprint
+from river_llm.cache import file_digest
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import quantize
@@ -142,13 +143,14 @@ def test_a_saved_river_is_two_files_without_norms(saved: Path) -> None:
 
 def test_the_manifest_says_what_the_river_is(saved: Path, tiny_llama: PreTrainedModel) -> None:
     assert json.loads((saved / MANIFEST_NAME).read_text()) == {
-        "format_version": 1,
+        "format_version": 2,
         "config": {"bits": 3, "group_size": 32, "quantizer": "rtn"},
         "model_type": "llama",
         "num_layers": 4,
         "linears": LINEARS,
         "fingerprint": fingerprint(decoder_layers(tiny_llama)),
         "tensor_bytes": (saved / TENSORS_NAME).stat().st_size,
+        "tensor_digest": file_digest(saved / TENSORS_NAME),
     }
 
 
@@ -221,6 +223,31 @@ def _last_rename_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+
+
+def _stopped_between_the_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older river has left its place when Ctrl-C comes."""
+    rename = Path.rename
+
+    def interrupt(self: Path, target: Path) -> Path:
+        result = rename(self, target)
+        if Path(target).name == "replaced":
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+
+
+def test_a_save_that_is_stopped_between_its_renames_puts_the_older_river_back(
+    saved: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _contents(saved.parent)
+    river = River.build(tiny_llama, RiverConfig(bits=8))
+    _stopped_between_the_renames(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        river.save(saved)
+    monkeypatch.undo()
+    assert _contents(saved.parent) == before
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "over an older one"])

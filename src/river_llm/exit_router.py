@@ -80,11 +80,7 @@ class ExitRouter:
         Raises:
             ConfigError: the model has fewer layers.
         """
-        if limit is not None and not 0 <= limit <= self.num_layers:
-            raise ConfigError(
-                f"the depth limit is {limit}, but the model has {self.num_layers} layers; "
-                f"choose 0 to {self.num_layers}"
-            )
+        check_depth_limit(limit, self.num_layers)
         self._depth_limit = limit
 
     def begin_pass(
@@ -186,6 +182,19 @@ class ExitRouter:
         self.route = Route.BOTH
         self.backbone_rows = rows.nonzero().flatten()
         self.river_rows = (~rows).nonzero().flatten()
+
+
+def check_depth_limit(limit: int | None, num_layers: int) -> None:
+    """See that a model of so many layers can have this limit.
+
+    Raises:
+        ConfigError: it has fewer layers.
+    """
+    if limit is not None and not 0 <= limit <= num_layers:
+        raise ConfigError(
+            f"the depth limit is {limit}, but the model has {num_layers} layers; "
+            f"choose 0 to {num_layers}"
+        )
 
 
 def _depths(thresholds: Sequence[float], limit: int) -> tuple[int, int]:

@@ -2,13 +2,15 @@
 
 On disk a river is a folder of two files: `river.safetensors` with three tensors for every linear
 layer (`<layer>.<linear>.packed`, `.scales`, `.zeros`; see `quantization`), and `river.json` with
-the format version, the config and the fingerprint of the backbone it was made from. Norms, biases,
-embeddings and LM head are the backbone's own and in neither file.
+the format version, the config, the fingerprint of the backbone it was made from, and size and
+digest of the other file. Norms, biases, embeddings and LM head are the backbone's own and in
+neither.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from river_llm.backbone import (
     fingerprint,
     linear_weight,
 )
-from river_llm.cache import file_state
+from river_llm.cache import file_digest, file_state
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import QuantizedMatrix, quantize
@@ -36,7 +38,7 @@ from river_llm.quantization import QuantizedMatrix, quantize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
 LEARNT_NAME = "drafts.json"  # what lossless mode learns about drafts; goes where the river goes
@@ -147,10 +149,14 @@ class River:
                 "linears": list(self.exit_layers[0]),
                 "fingerprint": self.fingerprint,
                 "tensor_bytes": (new / TENSORS_NAME).stat().st_size,
+                "tensor_digest": file_digest(new / TENSORS_NAME),
             }
             (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
             # safetensors makes its files readable by their owner alone
             (new / TENSORS_NAME).chmod((new / MANIFEST_NAME).stat().st_mode)
+            for name in (TENSORS_NAME, MANIFEST_NAME):
+                with (new / name).open("r+b") as opened:
+                    os.fsync(opened.fileno())  # on the disk before the folder has its name
             _replace(directory, new, staging / "replaced")
         except (OSError, safetensors.SafetensorError) as error:
             raise RiverFileError(f"can't write the river to {directory}: {error}") from error
@@ -163,7 +169,8 @@ class River:
         """Read a river; its tensors are mapped from the file, not copied.
 
         Raises:
-            RiverFileError: there is no river, it is cut short, or of another format version.
+            RiverFileError: there is no river, it is cut short or damaged, or of another format
+                version.
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
@@ -177,6 +184,11 @@ class River:
             )
         config = manifest["config"]
         try:
+            if file_digest(tensors_path) != manifest["tensor_digest"]:
+                raise RiverFileError(
+                    f"{tensors_path} is damaged: its bytes are not those that were written; "
+                    f"{rebuild}"
+                )
             with safetensors.safe_open(tensors_path, framework="pt") as tensors:
                 exit_layers = [
                     {
@@ -274,6 +286,7 @@ _MANIFEST_FIELDS = {
     "linears": list,
     "fingerprint": str,
     "tensor_bytes": int,
+    "tensor_digest": str,
 }
 
 
@@ -282,11 +295,12 @@ def _replace(directory: Path, new: Path, replaced: Path) -> None:
     if not directory.exists():
         new.rename(directory)
         return
-    directory.rename(replaced)
     try:
+        directory.rename(replaced)
         new.rename(directory)
     except BaseException:
-        replaced.rename(directory)
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 

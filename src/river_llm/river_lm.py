@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 class RiverLM:
     """A model, its tokeniser, its river and the engine that runs them.
 
-    Not safe for use from two threads at once: there is one KV cache.
+    There is one KV cache, and threads take turns at it: a second one waits for an answer to end. A
+    stream holds it only while it computes a token; where another answer is begun in between, its
+    next token is an error.
 
     Attributes:
         engine: computes the steps and holds the KV cache.
@@ -67,6 +70,7 @@ class RiverLM:
         self._cached: CachedText | None = None  # what the engine's cache holds, if one sequence
         self._lossless: dict[DraftConfig, LosslessDecoder] = {}
         self._answers = 0  # begun so far
+        self._turn = RLock()  # of the thread that uses the KV cache
 
     @classmethod
     def from_pretrained(
@@ -184,11 +188,12 @@ class RiverLM:
             ConfigError: the prompt is empty, or a setting out of its range.
             ContextFullError: the prompt doesn't fit the model's context.
         """
-        responses = list(
-            self.stream(
-                prompt, raw=raw, mode=mode, drafts=drafts, reuse_cache=reuse_cache, **sampling
+        with self._turn:
+            responses = list(
+                self.stream(
+                    prompt, raw=raw, mode=mode, drafts=drafts, reuse_cache=reuse_cache, **sampling
+                )
             )
-        )
         return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, mode)
 
     def stream(
@@ -236,21 +241,22 @@ class RiverLM:
         drafts: DraftConfig | None = None,
     ) -> list[GenerationResult]:
         """Continue several prompts given in tokens; else as `generate_batch`."""
-        lossless = self._decoder(mode, drafts)
-        self._cached = None
-        self._answers += 1
-        steps = list(
-            generate_rows(
-                self.engine,
-                self.tokenizer,
-                prompts,
-                sampling,
-                self.stop_tokens,
-                lossless=lossless,
-                residency=self.residency,
+        with self._turn:
+            lossless = self._decoder(mode, drafts)
+            self._cached = None
+            self._answers += 1
+            steps = list(
+                generate_rows(
+                    self.engine,
+                    self.tokenizer,
+                    prompts,
+                    sampling,
+                    self.stop_tokens,
+                    lossless=lossless,
+                    residency=self.residency,
+                )
             )
-        )
-        self._keep_learnt(lossless)
+            self._keep_learnt(lossless)
         return [
             GenerationResult.of(self.engine, [r for r in row if r is not None], len(prompt), mode)
             for row, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
@@ -287,8 +293,24 @@ class RiverLM:
                 would read otherwise.
             mode, drafts: see `generate`.
         """
-        lossless = self._decoder(mode, drafts)
-        return self._stream(token_ids, sampling, reuse_cache, mode, lossless)
+        with self._turn:
+            lossless = self._decoder(mode, drafts)
+        return self._in_turn(self._stream(token_ids, sampling, reuse_cache, mode, lossless))
+
+    def _in_turn(
+        self, steps: Generator[GenerationResponse, None, None]
+    ) -> Iterator[GenerationResponse]:
+        """An answer, each of whose steps has the KV cache to itself."""
+        try:
+            while True:
+                with self._turn:
+                    response = next(steps, None)
+                if response is None:
+                    return
+                yield response
+        finally:
+            with self._turn:
+                steps.close()
 
     def _stream(
         self,
@@ -297,7 +319,7 @@ class RiverLM:
         reuse_cache: bool,
         mode: Mode,
         lossless: LosslessDecoder | None,
-    ) -> Iterator[GenerationResponse]:
+    ) -> Generator[GenerationResponse, None, None]:
         before = self._text_in_cache()
         kept = 0
         policy = self._policy_in(mode)
@@ -383,18 +405,19 @@ class RiverLM:
         """
         if length is not None and length < 1:
             raise ConfigError(f"the length of the prompt cache is {length}; it must be 1 or more")
-        cached = self._text_in_cache()
-        if cached is None:
-            raise PromptCacheError(
-                "the KV cache holds no single text to write to a file; answer one prompt first"
-            )
-        text = cached.first(min(cached.exact, length or cached.exact))
-        if not text.tokens:
-            raise PromptCacheError(
-                "the prompt in the KV cache left the backbone as a whole, so its tokens would be "
-                'others in another prompt; take another prefill rule than "sequence"'
-            )
-        write_prompt_cache(Path(path), self.engine, text)
+        with self._turn:
+            cached = self._text_in_cache()
+            if cached is None:
+                raise PromptCacheError(
+                    "the KV cache holds no single text to write to a file; answer one prompt first"
+                )
+            text = cached.first(min(cached.exact, length or cached.exact))
+            if not text.tokens:
+                raise PromptCacheError(
+                    "the prompt in the KV cache left the backbone as a whole, so its tokens would "
+                    'be others in another prompt; take another prefill rule than "sequence"'
+                )
+            write_prompt_cache(Path(path), self.engine, text)
         return len(text.tokens)
 
     def load_prompt_cache(self, path: str | Path, mode: Mode = "river") -> int:
@@ -422,10 +445,11 @@ class RiverLM:
                 f"the tokens in {path} left the backbone otherwise than prompts of this run do; "
                 "take the prefill rule with which it was written, or give another file"
             )
-        self._cached = None
-        self._answers += 1
-        self.engine.write_cache(tensors, len(text.tokens))
-        self._cached = text
+        with self._turn:
+            self._cached = None
+            self._answers += 1
+            self.engine.write_cache(tensors, len(text.tokens))
+            self._cached = text
         return len(text.tokens)
 
     def _text_in_cache(self) -> CachedText | None:

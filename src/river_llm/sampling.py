@@ -119,10 +119,11 @@ class Sampler:
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """PyTorch on one thread: more gain nothing on one row of logits, and would go on spinning on
-    the cores that the native engine's next pass needs."""
+    the cores that the native engine's next pass needs. It is PyTorch's setting for the process: a
+    thread that first asks for it meanwhile keeps it."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

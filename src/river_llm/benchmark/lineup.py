@@ -106,8 +106,7 @@ class Lineup:
         """
         check_exportable(self._model)
         self.llama_cpp_build = llama_cpp_peer.build_description()
-        stem = self.fingerprint.removeprefix("sha256:")[:16]
-        self._gguf_files = llama_cpp_peer.make_gguf_files(self._model, folder, stem)
+        self._gguf_files = llama_cpp_peer.make_gguf_files(self._model, folder)
         for name, path in self._gguf_files.items():
             self._repack[name] = runs_repacked(path)
             if not self._repack[name]:

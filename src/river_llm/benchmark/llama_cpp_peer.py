@@ -7,6 +7,8 @@ between the calls, as in llama-bench.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
@@ -38,8 +40,9 @@ def build_description() -> str:
     return text.strip(" |")
 
 
-def make_gguf_files(model: PreTrainedModel, folder: Path, stem: str) -> dict[str, Path]:
-    """The model in each of `FORMATS` as `folder/stem-FORMAT.gguf`; files that are there stay.
+def make_gguf_files(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
+    """The model in each of `FORMATS` as a file in `folder`, named after a digest of all its weights
+    and settings; files that are there stay.
 
     Quantised as `llama-quantize` does it by default: where a tied embedding is the LM head, Q4_0
     files hold it in Q6_K, or in Q8_0 where its width is no multiple of 256.
@@ -48,26 +51,36 @@ def make_gguf_files(model: PreTrainedModel, folder: Path, stem: str) -> dict[str
         UnsupportedModelError: the model is no plain Llama.
         RiverError: a file can't be written.
     """
-    paths = {name: folder / f"{stem}-{name}.gguf" for name in FORMATS}
+    digest = _digest(model)
+    paths = {name: folder / f"{digest}-{name}.gguf" for name in FORMATS}
     llama_cpp = _library()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in paths.items():
             if path.exists():
                 continue
-            part = path.with_suffix(".part")
-            if name == "bf16":
-                write_gguf(model, part)
-            else:
-                options = llama_cpp.llama_model_quantize_default_params()
-                options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
-                source = str(paths["bf16"]).encode()
-                if llama_cpp.llama_model_quantize(source, str(part).encode(), options):
-                    raise RiverError(f"llama.cpp can't quantise {paths['bf16']} to {name}")
-            part.replace(path)
+            with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as staging:
+                part = Path(staging) / path.name
+                if name == "bf16":
+                    write_gguf(model, part)
+                else:
+                    options = llama_cpp.llama_model_quantize_default_params()
+                    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+                    source = str(paths["bf16"]).encode()
+                    if llama_cpp.llama_model_quantize(source, str(part).encode(), options):
+                        raise RiverError(f"llama.cpp can't quantise {paths['bf16']} to {name}")
+                part.replace(path)
     except OSError as error:
         raise RiverError(f"can't write llama.cpp's files to {folder}: {error}") from error
     return paths
+
+
+def _digest(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 class LlamaCppArm:

@@ -29,6 +29,7 @@ from river_llm.engines.weight_packer import (
 )
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_router import check_depth_limit
 from river_llm.residency import OffloadStatistics
 from river_llm.river import River
 
@@ -196,7 +197,7 @@ class CpuEngine:
         self.layer_bytes = tuple(
             self._core.layer_bytes(layer, _BACKBONE) for layer in range(self.num_layers)
         )
-        self.depth_limit: int | None = None
+        self._depth_limit: int | None = None
         self._held_back = 0
         self._prepared_head_bits: int | None = None  # of the drafts' LM head
         self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if self.lm_head_bits == 16 else (8,)
@@ -270,6 +271,15 @@ class CpuEngine:
     def policy(self, policy: ExitPolicy) -> None:
         self._thresholds = list(policy.thresholds(self.num_layers))
         self._policy = policy
+
+    @property
+    def depth_limit(self) -> int | None:
+        return self._depth_limit
+
+    @depth_limit.setter
+    def depth_limit(self, limit: int | None) -> None:
+        check_depth_limit(limit, self.num_layers)
+        self._depth_limit = limit
 
     @property
     def length(self) -> int:
@@ -397,6 +407,7 @@ class CpuEngine:
 
     @_in_turn
     def rewind(self, counts: Sequence[int]) -> None:
+        check_batch(len(self._padding), len(counts))
         lengths = [
             self._length - padding - count
             for padding, count in zip(self._padding, counts, strict=True)
@@ -428,6 +439,7 @@ class CpuEngine:
         self._length = length
         self._padding = [min(padding, length) for padding in self._padding] if length else []
 
+    @_in_turn
     def cache_identity(self, token_ids: Sequence[int]) -> dict[str, str]:
         with one_clear_line():
             identity = native_identity(
@@ -595,6 +607,7 @@ class CpuEngine:
     ) -> StepResult:
         """One pass over rows. The result has the rows of logits, in `shape`, in which they stand at
         `places`; by default one after the other."""
+        self._passes += 1  # a pass that is refused takes the logits of the last one with it, too
         with one_clear_line():
             best, exits, similarities, held_back = self._core.forward(
                 tokens,
@@ -608,7 +621,6 @@ class CpuEngine:
                 vocabulary,
                 self.num_layers if self.depth_limit is None else self.depth_limit,
             )
-        self._passes += 1
         self._held_back += held_back
         if len(logit_rows) < len(tokens):
             exits = exits[logit_rows]

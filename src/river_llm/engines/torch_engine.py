@@ -113,6 +113,11 @@ class TorchEngine:
     def length(self) -> int:
         return self._length
 
+    @property
+    def _batch(self) -> int:
+        """Sequences in the cache."""
+        return len(self._cache.layers[0].keys) if self._length else 0
+
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
         return self._run(token_ids, padding_mask, "prefill")
 
@@ -168,6 +173,7 @@ class TorchEngine:
             self.truncate(length)
 
     def rewind(self, counts: Sequence[int]) -> None:
+        check_batch(self._batch, len(counts))
         self.truncate(self._length - min(counts))
         shifts = [count - min(counts) for count in counts]
         if not any(shifts):
@@ -185,7 +191,7 @@ class TorchEngine:
         self._leave_out(unused, mask)
 
     def keep_sequences(self, sequences: Sequence[int]) -> None:
-        check_sequences(len(self._cache.layers[0].keys) if self._length else 0, sequences)
+        check_sequences(self._batch, sequences)
         mask = self._padding_mask
         if mask is None:
             mask = torch.ones(len(sequences), self._length, dtype=torch.bool)
@@ -266,7 +272,7 @@ class TorchEngine:
         num_tokens = token_ids.shape[1]
         check_room(self._length + num_tokens, self.context_length)
         if self._length > 0:
-            check_batch(len(self._cache.layers[0].keys), len(token_ids))
+            check_batch(self._batch, len(token_ids))
         inputs = self._inputs(token_ids, padding_mask)
         self.attached.phase = phase
         length = self._length

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from river_llm.errors import RiverError
 from river_llm.memory import own_block
 from river_llm.offloading.layer_store import Layout
+
+_Result = TypeVar("_Result")
 
 
 class FileStore:
@@ -45,21 +48,31 @@ class FileStore:
         self._layers: dict[int, tuple[int, Layout]] = {}  # where each begins, and how it lies
         self._end = 0
         self._thread = ThreadPoolExecutor(1, "river-llm-layers")
+        self._process = os.getpid()
 
     def __contains__(self, index: int) -> bool:
         return index in self._layers
 
     def put(self, index: int, weights: Sequence[Tensor]) -> None:
-        self._thread.submit(self._write, index, weights).result()
+        self._submit(self._write, index, weights).result()
 
     def read(self, index: int) -> list[Tensor]:
-        return self._thread.submit(self._read, index).result()
+        return self._submit(self._read, index).result()
 
     def fetch(self, index: int) -> _Reading:
-        return _Reading(self, self._thread.submit(self._read, index))
+        return _Reading(self, self._submit(self._read, index))
 
     def end_pass(self) -> None:
         pass  # a layer's memory goes with its tensors
+
+    def _submit(self, work: Callable[..., _Result], *arguments: object) -> Future[_Result]:
+        """Let the thread do it."""
+        if os.getpid() != self._process:
+            raise RiverError(
+                "this process was forked from the one that evicted the layers, and has no thread "
+                "that reads them; load the model in each process"
+            )
+        return self._thread.submit(work, *arguments)
 
     def _write(self, index: int, weights: Sequence[Tensor]) -> None:
         layout = Layout.of(weights)

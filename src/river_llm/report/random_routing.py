@@ -17,7 +17,7 @@ from torch import Tensor
 
 from river_llm.engines import Engine
 from river_llm.engines.engine import StepResult
-from river_llm.errors import ConfigError
+from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy
 
 _HASH_BYTES = 8
@@ -109,6 +109,22 @@ class RandomRoutingEngine:
             self._routing = None
             self._engine.policy = policy
 
+    @property
+    def record_similarities(self) -> bool:
+        return self._engine.record_similarities
+
+    @record_similarities.setter
+    def record_similarities(self, record: bool) -> None:
+        self._engine.record_similarities = record
+
+    @property
+    def depth_limit(self) -> int | None:
+        return self._engine.depth_limit
+
+    @depth_limit.setter
+    def depth_limit(self, limit: int | None) -> None:
+        self._engine.depth_limit = limit
+
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
         """See `Engine`; by the rule ``"token"`` every token has a depth of its own."""
         if self._routing is None:
@@ -136,8 +152,12 @@ class RandomRoutingEngine:
         if self._routing is None:
             return self._engine.score(token_ids, counts)
         tokens = self._one_sequence(token_ids, None)
+        if counts is not None:
+            tokens = tokens[: counts[0]]
+        if not tokens:
+            raise RiverError("there is nothing to score; give one token or more")
         logits, exit_layers = [], []
-        for token in tokens[: counts[0] if counts else len(tokens)]:
+        for token in tokens:
             step = self._decode(token)
             logits.append(step.logits.clone())
             exit_layers.append(step.exit_layers)

@@ -129,6 +129,7 @@ class StrategyEngine(WithoutRiver):
         return result
 
     def rewind(self, counts: Sequence[int]) -> None:
+        check_batch(len(self._state.token_ids), len(counts))
         fewest = min(counts)
         self.truncate(self.length - fewest)
         shifts = [count - fewest for count in counts]
