@@ -17,7 +17,7 @@ from river_llm.cli.usage import usage_error
 from river_llm.errors import RiverError
 
 if TYPE_CHECKING:
-    from river_llm.lossless.exactness import Difference, Exactness
+    from river_llm.exactness import Difference, Exactness
     from river_llm.river_lm import RiverLM
     from river_llm.text import Prompt
 
@@ -101,7 +101,7 @@ def check_exact(
         )
     )
     from river_llm.cli.render import LoadingProgress
-    from river_llm.lossless.exactness import check_exactness
+    from river_llm.exactness import check_exactness
 
     try:
         with LoadingProgress("answering") as progress:

@@ -1,4 +1,4 @@
-"""How a step is computed. Generation and evaluation know engines only through `Engine`."""
+"""How a step is computed. Generation and lossless mode know engines only through `Engine`."""
 
 from river_llm.engines.choice import (
     EngineChoice,
