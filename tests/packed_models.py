@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ PROMPT = "A river's name?"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 MIXED = ExitPolicy.similarity(0.75)  # tokens of the tiny models leave after all numbers of layers
 LENGTH = 16  # of an answer
+WIDTHS = list(itertools.product((16, 8), (16, 8)))  # of backbone and LM head
+ROUNDED = RiverConfig(bits=3, group_size=32, quantizer="rtn")
 
 
 def save_model(
@@ -71,6 +74,18 @@ def start_without_cache(model: str | Path, river: Any = None, **settings: Any) -
     """The same from the model's own files."""
     with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "off"}):
         return start(model, river, **settings)
+
+
+def starts_from_a_copy(loads: list[object], *arguments: Any, **options: Any) -> bool:
+    """Start, see that it is a start from the files as they are now, and say how it went.
+
+    `loads` is the fixture of that name.
+    """
+    before = len(loads)
+    lm = start(*arguments, **options)
+    loaded = len(loads) - before
+    check_same_lm(lm, start_without_cache(*arguments, **options))
+    return loaded == 0
 
 
 def check_same_lm(lm: RiverLM, expected: RiverLM) -> None:

@@ -361,8 +361,11 @@ USAGE: dict[str, tuple[list[object], str]] = {
         "--strategies keep their KV cache in the model's dtype",
     ),
     "a seed for nothing": (["--no-random", "--seed", 0], "--no-random leaves random routing out"),
-    "tokens of no speed": (["--no-speed", "--speed-tokens", 256], "--no-speed measures none; le"),
-    "rounds of no speed": (["--no-speed", "--rounds", 5], "leave --speed-tokens and --rounds out"),
+    "tokens of no speed": (["--no-speed", "--speed-tokens", 256], "none; leave --speed-tokens out"),
+    "rounds of no speed": (
+        ["--no-speed", "--rounds", 5],
+        "--no-speed measures none; leave --rounds out",
+    ),
     "a text that is not there": (["--text", "no-such-file"], "there is no file no-such-file"),
 }
 

@@ -34,13 +34,11 @@ CACHE_TOLERANCE = 0.012  # relative L2 of one layer's keys or values
 SIMILARITY_TOLERANCE = 0.005  # absolute
 CLEAR = 0.003  # distance to a threshold that no rounding of the models used here bridges
 
-# whether padding counts in the minimum of a batch, position by position, is left open
 RULES = [
     (prefill, batch, padding)
     for prefill in get_args(PrefillRule)
     for batch in get_args(BatchRule)
     for padding in ("", "padded")
-    if (prefill, batch, padding) != ("token", "minimum", "padded")
 ]
 
 every_case = pytest.mark.parametrize("subject", CASES, indirect=True)
@@ -209,9 +207,10 @@ def _compared(subject: Subject, text: Text, policy: ExitPolicy) -> Tensor:
     for _ in text.passes(reference):
         similarities = reference.attached.router.similarities  # [L, batch, tokens]
         assert similarities is not None
+        if text.padding_mask is not None and similarities.shape[2] == PROMPT_LENGTH:
+            similarities = similarities.where(text.padding_mask, math.nan)
         if rule == "sequence":
-            real = True if text.padding_mask is None else text.padding_mask
-            similarities = similarities.where(torch.as_tensor(real), math.nan).nanmean(2, True)
+            similarities = similarities.nanmean(2, True)
         if policy.batch == "minimum":
             similarities = similarities.nan_to_num(math.inf).amin(1, keepdim=True)
             similarities = similarities.where(similarities < math.inf, math.nan)

@@ -251,6 +251,16 @@ class TestBothEngines:
                 engine.rewind(counts)
         assert engine.length == 5
 
+    def test_a_score_needs_a_count_for_each_sequence(self, subject: Subject, kind: str) -> None:
+        engine = getattr(subject, kind)(POLICY)
+        engine.prefill(PROMPT)
+        for counts in ([1], [1, 1, 1], [3, 1], [-1, 1]):
+            with pytest.raises(RiverError, match="give 0 to 2 for each of 2 sequences"):
+                engine.score(ids([[7, 8], [9, 10]]), counts)
+        with pytest.raises(RiverError, match="there is nothing to verify or score"):
+            engine.verify(ids([[7, 8], [9, 10]]), [0, 0])
+        assert engine.length == 5
+
 
 class TestLogits:
     def test_are_gone_after_a_pass_that_fails(self, subject: Subject) -> None:

@@ -36,13 +36,13 @@ class Pass:
 
 
 @st.composite
-def passes(draw: st.DrawFn, num_layers: int, padded: bool = True) -> Pass:
+def passes(draw: st.DrawFn, num_layers: int) -> Pass:
     batch, num_tokens = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     steps = torch.randn(num_layers + 1, batch, num_tokens, WIDTH, generator=generator)
     steps[1:] *= 1.5 * torch.rand(num_layers, batch, num_tokens, 1, generator=generator)
     padding = torch.tensor([draw(st.integers(0, num_tokens - 1)) for _ in range(batch)])
-    masked = padded and draw(st.booleans())
+    masked = draw(st.booleans())
     real = torch.arange(num_tokens) >= (padding if masked else 0 * padding)[:, None]
     return Pass(steps.cumsum(0), real, masked)
 
@@ -85,7 +85,10 @@ def _exit_layers_slowly(policy: ExitPolicy, one: Pass, phase: Phase) -> list[lis
             counted = [s for s, real in zip(of_sequence, one.real[sequence], strict=True) if real]
             return sum(counted) / len(counted)
 
-        return min(map(own, range(batch))) if policy.batch == "minimum" else own(b)
+        if policy.batch == "sequence":
+            return own(b)
+        there = [c for c in range(batch) if rule == "sequence" or bool(one.real[c, t])]
+        return min(map(own, there), default=math.inf)
 
     def depth_of(b: int, t: int) -> int:
         if thresholds[0] == -math.inf:
@@ -156,12 +159,10 @@ def test_tokens_leave_where_the_reference_lets_them(
     policy = ExitPolicy.per_layer(thresholds, prefill=prefill, batch=batch_rule)
     router = ExitRouter(policy, num_layers)
     router.record_similarities = record
-    # whether padding counts in the minimum over a batch, position by position, is left open
-    padded = (prefill, batch_rule) != ("token", "minimum")
     phases: tuple[Phase, ...] = ("prefill", "decode", "decode", "prefill")
     for phase in phases:
         router.depth_limit = data.draw(st.none() | st.integers(0, num_layers))
-        _check_pass(router, policy, data.draw(passes(num_layers, padded)), phase)
+        _check_pass(router, policy, data.draw(passes(num_layers)), phase)
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,15 @@ from native_engines import (
 from packed_models import save_model, start
 from tiny_core import empty_core
 from tiny_lm import character_tokenizer, sharpened
-from tiny_models import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from river_llm import ConfigError, DraftConfig, ExitPolicy, RiverConfig, RiverLM, attach_river
+from river_llm import ConfigError, DraftConfig, ExitPolicy, River, RiverLM
 from river_llm.benchmark.step_bytes import ModelBytes, step_bytes
-from river_llm.engines import Engine, TorchEngine, check_engine_options
+from river_llm.engines import Engine, check_engine_options
 from river_llm.engines.kv_cache import dequantize_states, position_bytes, quantize_states
+from river_llm.engines.native_core import MOST_DIMS_OF_CODES
 
 # full attention, windows, grouped queries, wide heads, norms of the keys, angles that change
 SOME_CASES = [
@@ -347,9 +347,47 @@ class TestErrors:
         with pytest.raises(ValueError, match="a KV cache has 16 or 8 bits"):
             empty_core(kv_bits=bits)
 
-    def test_heads_too_wide_for_exact_sums_are_refused(self) -> None:
-        model = tiny_model("Llama", head_dim=544, num_hidden_layers=1)
-        attached = attach_river(model, RiverConfig(group_size=32, quantizer="rtn"))
-        assert TorchEngine(attached, 8).prefill(torch.tensor([[5]])).logits.isfinite().all()
-        with pytest.raises(ValueError, match="takes heads of 512 dims at most"):
-            empty_core(head_dim=528, num_heads=2, kv_bits=8)
+
+class TestHeadsTooWideForExactSums:
+    REFUSED = (
+        "the native engine takes heads of 512 dims at most in a KV cache of 8 bits, not 544; take "
+        "--engine torch"
+    )
+
+    @pytest.fixture(scope="class")
+    def wide(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The directory of a model with heads of 544 dims."""
+        return save_model(tmp_path_factory.mktemp("wide"), head_dim=544, num_hidden_layers=1)
+
+    def test_are_those_that_the_core_refuses(self) -> None:
+        assert empty_core(head_dim=MOST_DIMS_OF_CODES, num_heads=2, kv_bits=8)
+        with pytest.raises(ValueError, match=f"takes heads of {MOST_DIMS_OF_CODES} dims at most"):
+            empty_core(head_dim=MOST_DIMS_OF_CODES + 16, num_heads=2, kv_bits=8)
+
+    def test_are_run_by_pytorch(
+        self, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where a packed copy is there, which stays."""
+        monkeypatch.setenv("RIVER_LLM_CACHE", str(tmp_path))
+        for _ in range(2):
+            lm = start(wide, kv_bits=8)
+            assert (lm.engine.name, lm.engine.kv_bits) == ("torch", 8)
+            assert lm.fallback_reason == self.REFUSED.removesuffix("; take --engine torch")
+            assert len(lm.generate("abc", raw=True, max_new_tokens=4).tokens) == 4
+            assert start(wide).engine.name == "cpu"
+            assert len(list(tmp_path.rglob("weights.bin"))) == 1
+
+    def test_are_refused_before_a_river_is_built(
+        self, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where a packed copy is there."""
+        monkeypatch.setenv("RIVER_LLM_CACHE", str(tmp_path))
+        start(wide)
+        monkeypatch.setattr(River, "build", lambda *_: pytest.fail("a river is built"))
+        on_cpu = ("--engine", "cpu", "--kv-bits", 8)
+        for command in (
+            ("generate", "abc", "-m", wide, *on_cpu),
+            ("bench", "-m", wide, *on_cpu),
+            ("bench", "-m", wide, "--memory", "--kv-bits", 8),
+        ):
+            run(*command).check_fails(1, self.REFUSED)

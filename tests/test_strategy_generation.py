@@ -231,7 +231,6 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("options", "code", "message"),
         [
-            (("mask", "--engine", "cpu"), 1, "the strategy mask is for the torch engine"),
             (("mask", "--policy", "always"), 1, "the prefill rule river is not for it"),
             (("mask", "--exit-layer", 9), 1, "the exit layer is 9"),
             (("mask", "--mode", "lossless"), 2, "--mode lossless drafts with the river"),
@@ -250,6 +249,35 @@ class TestCommandLine:
     ) -> None:
         outcome = run("generate", PROMPT, "-m", model, "--strategy", *options)
         outcome.check_fails(code, message)
+
+    @pytest.mark.parametrize(
+        ("strategies", "option", "message"),
+        [
+            (STRATEGIES, "--kv-bits=8", "keeps its KV cache in the model's dtype"),
+            (["mask", "quantised"], "--engine=cpu", "is for the torch engine; leave --engine cpu"),
+            (
+                ["none", "quantised"],
+                "--lm-head-bits=8",
+                "is for the torch engine, which has no 8-bit weights",
+            ),
+            (
+                ["none", "quantised"],
+                "--backbone-bits=8",
+                "is for the torch engine, which has no 8-bit weights",
+            ),
+        ],
+    )
+    def test_refuses_what_no_model_could_take(
+        self, strategies: list[str], option: str, message: str, tmp_path: Path
+    ) -> None:
+        model = ("-m", tmp_path / "absent")
+        for command in (("generate", PROMPT), ("chat",), ("eval", "arc_easy")):
+            for strategy in strategies:
+                outcome = run(*command, *model, "--strategy", strategy, option)
+                outcome.check_fails(2, f"--strategy {strategy} {message}")
+        # what does go together gets as far as the model
+        outcome = run("generate", PROMPT, *model, "--strategy", "quantised", "--kv-bits", 8)
+        outcome.check_fails(1, "there is no file or directory")
 
     def test_ctrl_c_gives_what_has_come(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         options = ("--strategy", "recompute", "--exit-layer", 2)

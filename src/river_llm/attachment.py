@@ -53,6 +53,8 @@ class AttachedRiver:
         depth_limit: see `ExitRouter`; may be set at any time between passes.
         phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
             takes a pass over one token with a filled cache as decode, any other as prefill.
+        is_real: bool `[B, T]`, which tokens of the next passes count, see `ExitRouter.begin_pass`;
+            None, the default, takes those that the attention mask doesn't hide.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class AttachedRiver:
         self.num_layers = len(layers)
         self.router = ExitRouter(policy, self.num_layers)
         self.phase: Phase | None = None
+        self.is_real: Tensor | None = None
         self.clear_counts()
         self._evicted = EvictedLayers(model, layers)
         self._is_river_in_memory = False
@@ -201,13 +204,14 @@ class AttachedRiver:
         self.abandon_pass()
         batch, num_tokens = inputs.shape[:2]
         self._running_phase = self.phase or _phase_of(num_tokens, kwargs.get("past_key_values"))
-        padding_mask = None
+        is_real = self.is_real
         leaves_by_mean = self._running_phase == "prefill" and self.policy.prefill == "sequence"
-        if leaves_by_mean or self.depth_limit is not None:
+        asks = leaves_by_mean or self.policy.batch == "minimum" or self.depth_limit is not None
+        if is_real is None and asks:
             attention_mask = kwargs.get("attention_mask")
             if attention_mask is not None and attention_mask.ndim == 2:
-                padding_mask = attention_mask[:, -num_tokens:].bool().cpu()
-        self.router.begin_pass(batch, num_tokens, self._running_phase, padding_mask)
+                is_real = attention_mask[:, -num_tokens:].bool().cpu()
+        self.router.begin_pass(batch, num_tokens, self._running_phase, is_real)
 
     def abandon_pass(self) -> None:
         """Let go of the layers that came back for a pass which was cut short."""

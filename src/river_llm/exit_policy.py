@@ -41,7 +41,8 @@ class ExitPolicy:
             ``"token"``: every prompt token leaves by its own similarity, as decoding would take
             it; this is how a given text is scored in one pass.
         batch: how sequences that decode together leave. ``"sequence"``: each on its own.
-            ``"minimum"``: all together, by the smallest similarity (the paper's rule).
+            ``"minimum"``: all together, by the smallest similarity (the paper's rule); padding has
+            no say.
     """
 
     kind: PolicyKind = "never"

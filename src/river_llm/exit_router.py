@@ -84,12 +84,13 @@ class ExitRouter:
         self._depth_limit = limit
 
     def begin_pass(
-        self, batch: int, num_tokens: int, phase: Phase, padding_mask: Tensor | None = None
+        self, batch: int, num_tokens: int, phase: Phase, is_real: Tensor | None = None
     ) -> None:
         """Start a pass over `[batch, num_tokens]` tokens.
 
         Args:
-            padding_mask: `[batch, num_tokens]`, true for real tokens; None where all are.
+            is_real: bool `[batch, num_tokens]`, false for padding and for tokens that only fill a
+                row up, which have no say in another token's exit; None where all are real.
         """
         rule = self.policy.prefill if phase == "prefill" else "token"
         if rule == "backbone":
@@ -103,7 +104,7 @@ class ExitRouter:
         self._held_back = 0  # in this pass
         self._leave_by_sequence = rule == "sequence"
         self._leave_together = self.policy.batch == "minimum"
-        self._padding_mask = padding_mask
+        self._is_real = is_real
         self.in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
         self.exit_layers = torch.full((batch, num_tokens), self.num_layers)
         self.route = Route.BACKBONE
@@ -152,21 +153,22 @@ class ExitRouter:
     def _join(self, similarity: Tensor) -> Tensor:
         """What is held against the threshold: `[B or 1, T or 1]`, from similarities `[B, T]`."""
         if self._leave_by_sequence:
-            if self._padding_mask is None:
+            if self._is_real is None:
                 similarity = similarity.mean(1, keepdim=True)
             else:
-                weights = self._padding_mask.float()
-                similarity = (similarity * weights).sum(1, keepdim=True) / weights.sum(
-                    1, keepdim=True
-                )
+                of_real = similarity.where(self._is_real, 0.0).sum(1, keepdim=True)
+                similarity = of_real / self._is_real.sum(1, keepdim=True)
         if self._leave_together:
-            similarity = similarity.amin(0, keepdim=True)
+            counts = self.in_backbone if self._is_real is None else self.in_backbone & self._is_real
+            if self._leave_by_sequence:
+                counts = counts.any(1, keepdim=True)
+            similarity = similarity.where(counts, math.inf).amin(0, keepdim=True)
         return similarity
 
     def _hold_back(self, tokens: Tensor) -> None:
         """Count the tokens, bool `[B, T]`, that leave by the depth limit alone."""
-        if self._padding_mask is not None:
-            tokens = tokens & self._padding_mask
+        if self._is_real is not None:
+            tokens = tokens & self._is_real
         self._held_back += int(tokens.sum())
 
     def leave(self, leaving: Tensor, after: int) -> None:

@@ -33,6 +33,7 @@ import river_llm
 from river_llm.cache import CachedFolder, cache_directory, file_state, folder_for
 from river_llm.config import RiverConfig
 from river_llm.engines import CpuEngine, weight_layout
+from river_llm.engines.native_core import holds_heads
 from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable, WeightFormats
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
@@ -133,8 +134,8 @@ def read_packed(
     offload: OffloadConfig | None = None,
     kv_bits: int = 16,
 ) -> PackedModel | None:
-    """Start from a packed copy, with a KV cache of so many bits; None where there is none, or a
-    damaged one, which is removed.
+    """Start from a packed copy, with a KV cache of so many bits; None where there is none, where
+    the native engine has no such cache for the model, or where it is damaged, and removed then.
 
     Raises:
         ConfigError: the model can't be offloaded so.
@@ -269,8 +270,10 @@ def _read(
     threads: int | None,
     offload: OffloadConfig | None,
     kv_bits: int,
-) -> PackedModel:
+) -> PackedModel | None:
     description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+    if not holds_heads(description["shape"]["head_dim"], kv_bits):
+        return None
     tokenizer = _read_tokenizer(directory, description["tokenizer"])
     # as if it had been read beside the model
     tokenizer.name_or_path = str(source.parent if source.is_file() else source)

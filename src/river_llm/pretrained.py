@@ -130,7 +130,7 @@ def load_pretrained(
             river_directory=directory,
             residency=packed.residency,
         )
-    check = partial(choose_engine, choice=engine, **bits)
+    check = partial(choose_engine, choice=engine, kv_bits=kv_bits, **bits)
     model, tokenizer, made = _load(
         name_or_path, river, dtype, device, trust_remote_code, progress, check
     )

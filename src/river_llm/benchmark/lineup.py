@@ -71,7 +71,7 @@ class Lineup:
         self.notes: list[str] = []
         self.same_top: dict[str, float] = {}
         self.llama_cpp_build: str | None = None
-        reason = why_not_native(model) if engine == "auto" else None
+        reason = why_not_native(model, min(kv_bits)) if engine == "auto" else None
         self.engine = "torch" if engine == "torch" or reason else "cpu"
         if reason:
             self.notes.append(f"PyTorch computes: {reason}")

@@ -177,7 +177,13 @@ def bench(
         _check_memory(peers, threshold, engine, disturb, batch, prompt_tokens, new_tokens, counts)
         bench_memory(
             partial(
-                _load_subject, random_weights, model or "smollm2", config, dtype, trust_remote_code
+                _load_subject,
+                random_weights,
+                model or "smollm2",
+                config,
+                dtype,
+                trust_remote_code,
+                int(kv_bits.value),
             ),
             random_weights.value if random_weights else model or "smollm2",
             [3] if exit_layer is None else _numbers("--exit-layer", exit_layer, int, 0),
@@ -217,6 +223,7 @@ def bench(
                         choice=engine.value,
                         backbone_bits=16,
                         lm_head_bits=head_bits[-1],
+                        kv_bits=cache_bits[-1],
                     ),
                 )
             workloads = make_workloads(*numbers)
@@ -260,6 +267,7 @@ def _load_subject(
     config: Path | RiverConfig,
     dtype: options.DtypeName,
     trust_remote_code: bool,
+    kv_bits: int,
 ) -> Subject:
     """The model and its river, for `bench_memory`."""
     prepare_torch(None)
@@ -270,7 +278,8 @@ def _load_subject(
     if random_weights is not None:
         assert isinstance(config, RiverConfig)
         return random_subject(random_weights.value, config)
-    return load_subject(name, config, torch_dtype(dtype), trust_remote_code, check=check_supported)
+    check = partial(check_supported, kv_bits=kv_bits)
+    return load_subject(name, config, torch_dtype(dtype), trust_remote_code, check=check)
 
 
 def _check_memory(

@@ -84,11 +84,6 @@ def chat(
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     built = river_config(river, bits, group_size, quantizer)
-    check_strategy(strategy, mode, of_policy, built, offload, prompt_cache)
-    check_prompt_cache(prompt_cache, mode, prefill)
-    sampling = sampling_config(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
-    )
     loading = LoadOptions(
         model=model,
         river=built,
@@ -104,6 +99,11 @@ def chat(
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
         strategy=strategy,
+    )
+    check_strategy(loading, mode, of_policy, prompt_cache)
+    check_prompt_cache(prompt_cache, mode, prefill)
+    sampling = sampling_config(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
     lm = load(loading)
     if not lm.tokenizer.chat_template:

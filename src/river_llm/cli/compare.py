@@ -12,7 +12,7 @@ from river_llm.cli import options
 from river_llm.cli.lists import listed, numbers
 from river_llm.cli.loading import LoadOptions, load, load_attached
 from river_llm.cli.settings import river_config
-from river_llm.cli.usage import usage_error
+from river_llm.cli.usage import refuse_idle, usage_error
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from river_llm.report.arms import Variant
     from river_llm.river_lm import RiverLM
 
-_ARMS, _TASKS, _SPEED = "Arms", "Tasks", "Speed"
-_SEED, _SPEED_TOKENS, _ROUNDS = 0, 256, 5
+_ARMS, _TASKS = "Arms", options.TASKS
 
 
 def compare(
+    context: typer.Context,
     model: options.ModelArgument = "smollm2",
     tasks: Annotated[
         str,
@@ -34,10 +34,7 @@ def compare(
             rich_help_panel=_TASKS,
         ),
     ] = "arc_easy,blimp",
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Items of a task at most.", rich_help_panel=_TASKS),
-    ] = None,
+    limit: options.TaskLimit = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -62,24 +59,9 @@ def compare(
             "--max-new-tokens", "-n", min=1, help="Of a generated answer.", rich_help_panel=_TASKS
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    allow_code_execution: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution",
-            help="Let humaneval run the model's programs, confined.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Items that run together.", rich_help_panel=_TASKS)
-    ] = 8,
+    data_dir: options.DataDir = None,
+    allow_code_execution: options.AllowCodeExecution = False,
+    batch_size: options.BatchSize = 8,
     thresholds: Annotated[
         str, typer.Option(help="One similarity arm each.", rich_help_panel=_ARMS)
     ] = "0.9,0.95,0.97,0.98,0.99",
@@ -107,39 +89,14 @@ def compare(
         ),
     ] = False,
     seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**63 - 1,
-            help=f"Of random routing. \\[default: {_SEED}]",
-            rich_help_panel=_ARMS,
-        ),
-    ] = None,
-    no_speed: Annotated[
-        bool, typer.Option("--no-speed", help="Don't measure it.", rich_help_panel=_SPEED)
-    ] = False,
-    speed_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help=f"Decoded in each pass. \\[default: {_SPEED_TOKENS}]",
-            rich_help_panel=_SPEED,
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"That count, after one to warm up. \\[default: {_ROUNDS}]",
-            rich_help_panel=_SPEED,
-        ),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the report and its results.")
-    ] = Path("comparison"),
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; without it the run goes on.")
-    ] = False,
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Of random routing.", rich_help_panel=_ARMS),
+    ] = 0,
+    no_speed: options.NoSpeed = False,
+    speed_tokens: options.SpeedTokens = 256,
+    rounds: options.Rounds = 5,
+    output: options.ReportFolder = Path("comparison"),
+    restart: options.Restart = False,
     json_output: options.Json = False,
     river: options.RiverPath = None,
     bits: options.Bits = 4,
@@ -164,10 +121,10 @@ def compare(
         raise usage_error(
             "--strategies keep their KV cache in the model's dtype; leave --kv-bits out"
         )
-    if no_random and seed is not None:
-        raise usage_error("--no-random leaves random routing out; leave --seed out too")
-    if no_speed and not (speed_tokens is None and rounds is None):
-        raise usage_error("--no-speed measures none; leave --speed-tokens and --rounds out")
+    if no_random:
+        refuse_idle(context, "--no-random leaves random routing out", {"--seed"})
+    if no_speed:
+        refuse_idle(context, "--no-speed measures none", {"--speed-tokens", "--rounds"})
     made = river_config(river, bits, group_size, quantizer)
     from river_llm.config import RiverConfig
     from river_llm.exit_policy import ExitPolicy
@@ -223,9 +180,9 @@ def compare(
         strategies=cast("list[Strategy]", others),
         with_random=not no_random,
         with_speed=not no_speed,
-        speed_tokens=_SPEED_TOKENS if speed_tokens is None else speed_tokens,
-        rounds=_ROUNDS if rounds is None else rounds,
-        seed=_SEED if seed is None else seed,
+        speed_tokens=speed_tokens,
+        rounds=rounds,
+        seed=seed,
         batch_size=batch_size,
         restart=restart,
     )

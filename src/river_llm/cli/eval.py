@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from river_llm.exit_policy import ExitPolicy
     from river_llm.river_lm import RiverLM
 
-_TASKS, _RESULTS = "Tasks", "Results"
+_TASKS, _RESULTS = options.TASKS, "Results"
 _BACKBONE = "backbone"
 
 
@@ -76,10 +76,7 @@ def evaluate(
         int | None,
         typer.Option("--max-new-tokens", "-n", min=1, help="Of an answer.", rich_help_panel=_TASKS),
     ] = None,
-    batch_size: Annotated[
-        int,
-        typer.Option(min=1, help="Items that run together.", rich_help_panel=_TASKS),
-    ] = 8,
+    batch_size: options.BatchSize = 8,
     text: Annotated[
         Path | None,
         typer.Option(help="The text of perplexity and kld.", rich_help_panel=_TASKS),
@@ -91,21 +88,8 @@ def evaluate(
             rich_help_panel=_TASKS,
         ),
     ] = 512,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    allow_code_execution: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution",
-            help="Let humaneval run the model's programs, confined.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = False,
+    data_dir: options.DataDir = None,
+    allow_code_execution: options.AllowCodeExecution = False,
     output: Annotated[
         Path,
         typer.Option(
@@ -151,28 +135,27 @@ def evaluate(
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     built = river_config(river, bits, group_size, quantizer)
     of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
-    check_strategy(strategy, options.ModeName.river, of_policy, built)
+    loading = LoadOptions(
+        model=model,
+        river=built,
+        policy=chosen,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        backbone_bits=backbone_bits,
+        lm_head_bits=lm_head_bits,
+        kv_bits=kv_bits,
+        strategy=strategy,
+    )
+    check_strategy(loading, options.ModeName.river, of_policy)
     if compare_backbone and strategy is options.StrategyName.quantised:
         raise usage_error(
             "--strategy quantised runs no backbone to compare with; take --policy always"
         )
     _check_tasks(tasks, text, compare_backbone, against)
-    lm = load(
-        LoadOptions(
-            model=model,
-            river=built,
-            policy=chosen,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
-            engine=engine,
-            backbone_bits=backbone_bits,
-            lm_head_bits=lm_head_bits,
-            kv_bits=kv_bits,
-            strategy=strategy,
-        )
-    )
+    lm = load(loading)
     chosen = lm.policy  # of strategies without a choice, their own
     from river_llm.evaluation.harness import compare_results, evaluate
     from river_llm.evaluation.requests import TaskSettings

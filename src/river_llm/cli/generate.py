@@ -93,7 +93,23 @@ def generate(
     )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     built = river_config(river, bits, group_size, quantizer)
-    check_strategy(strategy, mode, of_policy, built, offload, prompt_cache)
+    loading = LoadOptions(
+        model=model,
+        river=built,
+        policy=chosen,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        backbone_bits=backbone_bits,
+        lm_head_bits=lm_head_bits,
+        kv_bits=kv_bits,
+        drafts=drafts,
+        offload=offload_config(offload, no_miss, decoding),
+        strategy=strategy,
+    )
+    check_strategy(loading, mode, of_policy, prompt_cache)
     if compare and strategy is not options.StrategyName.river:
         raise usage_error("--compare compares the river; it goes with --strategy river")
     if compare and no_miss:
@@ -110,22 +126,6 @@ def generate(
         raise usage_error("the prompt is empty; give some text, or - to read it from stdin")
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
-    )
-    loading = LoadOptions(
-        model=model,
-        river=built,
-        policy=chosen,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        engine=engine,
-        backbone_bits=backbone_bits,
-        lm_head_bits=lm_head_bits,
-        kv_bits=kv_bits,
-        drafts=drafts,
-        offload=offload_config(offload, no_miss, decoding),
-        strategy=strategy,
     )
     lm = load(loading)
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)

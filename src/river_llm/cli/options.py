@@ -68,6 +68,7 @@ class DtypeName(str, Enum):
 _MODEL_HELP = "A model directory, a GGUF file, a Hub id (org/name), or smollm2."
 _POLICY, _RIVER, _LOSSLESS = "Exit policy", "Exit river", "Lossless mode"
 _SAMPLING, _SYSTEM = "Sampling", "Machine"
+TASKS, _SPEED = "Tasks", "Speed"
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=True)]
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
@@ -244,6 +245,40 @@ TrustRemoteCode = Annotated[
         rich_help_panel=_SYSTEM,
     ),
 ]
+TaskLimit = Annotated[
+    int | None, typer.Option(min=1, help="Items of a task at most.", rich_help_panel=TASKS)
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
+        rich_help_panel=TASKS,
+    ),
+]
+AllowCodeExecution = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Let humaneval run the model's programs, confined.",
+        rich_help_panel=TASKS,
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Items that run together.", rich_help_panel=TASKS)
+]
+NoSpeed = Annotated[
+    bool, typer.Option("--no-speed", help="Don't measure it.", rich_help_panel=_SPEED)
+]
+SpeedTokens = Annotated[
+    int, typer.Option(min=2, help="Decoded in each pass.", rich_help_panel=_SPEED)
+]
+Rounds = Annotated[
+    int, typer.Option(min=1, help="That count, after one to warm up.", rich_help_panel=_SPEED)
+]
+ReportFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the report and its results.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; without it the run goes on.")]
 PromptCacheFile = Annotated[
     Path | None,
     typer.Option(

@@ -15,7 +15,7 @@ from river_llm.cli.lists import listed, numbers
 from river_llm.cli.loading import LoadOptions, load, prepare_torch
 from river_llm.cli.reproduce_list import list_paper
 from river_llm.cli.settings import river_config
-from river_llm.cli.usage import given_options, usage_error
+from river_llm.cli.usage import given_options, refuse_idle, usage_error
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from river_llm.report.document import Block
     from river_llm.reproduction.paper import PaperModel, PaperTask
 
-_TASKS, _SPEED = "Tasks", "Speed and memory"
+_TASKS = options.TASKS
 
 
 def reproduce(
@@ -67,10 +67,7 @@ def reproduce(
             rich_help_panel=_TASKS,
         ),
     ] = "",
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Items of a task at most.", rich_help_panel=_TASKS),
-    ] = None,
+    limit: options.TaskLimit = None,
     thresholds: Annotated[
         str,
         typer.Option(
@@ -95,13 +92,7 @@ def reproduce(
             rich_help_panel=_TASKS,
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    data_dir: options.DataDir = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option(
@@ -111,33 +102,21 @@ def reproduce(
             rich_help_panel=_TASKS,
         ),
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Items that run together.", rich_help_panel=_TASKS)
-    ] = 8,
-    no_speed: Annotated[
-        bool, typer.Option("--no-speed", help="Don't measure it.", rich_help_panel=_SPEED)
-    ] = False,
-    speed_tokens: Annotated[
-        int, typer.Option(min=2, help="Decoded in each pass.", rich_help_panel=_SPEED)
-    ] = 256,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="That count, after one to warm up.", rich_help_panel=_SPEED)
-    ] = 5,
+    batch_size: options.BatchSize = 8,
+    no_speed: options.NoSpeed = False,
+    speed_tokens: options.SpeedTokens = 256,
+    rounds: options.Rounds = 5,
     measure_memory: Annotated[
         bool,
         typer.Option(
             "--measure-memory",
             help="Measure it at 64K tokens, or as many as the model takes, beside the arithmetic "
             "(native engine).",
-            rich_help_panel=_SPEED,
+            rich_help_panel="Memory",
         ),
     ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the report and its results.")
-    ] = Path("reproduction"),
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; without it the run goes on.")
-    ] = False,
+    output: options.ReportFolder = Path("reproduction"),
+    restart: options.Restart = False,
     json_output: options.Json = False,
     river: options.RiverPath = None,
     group_size: options.GroupSize = 64,
@@ -151,11 +130,13 @@ def reproduce(
     """Run the paper's tasks on a model: backbone, all layers in 4 bits and River at the paper's
     thresholds, on one engine, and write a report with the paper's figures beside. A run that was
     cut short goes on with the same command."""
-    given = given_options(context)
     if list_models:
-        _list(paper_model, given, json_output)
+        refuse_idle(context, "--list runs nothing", given_options(context) - {"--list", "--json"})
+        _list(paper_model, json_output)
         return
-    _check_speed(given, no_speed, measure_memory)
+    if no_speed:  # memory is measured in rounds, too
+        idle = {"--speed-tokens"} if measure_memory else {"--speed-tokens", "--rounds"}
+        refuse_idle(context, "--no-speed measures none", idle)
     reference, name = _chosen(paper_model, model, as_model)
     named = listed(tasks)
     wanted = _tasks(named)
@@ -245,34 +226,19 @@ def reproduce(
         _show(beginning, output)
 
 
-def _list(paper_model: str | None, given: set[str], json_output: bool) -> None:
+def _list(paper_model: str | None, json_output: bool) -> None:
     """Print what the paper reports, of all its models or of one.
 
     Raises:
-        typer.Exit: the paper has no such model, or an option is given that says nothing here.
+        typer.Exit: the paper has no such model.
     """
     from river_llm.reproduction.paper import MODELS, find_model
 
-    if others := sorted(given - {"--list", "--json"}):
-        raise usage_error(f"--list runs nothing; leave {', '.join(others)} out")
     try:
         models = MODELS if paper_model is None else (find_model(paper_model),)
     except ConfigError as error:
         raise usage_error(str(error)) from error
     list_paper(models, paper_model is None, json_output)
-
-
-def _check_speed(given: set[str], no_speed: bool, measure_memory: bool) -> None:
-    """See that no option is for a speed that isn't measured.
-
-    Raises:
-        typer.Exit: one is.
-    """
-    if not no_speed:
-        return
-    idle = {"--speed-tokens"} if measure_memory else {"--speed-tokens", "--rounds"}
-    if idle := given & idle:
-        raise usage_error(f"--no-speed measures none; leave {' and '.join(sorted(idle))} out")
 
 
 def _chosen(

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from river_llm.cli.loading import LoadOptions
 from river_llm.cli.options import (
     DraftHeadBits,
+    EngineName,
     ModeName,
     PolicyName,
     PrefillName,
     QuantizerName,
-    StrategyName,
+    WeightBits,
 )
 from river_llm.cli.usage import usage_error
 from river_llm.config import (
@@ -101,29 +103,26 @@ def decoding_mode(
 
 
 def check_strategy(
-    strategy: StrategyName,
+    loading: LoadOptions,
     mode: ModeName,
     of_policy: Sequence[object],
-    river: Path | RiverConfig,
-    offload: str | None = None,
     prompt_cache: Path | None = None,
 ) -> None:
     """See that the other options go with the strategy.
 
     Args:
         of_policy: values of the options of the exit policy, None for those that weren't given.
-        river: what `river_config` gives.
-        offload, prompt_cache: what was given of these options.
+        prompt_cache: what was given of this option.
 
     Raises:
         typer.Exit: one doesn't.
     """
-    name = strategy.value
+    name = loading.strategy.value
     conflict = strategy_conflict(
         cast("Strategy", name),
         mode.value,
         policy_given=any(value is not None for value in of_policy),
-        river_given=river != RiverConfig(),
+        river_given=loading.river != RiverConfig(),
     )
     if conflict == "mode":
         raise usage_error(f"--mode lossless drafts with the river; it has no --strategy {name}")
@@ -134,9 +133,20 @@ def check_strategy(
             f"--strategy {name} has no river; leave --river, --bits, --group-size and --quantizer "
             "out"
         )
+    if name != "river" and loading.engine is EngineName.cpu:
+        raise usage_error(f"--strategy {name} is for the torch engine; leave --engine cpu out")
+    if name != "river" and WeightBits.eight in (loading.backbone_bits, loading.lm_head_bits):
+        raise usage_error(
+            f"--strategy {name} is for the torch engine, which has no 8-bit weights beside the "
+            "river; leave --backbone-bits and --lm-head-bits out"
+        )
     if name in WITH_RIVER:
         return
-    if offload is not None and offload != "off":
+    if loading.kv_bits is WeightBits.eight:
+        raise usage_error(
+            f"--strategy {name} keeps its KV cache in the model's dtype; leave --kv-bits out"
+        )
+    if loading.offload is not None:
         raise usage_error(
             f"--strategy {name} has no river to leave for, so all layers stay in memory; leave "
             "--offload out"

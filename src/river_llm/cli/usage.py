@@ -24,6 +24,16 @@ def given_options(context: typer.Context) -> set[str]:
     }
 
 
+def refuse_idle(context: typer.Context, reason: str, idle: set[str]) -> None:
+    """See that none of these options is on the command line, where they would say nothing.
+
+    Raises:
+        typer.Exit: some are.
+    """
+    if given := sorted(given_options(context) & idle):
+        raise usage_error(f"{reason}; leave {', '.join(given)} out")
+
+
 def _is_on_command_line(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 EngineChoice = Literal["auto", "cpu", "torch"]
 
 
-def why_not_native(model: PreTrainedModel) -> str | None:
-    """Why the native engine doesn't serve this model; None: it does."""
+def why_not_native(model: PreTrainedModel, kv_bits: int = 16) -> str | None:
+    """Why the native engine doesn't serve this model with such a KV cache; None: it does."""
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
     if not is_built():
@@ -33,7 +33,7 @@ def why_not_native(model: PreTrainedModel) -> str | None:
     if model.dtype != torch.bfloat16:
         return f"the model is in {str(model.dtype).removeprefix('torch.')}, not bfloat16"
     try:
-        check_supported(model)
+        check_supported(model, kv_bits)
     except UnsupportedModelError as error:
         return str(error).removesuffix("; take --engine torch")
     return None
@@ -62,7 +62,11 @@ def check_engine_options(
 
 
 def choose_engine(
-    model: PreTrainedModel, choice: EngineChoice, backbone_bits: int, lm_head_bits: int
+    model: PreTrainedModel,
+    choice: EngineChoice,
+    backbone_bits: int,
+    lm_head_bits: int,
+    kv_bits: int = 16,
 ) -> tuple[Literal["cpu", "torch"], str | None]:
     """Which engine serves a model, and why it isn't the native one; needs no river yet.
 
@@ -71,13 +75,13 @@ def choose_engine(
 
     Raises:
         ConfigError: a setting or the model's device is not for the engine.
-        UnsupportedModelError: the architecture is not for the engine.
+        UnsupportedModelError: the architecture, or the width of its heads, is not for the engine.
     """
-    reason = why_not_native(model) if choice == "auto" else None
+    reason = why_not_native(model, kv_bits) if choice == "auto" else None
     if choice == "cpu" or (choice == "auto" and reason is None):
         if model.device.type != "cpu":
             raise ConfigError(f"the native engine needs the model on a CPU, not on {model.device}")
-        check_supported(model)
+        check_supported(model, kv_bits)
         return "cpu", None
     if (backbone_bits, lm_head_bits) != (16, 16):
         why = f": {reason}" if reason else ""
@@ -100,7 +104,7 @@ def make_engine(
 
     Args:
         choice: ``"cpu"`` is the native engine; ``"auto"`` takes it where the model is in bfloat16,
-            on a CPU and of a supported architecture, and the torch engine elsewhere.
+            on a CPU and one that it supports, and the torch engine elsewhere.
         threads: by default as many as the process may use.
         backbone_bits, lm_head_bits: 16 (bfloat16), or 8 on the native engine.
         kv_bits: of the KV cache: 16, which stands for the model's dtype, or 8.
@@ -110,13 +114,13 @@ def make_engine(
 
     Raises:
         ConfigError: a setting is out of its range or not for the engine.
-        UnsupportedModelError: the architecture is not for the engine.
+        UnsupportedModelError: the architecture, or the width of its heads, is not for the engine.
         RiverFileError: the river was made from other weights.
         RiverError: the native engine is named and was not built.
     """
     check_engine_options(choice, backbone_bits, lm_head_bits, kv_bits)
     check_weights(model)
-    name, reason = choose_engine(model, choice, backbone_bits, lm_head_bits)
+    name, reason = choose_engine(model, choice, backbone_bits, lm_head_bits, kv_bits)
     if name == "cpu":
         engine = CpuEngine(
             model,

@@ -17,7 +17,13 @@ from river_llm.backbone import decoder_layers
 from river_llm.config import Strategy
 from river_llm.engines.cache_identity import native_identity
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
-from river_llm.engines.engine import StepResult, check_batch, check_room, check_sequences
+from river_llm.engines.engine import (
+    StepResult,
+    check_batch,
+    check_counts,
+    check_room,
+    check_sequences,
+)
 from river_llm.engines.llama_family import check_supported, describe
 from river_llm.engines.native_core import Positions, check_built, make_core, one_clear_line
 from river_llm.engines.native_model import NativeModel, WeightFormats
@@ -110,14 +116,14 @@ class CpuEngine:
                 held twice; the model can't be run any more then.
 
         Raises:
-            UnsupportedModelError: the architecture isn't one of `SUPPORTED_MODEL_TYPES`.
+            UnsupportedModelError: see `check_supported`.
             ConfigError: a setting is out of its range, or the processor has no such kernels.
             RiverFileError: the river was made from other weights.
             RiverError: the native core was not built.
         """
         check_built()
         check_weights(model)
-        check_supported(model)
+        check_supported(model, kv_bits)
         layers = decoder_layers(model)
         river.check_fits(layers)
         formats = WeightFormats(
@@ -554,12 +560,7 @@ class CpuEngine:
         batch, num_tokens = self._check_tokens(token_ids, dims=2)
         tokens = self._token_list(token_ids)
         counts = [num_tokens] * batch if counts is None else list(counts)
-        if len(counts) != batch or not all(0 <= count <= num_tokens for count in counts):
-            raise RiverError(
-                f"the counts are {counts}; give 0 to {num_tokens} for each of {batch} sequences"
-            )
-        if not any(counts):
-            raise RiverError("there is nothing to verify or score; give one token or more")
+        check_counts(counts, batch, num_tokens)
         self._begin(batch, max(counts), None)
         places = [
             sequence * num_tokens + place

@@ -243,6 +243,30 @@ class Engine(Protocol):
         ...
 
 
+def check_counts(counts: Sequence[int], batch: int, num_tokens: int) -> None:
+    """See that so many tokens of each sequence can be meant, of `[batch, num_tokens]`.
+
+    Raises:
+        RiverError: they can't, or none is.
+    """
+    if len(counts) != batch or not all(0 <= count <= num_tokens for count in counts):
+        raise RiverError(
+            f"the counts are {list(counts)}; give 0 to {num_tokens} for each of {batch} sequences"
+        )
+    if not any(counts):
+        raise RiverError("there is nothing to verify or score; give one token or more")
+
+
+def first_tokens(counts: Sequence[int], batch: int, num_tokens: int) -> Tensor:
+    """Bool `[batch, num_tokens]`, the first `counts[i]` of each sequence's tokens.
+
+    Raises:
+        RiverError: see `check_counts`.
+    """
+    check_counts(counts, batch, num_tokens)
+    return torch.arange(num_tokens) < torch.tensor(counts).unsqueeze(1)
+
+
 def check_room(length: int, context_length: int | None) -> None:
     """See that so many tokens fit the model's context; None: there is no limit.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from river_llm.engines.native_core import MOST_DIMS_OF_CODES, holds_heads
 from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable
 from river_llm.errors import UnsupportedModelError
 
@@ -48,8 +49,9 @@ SUPPORTED_MODEL_TYPES = tuple(_NORMS)
 PROJECTIONS = ("qkv", "output", "gate_up", "down")
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """See that the native engine knows the model's architecture and sizes.
+def check_supported(model: PreTrainedModel, kv_bits: int = 16) -> None:
+    """See that the native engine knows the model's architecture and sizes, with a KV cache of so
+    many bits.
 
     Raises:
         UnsupportedModelError: it doesn't; the message says why.
@@ -68,6 +70,11 @@ def check_supported(model: PreTrainedModel) -> None:
     for name in ("hidden_size", "intermediate_size", "head_dim"):
         if shape[name] % _LANES:
             raise _unsupported(f"needs a {name} that is a multiple of {_LANES}, not {shape[name]}")
+    if not holds_heads(shape["head_dim"], kv_bits):
+        raise _unsupported(
+            f"takes heads of {MOST_DIMS_OF_CODES} dims at most in a KV cache of {kv_bits} bits, "
+            f"not {shape['head_dim']}"
+        )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise _unsupported("knows no bias of the LM head")
     layer_types = _rotary_layer_types(model)

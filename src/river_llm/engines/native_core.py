@@ -16,6 +16,7 @@ try:
 except ImportError:  # installed without a compiler
     _core = None  # type: ignore[assignment]
 
+MOST_DIMS_OF_CODES = 512  # of a head in a KV cache of 8 bits, as kv_cache.cpp has it
 _ROTARY_BLOCK = 2048  # positions whose angles are computed at a time
 _KERNELS_VARIABLE = "RIVER_LLM_CPU"
 
@@ -46,6 +47,11 @@ def check_built() -> None:
             "the native engine was not built, for want of a compiler; install g++ 12 or later "
             "and reinstall, or take --engine torch"
         )
+
+
+def holds_heads(head_dim: int, kv_bits: int) -> bool:
+    """Whether the core has a KV cache of so many bits for heads of that width."""
+    return kv_bits == 16 or head_dim <= MOST_DIMS_OF_CODES
 
 
 def make_core(

@@ -20,7 +20,13 @@ from river_llm.engines.drafting import (
     draft_step_by_step,
     likeliest_with_margin,
 )
-from river_llm.engines.engine import StepResult, check_batch, check_room, check_sequences
+from river_llm.engines.engine import (
+    StepResult,
+    check_batch,
+    check_room,
+    check_sequences,
+    first_tokens,
+)
 from river_llm.engines.kv_cache import check_kv_bits, layer_class
 from river_llm.engines.llama_family import angle_limit
 from river_llm.errors import RiverError
@@ -139,7 +145,8 @@ class TorchEngine:
             self.policy = policy
 
     def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
-        result = self._run(token_ids, None, "decode", all_logits=True)
+        is_real = None if counts is None else first_tokens(counts, *token_ids.shape)
+        result = self._run(token_ids, None, "decode", is_real, all_logits=True)
         if counts is not None:
             self.rewind([token_ids.shape[1] - count for count in counts])
         return result
@@ -267,6 +274,7 @@ class TorchEngine:
         token_ids: Tensor,
         padding_mask: Tensor | None,
         phase: Phase,
+        is_real: Tensor | None = None,
         all_logits: bool = False,
     ) -> StepResult:
         num_tokens = token_ids.shape[1]
@@ -274,7 +282,7 @@ class TorchEngine:
         if self._length > 0:
             check_batch(self._batch, len(token_ids))
         inputs = self._inputs(token_ids, padding_mask)
-        self.attached.phase = phase
+        self.attached.phase, self.attached.is_real = phase, is_real
         length = self._length
         try:
             fewer_logits = {} if all_logits else self._last_logits_only
@@ -283,7 +291,7 @@ class TorchEngine:
             )
             self._length = length + num_tokens
         finally:
-            self.attached.phase = None
+            self.attached.phase = self.attached.is_real = None
             if self._length == length:  # cut short by an error or Ctrl-C: undo half a pass
                 self.attached.abandon_pass()
                 self._undo(length)

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from river_llm.engines.engine import StepResult, check_batch, check_room, check_sequences
+from river_llm.engines.engine import (
+    StepResult,
+    check_batch,
+    check_room,
+    check_sequences,
+    first_tokens,
+)
 from river_llm.engines.llama_family import angle_limit
 from river_llm.engines.torch_engine import padded_inputs
 from river_llm.exit_policy import ExitPolicy
@@ -123,7 +129,10 @@ class StrategyEngine(WithoutRiver):
 
     def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
         state = self._ready_for(*token_ids.shape)
-        result, self._state = self._run(state, token_ids, None, "decode", all_logits=True)
+        is_real = None if counts is None else first_tokens(counts, *token_ids.shape)
+        result, self._state = self._run(
+            state, token_ids, None, "decode", is_real=is_real, all_logits=True
+        )
         if counts is not None:
             self.rewind([token_ids.shape[1] - count for count in counts])
         return result
@@ -196,6 +205,7 @@ class StrategyEngine(WithoutRiver):
         phase: Phase,
         *,
         before: CacheState | None = None,
+        is_real: Tensor | None = None,
         all_logits: bool = False,
     ) -> tuple[StepResult, CacheState]:
         """Run tokens `[B, T]`, and say what the cache holds then.
@@ -203,6 +213,7 @@ class StrategyEngine(WithoutRiver):
         Args:
             state: of the tokens before.
             before: the state where some of the tokens had run already; None: all are new.
+            is_real: bool `[B, T]`, see `ExitRouter.begin_pass`; None: all but padding are.
         """
         batch, num_tokens = token_ids.shape
         if self.length == 0:
@@ -216,7 +227,9 @@ class StrategyEngine(WithoutRiver):
             state.filled,
             leave_apart=phase == "decode" or self.policy.prefill == "token",
         )
-        self._router.begin_pass(batch, num_tokens, phase)
+        self._router.begin_pass(
+            batch, num_tokens, phase, run.is_real if is_real is None else is_real
+        )
         self._strategy.begin(run, state)
         self._strategy.after_layer(run, 0, self._router)
         self._cache.place = Place(run.start, run.end)

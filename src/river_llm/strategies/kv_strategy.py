@@ -150,7 +150,6 @@ class KVStrategy:
     Attributes:
         name: what the command line calls it.
         fills_all: skipped layers hold an entry, too.
-        decoder: whose layers run.
         num_layers: L, how many there are.
     """
 
@@ -158,7 +157,6 @@ class KVStrategy:
     fills_all: ClassVar[bool] = False
 
     def __init__(self, decoder: HookedDecoder, angle_limit: AngleLimit | None) -> None:
-        self.decoder = decoder
         self.num_layers = len(decoder.layers)
         self.angle_limit = angle_limit
 
