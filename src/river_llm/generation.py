@@ -178,27 +178,23 @@ def generate_rows(
     start = time.perf_counter()
     offloaded_before = engine.offload_statistics
     step, prompt_tokens = _prefill(engine, answers, cached_tokens, lossless is not None)
-    prefill_speed = prompt_tokens / (time.perf_counter() - start)
+    plain = _PlainSteps(engine, answers)
+    new_tokens = plain.choose(step)
+    measures = _Measures(start, time.perf_counter(), prompt_tokens, cached_tokens)
     if lossless is not None:
         lossless.begin(answers, stop_tokens)
-
-    first_token_at = 0.0
     memory = peak_memory_bytes(engine.device)
-    rows = list(range(len(answers)))  # of the engine's batch: whose they are
-    new_tokens = _choose(answers, rows, step)
     while True:
         now = time.perf_counter()
-        first_token_at = first_token_at or now
         drafting: Sequence[LosslessStatistics | None] = [None] * len(answers)
         if lossless is not None:
             drafting = lossless.statistics()
         offload = engine.offload_statistics.since(offloaded_before) if residency else None
         for place in range(max(map(len, new_tokens))):
-            responses: list[GenerationResponse | None] = []
+            responses: list[GenerationResponse | None] = [None] * len(answers)
             for i, (answer, chosen) in enumerate(zip(answers, new_tokens, strict=True)):
                 had_ended = answer.has_ended
                 if had_ended or place >= len(chosen):
-                    responses.append(None)
                     continue
                 new = chosen[place]
                 text = answer.take(new.token, new.exit_layer, stop_tokens)
@@ -207,43 +203,13 @@ def generate_rows(
                     if lossless is not None:
                         lossless.drop(i, len(chosen) - 1 - place)
                         drafting = lossless.statistics()
-                decoded = len(answer.exit_layers) - 1
-                responses.append(
-                    GenerationResponse(
-                        text=text,
-                        token=new.token,
-                        exit_layer=new.exit_layer,
-                        finish_reason=answer.finish_reason,
-                        prompt_tokens=answer.prompt_length,
-                        generated_tokens=len(answer.exit_layers),
-                        time_to_first_token=first_token_at - start,
-                        prompt_tokens_per_second=prefill_speed,
-                        decode_tokens_per_second=decoded / (now - first_token_at)
-                        if decoded
-                        else None,
-                        mean_exit_layer=sum(answer.exit_layers) / len(answer.exit_layers),
-                        peak_memory_bytes=memory,
-                        origin=new.origin,
-                        lossless=drafting[i],
-                        offload=offload,
-                        cached_prompt_tokens=cached_tokens,
-                    )
+                responses[i] = measures.response(
+                    answer, new, text, now, memory, drafting[i], offload
                 )
             yield responses
             if all(answer.has_ended for answer in answers):
                 return
-        if lossless is not None:
-            new_tokens = [
-                [_Chosen(new.token, engine.num_layers, new.origin) for new in verified]
-                for verified in lossless.round()
-            ]
-        else:
-            if any(answers[i].has_ended for i in rows):
-                going = [row for row, i in enumerate(rows) if not answers[i].has_ended]
-                engine.keep_sequences(going)
-                rows = [rows[row] for row in going]
-            step = engine.decode(torch.tensor([answers[i].token_ids[-1] for i in rows]))
-            new_tokens = _choose(answers, rows, step)
+        new_tokens = plain.round() if lossless is None else _verified(engine, lossless)
         if residency is not None and residency.note(
             new.exit_layer for chosen in new_tokens for new in chosen
         ):
@@ -255,6 +221,95 @@ class _Chosen:
     token: int
     exit_layer: int
     origin: Origin = "backbone"
+
+
+class _PlainSteps:
+    """Rounds of one token for each answer, which leaves the backbone by the policy."""
+
+    def __init__(self, engine: Engine, answers: Sequence[Answer]) -> None:
+        self._engine = engine
+        self._answers = answers
+        self._rows = list(range(len(answers)))  # of the engine's batch: whose they are
+
+    def round(self) -> list[list[_Chosen]]:
+        """The next token of each answer; those that have ended leave the engine's batch."""
+        answers, rows = self._answers, self._rows
+        if any(answers[i].has_ended for i in rows):
+            going = [row for row, i in enumerate(rows) if not answers[i].has_ended]
+            self._engine.keep_sequences(going)
+            self._rows = rows = [rows[row] for row in going]
+        last = torch.tensor([answers[i].token_ids[-1] for i in rows])
+        return self.choose(self._engine.decode(last))
+
+    def choose(self, step: StepResult) -> list[list[_Chosen]]:
+        """The next token of those answers that were rows of the pass, none of the others."""
+        answers, rows = self._answers, self._rows
+        chosen: list[list[_Chosen]] = [[] for _ in answers]
+        layers = step.exit_layers.tolist()
+        # the engine knows it without handing out the logits
+        best = step.best_tokens.tolist() if any(answers[i].takes_best for i in rows) else layers
+        for row, i in enumerate(rows):
+            token = best[row] if answers[i].takes_best else answers[i].choose(step.logits[row])
+            chosen[i].append(_Chosen(token, layers[row]))
+        return chosen
+
+
+def _verified(engine: Engine, lossless: LosslessDecoder) -> list[list[_Chosen]]:
+    """The tokens of each answer that a round of lossless mode brings."""
+    return [
+        [_Chosen(new.token, engine.num_layers, new.origin) for new in verified]
+        for verified in lossless.round()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measures:
+    """Of a whole run: times in seconds of `time.perf_counter`, and tokens.
+
+    Attributes:
+        start: before the prompts.
+        first_token_at: when the first token of each answer was chosen.
+        prompt_tokens: that the prefill ran.
+        cached_tokens: of a prompt, that were in the cache before.
+    """
+
+    start: float
+    first_token_at: float
+    prompt_tokens: int
+    cached_tokens: int
+
+    def response(
+        self,
+        answer: Answer,
+        new: _Chosen,
+        text: str,
+        now: float,
+        memory: int,
+        lossless: LosslessStatistics | None,
+        offload: OffloadStatistics | None,
+    ) -> GenerationResponse:
+        """What is said of an answer's last token, which was there at the time `now`."""
+        prefill_seconds = self.first_token_at - self.start
+        generated = len(answer.exit_layers)
+        return GenerationResponse(
+            text=text,
+            token=new.token,
+            exit_layer=new.exit_layer,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_length,
+            generated_tokens=generated,
+            time_to_first_token=prefill_seconds,
+            prompt_tokens_per_second=self.prompt_tokens / prefill_seconds,
+            decode_tokens_per_second=(generated - 1) / (now - self.first_token_at)
+            if generated > 1
+            else None,
+            mean_exit_layer=sum(answer.exit_layers) / generated,
+            peak_memory_bytes=memory,
+            origin=new.origin,
+            lossless=lossless,
+            offload=offload,
+            cached_prompt_tokens=self.cached_tokens,
+        )
 
 
 def _prefill(
@@ -277,17 +332,3 @@ def _prefill(
     finally:
         engine.policy = policy
     return step, int(padding_mask.sum())
-
-
-def _choose(
-    answers: Sequence[Answer], rows: Sequence[int], step: StepResult
-) -> list[list[_Chosen]]:
-    """The next token of those answers that were rows of the pass, none of the others."""
-    chosen: list[list[_Chosen]] = [[] for _ in answers]
-    layers = step.exit_layers.tolist()
-    # the engine knows it without handing out the logits
-    best = step.best_tokens.tolist() if any(answers[i].takes_best for i in rows) else layers
-    for row, i in enumerate(rows):
-        token = best[row] if answers[i].takes_best else answers[i].choose(step.logits[row])
-        chosen[i].append(_Chosen(token, layers[row]))
-    return chosen
