@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 from river_llm.cli import main
@@ -48,8 +48,8 @@ class Outcome:
             assert part in self.stderr
 
 
-def run(*arguments: object, stdin: str | io.TextIOBase = "") -> Outcome:
-    """Run `river-llm` with these arguments through `main()`, here."""
+def run(*arguments: object, stdin: str | io.TextIOBase | None = "") -> Outcome:
+    """Run `river-llm` with these arguments through `main()`, here; stdin may be closed: None."""
     output, errors = io.StringIO(), io.StringIO()
     argv = ["river-llm", *map(str, arguments)]
     exit_code = 0
@@ -67,12 +67,16 @@ def run(*arguments: object, stdin: str | io.TextIOBase = "") -> Outcome:
     return Outcome(exit_code, output.getvalue(), errors.getvalue())
 
 
-def start(*arguments: object, python: tuple[str, ...] = (SCRIPT,)) -> subprocess.Popen[bytes]:
+def start(
+    *arguments: object,
+    python: tuple[str, ...] = (SCRIPT,),
+    stdout: int | IO[str] = subprocess.PIPE,
+) -> subprocess.Popen[bytes]:
     """Start `river-llm` as a process; `python` are the interpreter's own arguments."""
     return subprocess.Popen(
         [sys.executable, *python, *map(str, arguments)],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         env=_environment(),
     )

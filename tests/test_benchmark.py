@@ -298,7 +298,7 @@ class TestSuite:
             ]
             log.append("end")
 
-        return run_suite(make_arms, plan, lambda threads: 100.0, progress)
+        return list(run_suite(make_arms, plan, lambda threads: 100.0, progress))
 
     def test_runs_every_test_with_every_number_of_threads(self) -> None:
         log: list[str] = []

@@ -85,7 +85,7 @@ class TestCheckExact:
         output = outcome.json
         assert outcome.stderr == ""
         loading = {"model", "engine", "dtype", "backbone_bits", "lm_head_bits", "kv_bits", "river"}
-        setting = {*loading, "drafts", "batch_size", "sampling"}
+        setting = {*loading, "version", "drafts", "batch_size", "sampling", "interrupted"}
         assert set(output) == setting | set(field_names(Exactness))
         assert output["batch_size"] == 2
         assert (output["model"], output["engine"]) == (model, "cpu")

@@ -39,6 +39,17 @@ FIELDS = {
     "lossless",
     "offload",
     "cached_prompt_tokens",
+    "version",
+    "model",
+    "dtype",
+    "backbone_bits",
+    "lm_head_bits",
+    "kv_bits",
+    "river",
+    "drafts",
+    "no_miss",
+    "raw",
+    "sampling",
 }
 
 
@@ -108,6 +119,25 @@ class TestJson:
             assert output[speed] > 0
         assert output["time_to_first_token"] > 0
         assert output["peak_memory_bytes"] > 2**20
+
+    def test_has_all_that_makes_the_answer_again(self, model: str) -> None:
+        options = ("--raw", "--bits", 3, "--temperature", 1, "--top-k", 50, "--exit-layer", 2)
+        first = answer(model, *options)
+        again = RiverLM.from_pretrained(
+            first["model"],
+            RiverConfig.from_dict(first["river"]),
+            ExitPolicy.fixed(2),
+            getattr(torch, first["dtype"]),
+            device="cpu",
+            engine=first["engine"],
+            backbone_bits=first["backbone_bits"],
+            lm_head_bits=first["lm_head_bits"],
+            kv_bits=first["kv_bits"],
+        ).generate(PROMPT, raw=first["raw"], mode=first["mode"], **first["sampling"])
+        assert again.policy == first["policy"]
+        assert again.tokens == first["tokens"]
+        assert first["version"] == version
+        assert answer(model, *options)["sampling"]["seed"] != first["sampling"]["seed"]
 
     def test_is_what_the_library_answers(self, model: str) -> None:
         expected = RiverLM.from_pretrained(model, device="cpu").generate(PROMPT, max_new_tokens=8)
@@ -309,5 +339,5 @@ class TestBuild:
 
     def test_a_place_that_is_taken_is_left_alone(self, model: str, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
-        run("build", model, "-o", tmp_path).check_fails(1, "exists and is no river")
+        run("build", model, "-o", tmp_path).check_fails(1, "holds other files than a river's")
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

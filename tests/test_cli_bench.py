@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from command_line import run
+from command_line import Outcome, run
 from test_benchmark_models import TINY_SHAPE
 
-from river_llm.benchmark import bandwidth, disturbance, peers
+from river_llm.benchmark import bandwidth, disturbance, peers, suite
 from river_llm.benchmark.random_weights import SHAPES
 
 pytest_plugins = ["cli_models"]
@@ -37,6 +39,7 @@ RESULT = {
     "rounds",
     "threads",
     "disturbed_core",
+    "interrupted",
     "results",
 }
 
@@ -58,6 +61,7 @@ class TestJson:
         assert set(output) == RESULT
         assert output["model"] == model
         assert output["random_weights"] is False
+        assert output["interrupted"] is False
         assert output["fingerprint"].startswith("sha256:")
         assert output["river"] == {"bits": 4, "group_size": 64, "quantizer": "hqq"}
         assert output["versions"].keys() >= {"python", "river-llm", "torch"}
@@ -208,3 +212,33 @@ class TestErrors:
     def test_an_8_bit_head_without_the_native_engine(self, model: str) -> None:
         options = ("--engine", "torch", "--lm-head-bits", 8)
         run("bench", "--model", model, *options, *QUICK).check_fails(1, "--engine cpu")
+
+
+class TestCtrlC:
+    def bench(self, model: str, tests_done: int, *options: str) -> Outcome:
+        """One that is interrupted after so many tests."""
+        measured = [*tests_done * [suite.measure_rounds], mock.Mock(side_effect=KeyboardInterrupt)]
+        with mock.patch.object(
+            suite, "measure_rounds", lambda *args, **more: measured.pop(0)(*args, **more)
+        ):
+            return run("bench", "--model", model, "--engine", "torch", *QUICK, *options)
+
+    def test_leaves_the_tests_that_were_done(self, model: str) -> None:
+        outcome = self.bench(model, 1, "--json")
+        assert outcome.exit_code == 130
+        assert outcome.stderr.startswith("river-llm: interrupted; the results are of the tests")
+        output = json.loads(outcome.stdout)
+        assert output["interrupted"] is True
+        assert [(r["test"], r["arm"]) for r in output["results"]] == [
+            ("pp4", "backbone"),
+            ("pp4", "full 4-bit"),
+        ]
+        outcome = self.bench(model, 1)
+        assert outcome.exit_code == 130
+        assert "pp4" in outcome.stdout
+        assert "tg2" not in outcome.stdout
+
+    def test_before_the_first_is_one_line(self, model: str) -> None:
+        outcome = self.bench(model, 0, "--json")
+        outcome.check_fails(130)
+        assert outcome.stderr == "river-llm: interrupted\n"

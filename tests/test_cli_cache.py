@@ -21,7 +21,7 @@ from river_llm.cache import (
     folder_for,
 )
 
-FIELDS = {"directory", "kind", "source", "form", "bytes"}
+FIELDS = {"directory", "kind", "source", "form", "river", "bytes"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _keep(source: Path, form: str, content: bytes = b"content") -> CachedFolder:
-    folder = folder_for("packed", "tiny", source, form, {})
+    folder = folder_for("packed", "tiny", source, form, str(source))
     assert folder is not None
     folder.keep(len(content), lambda directory: (directory / "weights.bin").write_bytes(content))
     assert folder.is_whole()
@@ -64,6 +64,20 @@ class TestList:
         assert outcome.stderr == f"2 copies, 3.0 MiB, in {cache}\n"
         assert _files(cache) == before
 
+    def test_tells_the_copies_of_two_rivers_apart(
+        self, source: Path, cache: Path, tmp_path: Path
+    ) -> None:
+        rivers = [tmp_path / "old", tmp_path / "new"]
+        for river in rivers:
+            river.mkdir()
+            folder = folder_for("packed", "tiny", source, "form", {"river": str(river)}, river)
+            assert folder is not None
+            folder.keep(1, lambda directory: (directory / "weights.bin").write_bytes(b"w"))
+        listed = [line.rpartition("  river ")[2] for line in run("cache").stdout.splitlines()]
+        assert sorted(listed) == sorted(map(str, rivers))
+        found = [folder["river"] for folder in run("cache", "--json").json["folders"]]
+        assert found == listed
+
     def test_in_json_is_all_that_is_printed(self, source: Path, cache: Path) -> None:
         folders = [_keep(source, "packed-16-16"), _keep(source, "packed-8-8", b"more content")]
         outcome = run("cache", "--json")
@@ -76,6 +90,7 @@ class TestList:
                 "kind": "packed",
                 "source": str(source),
                 "form": folder.form,
+                "river": None,
                 "bytes": sum(path.stat().st_size for path in folder.directory.iterdir()),
             }
 
@@ -204,6 +219,19 @@ class TestClear:
         assert run("cache", "--clear").exit_code == 0
         assert list(cache.iterdir()) == []
 
+    def test_of_one_model_leaves_the_others(self, source: Path, tmp_path: Path) -> None:
+        model = save_model(tmp_path / "tiny")
+        file = write_tiny_gguf(tmp_path / "tiny.gguf")
+        kept = {name: _keep(Path(name), "form") for name in (model, file, source)}
+        listed = run("cache", file, "--json").json["folders"]
+        assert [folder["source"] for folder in listed] == [str(file)]
+        outcome = run("cache", "--clear", file)
+        assert outcome.stderr.startswith("1 copies")
+        assert [folder.is_whole() for folder in kept.values()] == [True, False, True]
+        source.rmdir()  # a model that is gone still has its copy
+        assert run("cache", source, "--clear").exit_code == 0
+        assert [folder.is_whole() for folder in kept.values()] == [True, False, False]
+
     def test_deletes_what_is_half_written(self, source: Path, cache: Path) -> None:
         _keep(source, "form")
         for name in ("old", "new"):
@@ -275,5 +303,5 @@ class TestClear:
         assert _files(cache) == before
 
 
-def test_an_argument_is_refused() -> None:
-    run("cache", "everything").check_fails(2)
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+    run("cache", tmp_path / "none").check_fails(1, "no file or directory")

@@ -53,8 +53,22 @@ class TestChat:
         assert chat(model, "Hello\nAnd you?\n /clear \nHello\n").stdout == both + first
 
     def test_exit_ends(self, model: str) -> None:
-        assert chat(model, "Hello\n/exit\nAnd you?\n").stdout == chat(model, "Hello\n").stdout
+        for end in ("/exit", "/quit"):
+            cut = chat(model, f"Hello\n{end}\nAnd you?\n")
+            assert cut.stdout == chat(model, "Hello\n").stdout
         assert chat(model, "/exit\n").stdout == chat(model, "").stdout == ""
+
+    @pytest.mark.parametrize("line", ["/help", "/foo", "/clear now", "/Exit"])
+    def test_an_unknown_command_is_no_turn(self, model: str, line: str) -> None:
+        outcome = chat(model, f"{line}\nHello\n")
+        assert outcome.stdout == chat(model, "Hello\n").stdout
+        first, second = outcome.stderr.splitlines()[:2]
+        assert first == second
+        assert "/clear" in second
+
+    @pytest.mark.parametrize("line", ["/usr/bin is a folder", "/ is a slash", "/2 is a half"])
+    def test_a_line_that_only_begins_with_a_slash_is_a_turn(self, model: str, line: str) -> None:
+        assert chat(model, f"{line}\n").stderr.count("6 tokens (length)") == 1
 
     def test_empty_lines_are_no_turns(self, model: str) -> None:
         assert chat(model, "\n  \nHello\n\n").stdout == chat(model, "Hello\n").stdout
@@ -150,6 +164,36 @@ class TestCtrlC:
         output = run(*command, "--compare").json
         assert output["tokens"] == whole["tokens"]
         assert "comparison" not in output
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["generate", PROMPT, "-m"],
+            ["chat", "-m"],
+            ["inspect"],
+            ["build", "-o", "river"],
+            ["eval", "blimp", "-m"],
+            ["compare", "--tasks", "blimp"],
+            ["check-exact", "--prompts", "prompts.txt"],
+            ["bench", "-m"],
+        ],
+        ids=lambda words: words[0],
+    )
+    def test_while_a_model_loads_is_one_line(
+        self, command: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*args: object, **options: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.chdir(tmp_path)
+        Path("prompts.txt").write_text(PROMPT)
+        for name in ("loading", "bench"):
+            monkeypatch.setattr(f"river_llm.cli.{name}.prepare_torch", interrupted)
+        monkeypatch.setattr("river_llm.loading.load_backbone", interrupted)
+        outcome = run(*command, model)
+        outcome.check_fails(130, "interrupted")
+        assert outcome.stderr == "river-llm: interrupted\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
     def test_as_a_signal_in_a_stream_of_text(self, model: str) -> None:
         process = start("generate", PROMPT, "-m", model, "-n", 50_000, "--exit-layer", 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import run, run_process
+from command_line import run, run_process, start
 from transformers import AutoTokenizer
 
 from river_llm import River, RiverLM
@@ -29,6 +30,9 @@ WRONG_USAGE = [
     ("--policy always --exit-layer 2", "--policy fixed, not always"),
     ("--policy similarity --exit-layer 2", "--policy fixed, not similarity"),
     ("--policy fixed", "needs --exit-layer"),
+    ("--exit-layer 2 --first-layer 5", "--first-layer goes with --policy similarity, not fixed"),
+    ("--policy never --first-layer 5", "--policy similarity, not never"),
+    ("--policy always --first-layer 5", "--policy similarity, not always"),
     ("--exit-layer -1", "0 or more"),
     ("--first-layer 0", "layers count from 1"),
     ("--bits 7", "2, 3, 4, 5, 6, 8"),
@@ -81,6 +85,7 @@ class TestWrongUsage:
         ("options", "part"),
         [
             ("--plot figure.png", "give --text"),
+            ("--max-tokens 4", "no text is read; leave --max-tokens out"),
             ("--text words --plot figure.jpg", ".png, .svg, .pdf, not figure.jpg"),
             ("--text words --plot figure", "not figure"),
             ("--text words --plot no/such/figure.png", "no directory no/such"),
@@ -100,6 +105,19 @@ class TestWrongUsage:
     def test_an_empty_text_is_refused(self, text: str) -> None:
         run("inspect", "--text", text).check_fails(2, "the text is empty")
         run("inspect", "--text", "-", stdin=text).check_fails(2, "the text is empty")
+
+    @pytest.mark.parametrize("command", [["generate", "-"], ["chat"], ["inspect", "--text", "-"]])
+    def test_a_closed_stdin_is_told(
+        self, command: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(*command, stdin=None).check_fails(2, "standard input is closed")
+
+    def test_a_stdin_that_cannot_be_read_is_told(self) -> None:
+        class Folder(io.StringIO):
+            def read(self, size: int | None = -1) -> str:
+                raise IsADirectoryError(errno.EISDIR, "Is a directory")
+
+        run("generate", "-", stdin=Folder()).check_fails(2, "stdin can't be read: Is a directory")
 
     def test_a_plot_without_matplotlib_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("river_llm.plots.has_matplotlib", lambda: False)
@@ -129,6 +147,12 @@ class TestWrongUsageOfOptions:
     @pytest.mark.parametrize(("arguments", "part"), CASES[:1])
     def test_is_refused_in_one_line(self, arguments: str, part: str) -> None:
         run_process(*arguments.split()).check_fails(2, part)
+
+    def test_a_prompt_that_looks_like_an_option_is_told_how_to_give(self, model: str) -> None:
+        prompt = "-5 + 3 is"
+        outcome = run_process("generate", prompt)
+        outcome.check_fails(2, "-5", "-- goes before a prompt that begins with -")
+        assert run("generate", "-m", model, "-n", 2, "--", prompt).exit_code == 0
 
     def test_a_seed_beyond_64_bits_is_refused(self, model: str) -> None:
         run("generate", PROMPT, "-m", model, "--seed", 2**64).check_fails(2, "seed")
@@ -164,6 +188,21 @@ class TestFailure:
         outcome = run("build", model, "-o", tmp_path / "river", "--group-size", 128)
         outcome.check_fails(1, *wanted)
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.usefixtures("no_loading")
+    def test_a_place_that_no_river_can_take_is_told_before_loading(
+        self, model: str, tmp_path: Path
+    ) -> None:
+        notes = tmp_path / "notes.txt"
+        notes.write_text("mine")
+        for place, part in (
+            (tmp_path, "holds other files than a river's, as notes.txt"),
+            (notes, "is a file"),
+            (notes / "river", "is a file"),
+        ):
+            run("build", model, "-o", place).check_fails(1, part)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        assert notes.read_text() == "mine"
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device cuda here")
     def test_no_cuda(self, model: str, tmp_path: Path) -> None:
@@ -225,6 +264,33 @@ class TestFailure:
         monkeypatch.setenv("RIVER_LLM_DEBUG", "1")
         with pytest.raises(LookupError):
             run("generate", PROMPT)
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+    def test_an_answer_that_cannot_be_written(
+        self, model: str, options: list[str], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+        command = ("generate", PROMPT, "-m", model, "-n", 2, *options)
+        with Path("/dev/full").open("w") as full:
+            process = start(*command, stdout=full)
+            _, errors = process.communicate(timeout=60)
+        told = errors.decode().splitlines()[-1]
+        assert told == "river-llm: can't write the answer: No space left on device"
+        assert process.returncode == 1
+        assert b"Exception" not in errors
+        assert b"internal error" not in errors
+
+    def test_another_error_of_the_system_is_an_internal_one(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(CpuEngine, "decode", fail)
+        monkeypatch.delenv("RIVER_LLM_DEBUG", raising=False)
+        run("generate", PROMPT, "-m", model, "--json").check_fails(1, "internal error: OSError")
 
     def test_an_answer_that_breaks_off(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object) -> None:

@@ -100,6 +100,44 @@ class TestRuns:
         assert compared["agreement"] == 1
         assert compared["with"] == "first/arc_easy.backbone.jsonl"
 
+    @pytest.mark.parametrize(
+        ("options", "arms"),
+        [
+            (["--policy", "never"], ["backbone"]),
+            (["--policy", "never", "--prefill", "backbone"], ["backbone"]),
+            (["--policy", "never", "--prefill", "river"], ["backbone", "backbone-prefill-river"]),
+        ],
+    )
+    def test_only_the_untouched_model_is_the_backbone(
+        self, model: str, data: Path, options: list[str], arms: list[str]
+    ) -> None:
+        output = self.evaluate(model, data, "arc_easy", *options, "--compare-backbone", "--json")
+        results = output.json["results"]
+        assert [result["arm"] for result in results] == arms
+        assert [result["comparison"] is None for result in results] == [True, False][: len(arms)]
+
+    def test_a_result_of_another_task_is_refused_before_loading(
+        self, model: str, data: Path
+    ) -> None:
+        self.evaluate(model, data, "arc_easy", "--policy", "never")
+        path = Path("eval-results/arc_easy.backbone.jsonl")
+        against = ("--against", path)
+        outcome = self.evaluate("no-such-model", data, "piqa", *against)
+        outcome.check_fails(1, f"{path} is of the task arc_easy, not piqa")
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:-1]))
+        outcome = self.evaluate("no-such-model", data, "arc_easy", *against)
+        outcome.check_fails(1, f"{path} is not whole")
+
+    def test_a_result_of_other_items_is_refused_before_any_is_answered(
+        self, model: str, data: Path
+    ) -> None:
+        self.evaluate(model, data, "arc_easy", "--policy", "never")
+        against = ("--against", "eval-results/arc_easy.backbone.jsonl")
+        outcome = self.evaluate(model, data, "arc_easy", "--limit", 2, "-o", "second", *against)
+        outcome.check_fails(1, "it has 6 items, not the 2 of this run")
+        assert not Path("second").exists()
+
     def test_a_text_gets_its_block(self, model: str, data: Path, tmp_path: Path) -> None:
         text = tmp_path / "text.txt"
         text.write_text("The river runs to the sea. " * 40)
@@ -140,7 +178,7 @@ class TestRuns:
             assert process.poll() is None, process.stderr
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
+        assert process.returncode == 130
         assert output == b""
         assert b"interrupted after " in errors
         assert b"the same command goes on" in errors
@@ -155,9 +193,21 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "an unknown task": (["gsm8"], "no task 'gsm8'; did you mean gsm8k"),
     "a task twice": (["piqa", "piqa"], "named twice"),
     "no text": (["kld"], "kld needs --text FILE"),
-    "a text for nothing": (["piqa", "--text", "x"], "--text goes with perplexity and kld"),
+    "a text for nothing": (["piqa", "--text", "x"], "read a text; leave --text out"),
     "against for two": (["piqa", "boolq", "--against", "x"], "--against goes with one task"),
     "against for a text": (["kld", "--text", "x", "--against", "x"], "task that has answers"),
+    "a window for nothing": (["piqa", "--window", 64], "leave --window out"),
+    "a text that is not there": (["kld", "--text", "/none"], "can't read /none: No such file"),
+    "shots for a text": (
+        ["kld", "--text", __file__, "--shots", 3],
+        "leave --shots out",
+    ),
+    "a chat for a text": (["kld", "--text", __file__, "--no-chat"], "leave --chat out"),
+    "a length for a text": (
+        ["kld", "--text", __file__, "-n", 3],
+        "leave --max-new-tokens out",
+    ),
+    "a first layer too many": (["piqa", "--exit-layer", 1, "--first-layer", 2], "not fixed"),
     "a threshold too many": (["piqa", "--threshold", 0.9, "--exit-layer", 1], "not both"),
     "no items": (["piqa", "--limit", 0], "--limit"),
 }

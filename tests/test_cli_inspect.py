@@ -31,6 +31,7 @@ SHAPES = {
 WEIGHTS = 4 * sum(rows * columns for rows, columns in SHAPES.values())
 DESCRIPTION = {
     "model",
+    "architecture",
     "num_layers",
     "linears",
     "model_bytes",
@@ -65,7 +66,7 @@ class TestDescription:
         output = inspect(model, "--bits", bits, "--group-size", group_size)
         backbone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         assert set(output) == DESCRIPTION
-        assert output["model"] == "LlamaForCausalLM"
+        assert (output["model"], output["architecture"]) == (model, "LlamaForCausalLM")
         assert output["num_layers"] == 4
         assert output["linears"] == SHAPES
         assert output["river"] == {"bits": bits, "group_size": group_size, "quantizer": "hqq"}

@@ -373,8 +373,39 @@ class TestCtrlC:
     ) -> None:
         interrupt(monkeypatch, "verify", 2)
         outcome = run("check-exact", model, "--prompts", prompts)
-        assert outcome.exit_code in (1, 130)
-        outcome.check_fails(outcome.exit_code, "interrupted")
+        outcome.check_fails(130, "interrupted after 0 of 3 prompts")
+
+    def test_in_check_exact_leaves_what_was_found(
+        self, model: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("check-exact", model, "--prompts", prompts, "-n", 6)
+        whole = run(*command, "--json").json
+        assert whole["interrupted"] is False
+        for options in ([], ["--json"]):
+            interrupt(monkeypatch, "prefill", 3)  # of the second prompt's second answer
+            outcome = run(*command, *options)
+            assert outcome.exit_code == 130
+            assert outcome.stderr == "river-llm: interrupted after 1 of 3 prompts\n"
+            if options:
+                found = json.loads(outcome.stdout)
+                assert set(found) == set(whole)
+                assert (found["interrupted"], found["prompts"]) == (True, 1)
+                assert (found["differences"], found["tokens"]) == ([], 6)
+            else:
+                assert "1 of 1 prompts have the backbone's own tokens (6 in all)" in outcome.stdout
+
+
+def test_check_exact_names_a_prompt_that_is_too_long_before_any_is_answered(
+    other_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer_none(*args: object) -> None:
+        raise AssertionError("a prompt is answered")
+
+    monkeypatch.setattr(CpuEngine, "prefill", answer_none)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"Hello\n\n{'river ' * 100}\n")
+    outcome = run("check-exact", other_model, "--prompts", prompts)
+    outcome.check_fails(1, "prompt 2: the prompt has", "holds 96")
 
 
 @pytest.mark.usefixtures("no_loading")

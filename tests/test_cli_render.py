@@ -13,6 +13,7 @@ from rich.console import Console
 
 from river_llm.cli import render
 from river_llm.comparison import ArmResult
+from river_llm.sizes import format_bytes
 
 pytest_plugins = ["cli_models"]
 
@@ -103,7 +104,7 @@ def test_the_comparison_is_shown_as_measured() -> None:
     ],
 )
 def test_bytes_are_in_units_of_1024(count: int, expected: str) -> None:
-    assert render.format_bytes(count) == expected
+    assert format_bytes(count) == expected
 
 
 @pytest.mark.parametrize("name", ["river[old]", "river[/old]"])

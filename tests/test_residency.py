@@ -61,6 +61,13 @@ class TestPlan:
         with pytest.raises(ConfigError, match="alone take"):
             plan_of(OffloadConfig("budget", max_bytes=999))
 
+    @given(st.integers(1, 2**42))
+    def test_says_a_budget_that_is_enough(self, fixed_bytes: int) -> None:
+        with pytest.raises(ConfigError, match=r"^a memory budget of 1 B; ") as caught:
+            ResidencyPlan(OffloadConfig("budget", max_bytes=1), [1], 1 + fixed_bytes, SIMILARITY)
+        config = OffloadConfig.parse(str(caught.value).rpartition(" ")[2])
+        assert ResidencyPlan(config, [1], 1 + fixed_bytes, SIMILARITY).resident in (0, 1)
+
     @pytest.mark.parametrize(
         ("policy", "resident"),
         [

@@ -178,7 +178,8 @@ def test_other_files_are_left_alone(
     with pytest.raises(RiverFileError) as caught:
         River.build(tiny_llama).save(directory)
     assert str(caught.value) == (
-        f"{directory} exists and is no river, or more than one; choose a new directory"
+        f"{directory} exists and holds other files than a river's, as notes.txt, which would be "
+        "lost; choose a new directory"
     )
     assert _contents(saved.parent) == before
 

@@ -40,5 +40,10 @@ class ResultFileError(RiverError):
     """A result file is of another run, or can't be read or written."""
 
 
+class InterruptedRunError(RiverError):
+    """Ctrl-C came before a run was whole; the message says how far it was. The command line exits
+    with 130."""
+
+
 class MissingExtraError(RiverError):
     """A package that only some users need is not installed."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from river_llm.config import DraftConfig, Mode
-from river_llm.errors import ConfigError
+from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.generation import GenerationResult
+from river_llm.generation import GenerationResult, check_prompt
 from river_llm.lossless.statistics import LosslessStatistics
 from river_llm.river_lm import RiverLM
 from river_llm.text import Prompt, encode_prompt
@@ -66,6 +66,18 @@ class Exactness:
     draft_time_share: float
 
 
+class InterruptedCheckError(InterruptedRunError):
+    """Ctrl-C came before all prompts were answered.
+
+    Attributes:
+        found: of those that were.
+    """
+
+    def __init__(self, found: Exactness, prompts: int) -> None:
+        super().__init__(f"interrupted after {found.prompts} of {prompts} prompts")
+        self.found = found
+
+
 def check_exactness(
     lm: RiverLM,
     prompts: Sequence[Prompt],
@@ -85,11 +97,15 @@ def check_exactness(
 
     Raises:
         ConfigError: there is no prompt, sampling has no seed, and what `generate` raises.
+        ContextFullError: a prompt doesn't fit the model's context; the message has its number.
+        InterruptedCheckError: Ctrl-C came; it has what was found so far.
     """
     if not prompts or batch_size < 1:
         raise ConfigError("give one prompt or more, in batches of one or more")
     if sampling.get("temperature", 0) > 0 and sampling.get("seed") is None:
         raise ConfigError("sampled answers are comparable with a seed only; give one")
+    for number, prompt in enumerate(prompts, start=1):
+        _check_prompt(lm, number, prompt, raw)
     policy = lm.policy
     lm.policy = ExitPolicy.never()
     tally = _Tally()
@@ -103,16 +119,26 @@ def check_exactness(
                 answers[mode] = lm.generate_batch(
                     batch, raw=raw, mode=mode, drafts=of_mode, **sampling
                 )
-            tally.note(answers["river"], answers["lossless"])
+            differences = []
             for i, prompt in enumerate(batch):
                 pair = (answers["river"][i].tokens, answers["lossless"][i].tokens)
                 if pair[0] != pair[1]:
-                    tally.differences.append(_difference(lm, first + i, prompt, raw, *pair))
+                    differences.append(_difference(lm, first + i, prompt, raw, *pair))
+            tally.note(answers["river"], answers["lossless"], differences)
             if progress:
-                progress(first + len(batch), len(prompts))
+                progress(tally.prompts, len(prompts))
+    except KeyboardInterrupt:
+        raise InterruptedCheckError(tally.exactness(), len(prompts)) from None
     finally:
         lm.policy = policy
-    return tally.exactness(len(prompts))
+    return tally.exactness()
+
+
+def _check_prompt(lm: RiverLM, number: int, prompt: Prompt, raw: bool) -> None:
+    try:
+        check_prompt(len(encode_prompt(lm.tokenizer, prompt, raw)), lm.engine.context_length)
+    except (ConfigError, ContextFullError) as error:
+        raise type(error)(f"prompt {number}: {error}") from error
 
 
 def _difference(
@@ -139,7 +165,8 @@ def _difference(
 
 class _Tally:
     def __init__(self) -> None:
-        self.differences: list[Difference] = []
+        self.prompts = 0
+        self._differences: list[Difference] = []
         self._tokens = [0, 0]  # decoded, of the backbone and of lossless mode
         self._seconds = [0.0, 0.0]
         self._ratios: list[float] = []
@@ -148,9 +175,14 @@ class _Tally:
         self._draft_seconds = self._verify_seconds = 0.0
 
     def note(
-        self, backbone: Sequence[GenerationResult], lossless: Sequence[GenerationResult]
+        self,
+        backbone: Sequence[GenerationResult],
+        lossless: Sequence[GenerationResult],
+        differences: Sequence[Difference],
     ) -> None:
-        """The answers of one batch, both ways."""
+        """The answers of one batch, both ways, and where they differ."""
+        self.prompts += len(backbone)
+        self._differences += differences
         self._all_tokens += sum(len(result.tokens) for result in backbone)
         speeds = []
         for which, results in enumerate((backbone, lossless)):
@@ -169,16 +201,16 @@ class _Tally:
         self._draft_seconds += last.draft_seconds
         self._verify_seconds += last.verify_seconds
 
-    def exactness(self, prompts: int) -> Exactness:
+    def exactness(self) -> Exactness:
         """Of all batches."""
         speeds = [t / s if s else 0.0 for t, s in zip(self._tokens, self._seconds, strict=True)]
         several = len(self._ratios) > 1
         decoded = max(1, self._tokens[1])
         seconds = self._draft_seconds + self._verify_seconds
         return Exactness(
-            prompts=prompts,
+            prompts=self.prompts,
             tokens=self._all_tokens,
-            differences=self.differences,
+            differences=self._differences,
             backbone_tokens_per_second=speeds[0],
             lossless_tokens_per_second=speeds[1],
             speed_up=speeds[1] / speeds[0] if speeds[0] else 0.0,

@@ -134,6 +134,19 @@ class GenerationResult:
         )
 
 
+def check_prompt(length: int, context_length: int | None) -> None:
+    """See that a prompt of so many tokens fits the model's context; None: there is no limit.
+
+    Raises:
+        ContextFullError: it doesn't.
+    """
+    if context_length is not None and length > context_length:
+        raise ContextFullError(
+            f"the prompt has {length} tokens, the model's context holds {context_length}; "
+            "shorten the prompt"
+        )
+
+
 def generate_rows(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,11 +178,7 @@ def generate_rows(
     if not prompts or not all(prompts):
         raise ConfigError("the prompt is empty; give some text")
     longest = max(map(len, prompts))
-    if engine.context_length is not None and longest > engine.context_length:
-        raise ContextFullError(
-            f"the prompt has {longest} tokens, the model's context holds {engine.context_length}; "
-            "shorten the prompt"
-        )
+    check_prompt(longest, engine.context_length)
     # all end where the longest one fills the context
     room = None if engine.context_length is None else engine.context_length - longest + 1
     answers = [

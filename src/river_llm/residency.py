@@ -16,10 +16,11 @@ from typing import Literal
 
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import ExitPolicy
+from river_llm.sizes import format_bytes
 
 OffloadKind = Literal["auto", "layers", "budget"]
 
-_GIBI = 2**30
+_MEBI = 2**20
 _UNITS = {
     "": 1,
     "kb": 10**3,
@@ -168,9 +169,11 @@ class ResidencyPlan:
             assert config.max_bytes is not None
             left = config.max_bytes - self.fixed_bytes
             if left < 0:
+                least = -(-self.fixed_bytes // _MEBI)
                 raise ConfigError(
-                    f"a memory budget of {config.max_bytes / _GIBI:.2f} GiB; the river, the LM "
-                    f"head and the embedding alone take {self.fixed_bytes / _GIBI:.2f} GiB"
+                    f"a memory budget of {format_bytes(config.max_bytes)}; the river, the LM head "
+                    f"and the embedding alone take {format_bytes(self.fixed_bytes)}: give at least "
+                    f"{least}MiB"
                 )
             resident = 0
             while resident < self.num_layers and self.layer_bytes[resident] <= left:

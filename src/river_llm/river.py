@@ -115,6 +115,20 @@ class River:
                 "build one for this model: river-llm build MODEL -o DIR"
             )
 
+    @staticmethod
+    def check_place(directory: str | Path) -> Path:
+        """Where `save` would write a river: `directory`, absolute, without links.
+
+        Raises:
+            RiverFileError: something else than a river is there, or nothing can be written there.
+        """
+        directory = Path(directory).resolve()
+        try:
+            _check_place(directory)
+        except OSError as error:
+            raise RiverFileError(f"can't write the river to {directory}: {error}") from error
+        return directory
+
     def save(self, directory: str | Path) -> None:
         """Write the river to `directory`, whole or not at all.
 
@@ -123,11 +137,7 @@ class River:
         Raises:
             RiverFileError: the place is taken, or can't be written.
         """
-        directory = Path(directory).resolve()
-        if directory.exists() and not _is_replaceable(directory):
-            raise RiverFileError(
-                f"{directory} exists and is no river, or more than one; choose a new directory"
-            )
+        directory = River.check_place(directory)
         tensors = {
             f"{index}.{name}.{part}": getattr(matrix, part).contiguous()
             for index, layer in enumerate(self.exit_layers)
@@ -305,9 +315,24 @@ def _replace(directory: Path, new: Path, replaced: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _is_replaceable(directory: Path) -> bool:
-    return directory.is_dir() and all(
-        entry.name in (MANIFEST_NAME, TENSORS_NAME, LEARNT_NAME)
-        or entry.name.startswith(LEARNT_STAGING)
-        for entry in directory.iterdir()
-    )
+def _check_place(directory: Path) -> None:
+    if directory.is_dir():
+        others = sorted(entry.name for entry in directory.iterdir() if not _is_of_river(entry))
+        if others:
+            raise RiverFileError(
+                f"{directory} exists and holds other files than a river's, as {others[0]}, which "
+                "would be lost; choose a new directory"
+            )
+    elif directory.exists():
+        raise RiverFileError(f"{directory} exists and is a file; choose a new directory")
+    parent = next(path for path in directory.parents if path.exists())
+    if not parent.is_dir():
+        raise RiverFileError(f"{parent} is a file, so there can be no {directory}; choose another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RiverFileError(f"{parent} can't be written to; choose another place for the river")
+
+
+def _is_of_river(entry: Path) -> bool:
+    """Whether something in a river's folder is the river's own."""
+    own = (MANIFEST_NAME, TENSORS_NAME, LEARNT_NAME)
+    return entry.name in own or entry.name.startswith(LEARNT_STAGING)

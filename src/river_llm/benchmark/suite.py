@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,21 +116,19 @@ def run_suite(
     plan: Plan,
     read_bandwidth: ReadBandwidth,
     progress: Progress | None = None,
-) -> list[Result]:
-    """Run the plan; results in the order threads, test, arm.
+) -> Iterator[Result]:
+    """Run the plan; results in the order threads, test, arm, each once its test is done.
 
     Args:
         make_arms: gives the arms for a number of threads, the backbone first.
     """
-    results: list[Result] = []
     for index, threads in enumerate(plan.threads):
 
         def passes_done(done: int, total: int, before: int = index) -> None:
             if progress:
                 progress(before * total + done, len(plan.threads) * total)
 
-        results += _run_with_threads(make_arms, plan, threads, read_bandwidth, passes_done)
-    return results
+        yield from _run_with_threads(make_arms, plan, threads, read_bandwidth, passes_done)
 
 
 def _run_with_threads(
@@ -139,9 +137,8 @@ def _run_with_threads(
     threads: int,
     read_bandwidth: ReadBandwidth,
     progress: Progress,
-) -> list[Result]:
-    """Run every test; the arms and their memory are gone when this returns."""
-    results: list[Result] = []
+) -> Iterator[Result]:
+    """Run every test; the arms and their memory are gone after the last result."""
     done = 0
 
     def round_done(arm: str, number: int) -> None:
@@ -160,8 +157,7 @@ def _run_with_threads(
             if plan.disturbed_core is not None:
                 with busy_core(plan.disturbed_core):
                     disturbed = measure_rounds(*common, warm_up=0, round_done=round_done)
-            results += _results(taking, workload, threads, quiet, disturbed)
-    return results
+            yield from _results(taking, workload, threads, quiet, disturbed)
 
 
 def _results(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -20,7 +22,9 @@ from river_llm.cli.inspect import inspect
 from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
 from river_llm.cli.reproduce import reproduce
-from river_llm.errors import RiverError
+from river_llm.errors import InterruptedRunError, RiverError
+
+_INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 
 app = typer.Typer(
     name="river-llm",
@@ -56,21 +60,53 @@ def main() -> None:
     """Run the command line; every error that a user can mend is one line on stderr."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while an error can still be told
+        sys.exit(code)
+    except InterruptedRunError as error:
+        _fail(str(error), _INTERRUPTED)
     except RiverError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted")
-    except BrokenPipeError:  # the reader has gone; keep Python from writing to it at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail("interrupted", _INTERRUPTED)
+    except BrokenPipeError:  # the reader has gone
+        _drop_stdout()
         sys.exit(1)
     except Exception as error:
         usage_message = getattr(error, "format_message", None)
         if usage_message is not None:  # the parser's own: an unknown option, a missing argument
-            _fail(" ".join(usage_message().split()) + " (--help shows what there is)", code=2)
+            _fail(" ".join(usage_message().split()) + f" ({_usage_hint(error)})", code=2)
+        if isinstance(error, OSError) and _is_of_stdout(error):
+            _drop_stdout()
+            _fail(f"can't write the answer: {error.strerror or error}")
         if os.environ.get("RIVER_LLM_DEBUG"):
             raise
         _fail(_explain(error))
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Whether an error came while an answer was printed, by the module that it was raised in."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return error.filename is None and module.startswith(("river_llm.cli.", "rich."))
+
+
+def _drop_stdout() -> None:
+    """Keep Python from writing to stdout at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _usage_hint(error: Exception) -> str:
+    hint = "--help shows what there is"
+    option = getattr(error, "option_name", None)
+    context = getattr(error, "ctx", None)
+    if option is None or context is None or context.command.name != "generate":
+        return hint
+    return f"{hint}; -- goes before a prompt that begins with -"
 
 
 def _explain(error: Exception) -> str:

@@ -18,10 +18,12 @@ from river_llm.cli.bench_memory import bench_memory
 from river_llm.cli.loading import prepare_torch, torch_dtype
 from river_llm.cli.settings import new_river_config, river_config
 from river_llm.cli.usage import usage_error
+from river_llm.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from river_llm.benchmark.lineup import Lineup
     from river_llm.benchmark.subject import Subject
+    from river_llm.benchmark.suite import Result
     from river_llm.config import RiverConfig
     from river_llm.exit_policy import ExitPolicy
 
@@ -245,20 +247,30 @@ def bench(
                 lineup.add_llama_cpp(Path(folder))
         core = disturbed_core() if disturb else None
         plan = Plan(workloads, counts, rounds, core)
-        with LoadingProgress(f"timing {name}") as progress:
-            results = run_suite(lineup.arms, plan, read_bandwidth, progress.steps_done)
+        results: list[Result] = []
+        is_whole = False
+        try:
+            with LoadingProgress(f"timing {name}") as progress:
+                results.extend(run_suite(lineup.arms, plan, read_bandwidth, progress.steps_done))
+            is_whole = True
+        except KeyboardInterrupt:
+            if not results:
+                raise
     output = {
         **describe_environment(),
         **_describe_model(subject, lineup),
         "rounds": rounds,
         "threads": counts,
         "disturbed_core": core,
+        "interrupted": not is_whole,
         "results": [result.to_dict() for result in results],
     }
     if json_output:
         print(json.dumps(output, ensure_ascii=False))
     else:
         print_results(results, output)
+    if not is_whole:
+        raise InterruptedRunError("interrupted; the results are of the tests that were done")
 
 
 def _load_subject(

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from river_llm.cli.render import format_bytes, stdout
+from river_llm.cli.render import stdout
+from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
     from river_llm.benchmark.measure import Spread

@@ -11,6 +11,7 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import check_device, prepare_torch, torch_dtype
 from river_llm.cli.settings import new_river_config
+from river_llm.sizes import format_bytes
 
 
 def build(
@@ -27,7 +28,7 @@ def build(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Build a model's exit river and write it to a folder."""
-    from river_llm.cli.render import LoadingProgress, format_bytes, stderr
+    from river_llm.cli.render import LoadingProgress, stderr
 
     config = new_river_config(bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:
@@ -35,6 +36,7 @@ def build(
         from river_llm.loading import load_backbone
         from river_llm.river import River
 
+        River.check_place(output)
         backbone, _ = load_backbone(
             model,
             torch_dtype(dtype),

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from river_llm.cli import options
 from river_llm.errors import RiverError
+from river_llm.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from river_llm.cache import CachedFolder
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete it all.")] = False,
+    model: Annotated[
+        str | None, typer.Argument(help="Only what is kept of this model.", show_default=False)
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete what is shown.")] = False,
     json_output: options.Json = False,
 ) -> None:
     """Show what is kept on disk for quicker starts: GGUF files converted, weights packed for the
     native engine. All of it may be deleted; it is made again from the models' own files."""
     from river_llm.cache import cache_directory, cached_folders, clear_cache
-    from river_llm.cli.render import format_bytes, stderr, stdout
+    from river_llm.cli.render import stderr, stdout
 
     directory = cache_directory()
-    folders = cached_folders()
+    folders = cached_folders() if model is None else _of_model(model, cached_folders())
     sizes = [folder.num_bytes for folder in folders]
     if clear:
-        clear_cache()
-        left = cached_folders()
+        if model is None:
+            clear_cache()
+        else:
+            for folder in folders:
+                folder.remove()
+        left = [folder for folder in folders if folder.directory.exists()]
         if left:
             raise RiverError(f"can't delete {left[0].directory}; see who may write there")
     if json_output:
@@ -35,6 +47,7 @@ def cache(
                 "kind": folder.kind,
                 "source": str(folder.source),
                 "form": folder.form,
+                "river": folder.beside and str(folder.beside),
                 "bytes": size,
             }
             for folder, size in zip(folders, sizes, strict=True)
@@ -45,6 +58,23 @@ def cache(
         stderr.print("nothing is kept: RIVER_LLM_CACHE is off, or there is no home directory")
         return
     for folder, size in zip(folders, sizes, strict=True):
-        stdout.print(f"{format_bytes(size):>10}  {folder.form}  {folder.source}")
+        river = "" if folder.beside is None else f"  river {folder.beside}"
+        stdout.print(f"{format_bytes(size):>10}  {folder.form}  {folder.source}{river}")
     verb = "deleted from" if clear else "in"
     stderr.print(f"{len(folders)} copies, {format_bytes(sum(sizes))}, {verb} {directory}")
+
+
+def _of_model(name: str, folders: list[CachedFolder]) -> list[CachedFolder]:
+    """Those of one model, by its name, or by its place as the list has it.
+
+    Raises:
+        RiverError: there is no such model.
+    """
+    place = Path(name)
+    if any(folder.source == place for folder in folders):  # it may be gone
+        return [folder for folder in folders if folder.source == place]
+    from river_llm.model_source import model_files
+
+    found = model_files(name)
+    source = None if found is None else found[0].resolve()
+    return [folder for folder in folders if folder.source == source]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,7 @@ from river_llm.cli.settings import (
     river_config,
     sampling_config,
 )
-from river_llm.cli.usage import check_text, is_text
+from river_llm.cli.usage import check_stdin, check_text, is_text
 from river_llm.errors import ConfigError, ContextFullError, PromptCacheError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from river_llm.river_lm import RiverLM
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+_COMMAND = re.compile(r"/[a-z]+(\s|$)", re.IGNORECASE)  # and not /usr/bin
 
 
 def chat(
@@ -72,6 +74,7 @@ def chat(
     """Talk with a model; its KV cache is kept from turn to turn."""
     if system is not None:
         check_text("--system", system)
+    check_stdin()
     of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
     decoding, drafts = decoding_mode(
         mode,
@@ -125,10 +128,12 @@ def _converse(
     conversation = Conversation(lm, system, **settings)
     while (text := _read_line()) is not None:
         command = text.strip()
-        if command == "/exit":
+        if command in ("/exit", "/quit"):
             return
         if command == "/clear":
             conversation = Conversation(lm, system, **settings)
+        elif _COMMAND.match(command):
+            render.stderr.print(_HELP)
         elif not is_text(text):
             render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:

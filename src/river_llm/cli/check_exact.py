@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.loading import LoadOptions, describe_loaded, load
 from river_llm.cli.settings import decoding_mode, river_config, sampling_config
 from river_llm.cli.usage import usage_error
-from river_llm.errors import RiverError
 
 if TYPE_CHECKING:
     from river_llm.exactness import Difference, Exactness
@@ -84,25 +82,25 @@ def check_exact(
     settings = asdict(sampling)
     del settings["processors"]  # there are none
     texts = read_prompts(prompts)[:limit]
-    lm = load(
-        LoadOptions(
-            model=model,
-            river=river_config(river, bits, group_size, quantizer),
-            policy=ExitPolicy.never(),
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
-            engine=engine,
-            backbone_bits=backbone_bits,
-            lm_head_bits=lm_head_bits,
-            kv_bits=kv_bits,
-            drafts=drafts,
-        )
+    loading = LoadOptions(
+        model=model,
+        river=river_config(river, bits, group_size, quantizer),
+        policy=ExitPolicy.never(),
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        backbone_bits=backbone_bits,
+        lm_head_bits=lm_head_bits,
+        kv_bits=kv_bits,
+        drafts=drafts,
     )
+    lm = load(loading)
     from river_llm.cli.render import LoadingProgress
-    from river_llm.exactness import check_exactness
+    from river_llm.exactness import InterruptedCheckError, check_exactness
 
+    cut_short: InterruptedCheckError | None = None
     try:
         with LoadingProgress("answering") as progress:
             found = check_exactness(
@@ -114,28 +112,23 @@ def check_exact(
                 progress=progress.steps_done,
                 **settings,
             )
-    except KeyboardInterrupt:
-        raise RiverError("interrupted") from None
+    except InterruptedCheckError as error:
+        cut_short, found = error, error.found
     if json_output:
-        assert lm.river_config is not None
-        setting = {
-            "model": model,
-            "engine": lm.engine.name,
-            "dtype": dtype.value,
-            "backbone_bits": int(backbone_bits.value),
-            "lm_head_bits": int(lm_head_bits.value),
-            "kv_bits": int(kv_bits.value),
-            "river": lm.river_config.to_dict(),
-            "drafts": None if drafts is None else asdict(drafts),
+        output = {
+            **describe_loaded(loading, lm),
             "batch_size": batch_size,
             "sampling": settings,
+            "interrupted": cut_short is not None,
+            **asdict(found),
         }
-        output = {**setting, **asdict(found)}
         print(json.dumps(output, ensure_ascii=False))
-    else:
+    elif found.prompts:
         _print(lm, found)
+    if cut_short is not None:
+        raise cut_short
     if found.differences:
-        sys.exit(1)
+        raise typer.Exit(1)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -13,7 +13,7 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.settings import check_strategy, exit_policy, river_config
-from river_llm.cli.usage import usage_error
+from river_llm.cli.usage import refuse_idle, usage_error
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _BACKBONE = "backbone"
 
 
 def evaluate(
+    context: typer.Context,
     tasks: Annotated[
         list[str],
         typer.Argument(
@@ -112,7 +113,7 @@ def evaluate(
         typer.Option(
             "--compare-backbone",
             help="Run the backbone alone on the same items first, and compare with it; nothing "
-            "more with --policy never or --strategy none, which are the backbone.",
+            "more where the run is the backbone: --policy never, --strategy none.",
             rich_help_panel=_RESULTS,
         ),
     ] = False,
@@ -154,12 +155,14 @@ def evaluate(
         raise usage_error(
             "--strategy quantised runs no backbone to compare with; take --policy always"
         )
-    _check_tasks(tasks, text, compare_backbone, against)
+    _check_tasks(context, tasks, text, compare_backbone, against)
+    from river_llm.evaluation.result_file import read_whole
+
+    other = None if against is None else read_whole(against, tasks[0])
     lm = load(loading)
     chosen = lm.policy  # of strategies without a choice, their own
-    from river_llm.evaluation.harness import compare_results, evaluate
+    from river_llm.evaluation.harness import check_comparable, compare_results, evaluate
     from river_llm.evaluation.requests import TaskSettings
-    from river_llm.evaluation.result_file import read_result
     from river_llm.exit_policy import ExitPolicy
 
     given = TaskSettings(
@@ -174,9 +177,8 @@ def evaluate(
         allow_code_execution=allow_code_execution,
     )
     arms = [chosen]
-    if compare_backbone and chosen.kind != "never":
+    if compare_backbone and chosen != ExitPolicy.never():
         arms.insert(0, ExitPolicy.never())
-    other = None if against is None else read_result(against)
     rows: list[_Row] = []
     notes: list[str] = []
     for name in tasks:
@@ -186,6 +188,8 @@ def evaluate(
             arm_name = _arm_name(arm, lm)
             with _progress(f"{name}, {arm.describe()}") as progress:
                 run = _make_run(lm, name, given)
+                if other is not None:
+                    check_comparable(other, run.identity, set(run.ids))
                 result = evaluate(
                     run,
                     output / f"{_file_name(name, chat)}.{arm_name}.jsonl",
@@ -233,7 +237,11 @@ class _Row:
 
 
 def _check_tasks(
-    tasks: list[str], text: Path | None, compare_backbone: bool, against: Path | None
+    context: typer.Context,
+    tasks: list[str],
+    text: Path | None,
+    compare_backbone: bool,
+    against: Path | None,
 ) -> None:
     from river_llm.evaluation.tasks import TEXT_TASKS, check_task
 
@@ -247,12 +255,20 @@ def _check_tasks(
     of_text = [name for name in tasks if name in TEXT_TASKS]
     if of_text and text is None:
         raise usage_error(f"{of_text[0]} needs --text FILE")
-    if text is not None and not of_text:
-        raise usage_error("--text goes with perplexity and kld")
     if against is not None and (compare_backbone or len(tasks) > 1 or of_text):
         raise usage_error(
             "--against goes with one task that has answers, and not with --compare-backbone"
         )
+    if len(of_text) == len(tasks):
+        idle = {"--shots", "--chat", "--max-new-tokens"}
+        refuse_idle(context, "perplexity and kld ask nothing", idle)
+    if not of_text:
+        refuse_idle(context, "only perplexity and kld read a text", {"--text", "--window"})
+    if text is not None:
+        try:
+            text.open("rb").close()
+        except OSError as error:
+            raise usage_error(f"can't read {text}: {error.strerror or error}") from error
 
 
 def _make_run(lm: RiverLM, name: str, given: TaskSettings) -> Run:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+import secrets
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import LoadOptions, load
+from river_llm.cli.loading import LoadOptions, describe_loaded, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
     check_strategy,
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from stdin.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="The prompt, or - to read it from stdin; -- goes before one that begins with -."
+        ),
+    ],
     model: options.Model = "smollm2",
     river: options.RiverPath = None,
     bits: options.Bits = 4,
@@ -127,9 +133,17 @@ def generate(
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
+    if seed is None and temperature > 0:  # one that can be told
+        sampling = replace(sampling, seed=secrets.randbits(32))
     lm = load(loading)
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
-    _answer(lm, cache, prompt, raw, sampling, decoding, drafts, compare, json_output)
+    settings = {
+        **describe_loaded(loading, lm),
+        "no_miss": no_miss,
+        "raw": raw,
+        "sampling": {key: value for key, value in asdict(sampling).items() if key != "processors"},
+    }
+    _answer(lm, cache, prompt, raw, sampling, decoding, drafts, compare, json_output, settings)
 
 
 def _answer(
@@ -142,6 +156,7 @@ def _answer(
     drafts: DraftConfig | None,
     compare: bool,
     json_output: bool,
+    settings: dict[str, Any],
 ) -> None:
     from river_llm.cli import render
     from river_llm.generation import GenerationResult
@@ -176,7 +191,7 @@ def _answer(
             not_kept = error  # and said once the answer is out
     arms = _compare(lm, token_ids, sampling.max_new_tokens) if compare else None
     if json_output:
-        output = asdict(result)
+        output = {**settings, **asdict(result)}
         if arms is not None:
             output["comparison"] = [asdict(arm) for arm in arms]
         print(json.dumps(output, ensure_ascii=False))

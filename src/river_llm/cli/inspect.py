@@ -13,7 +13,8 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load_attached
 from river_llm.cli.settings import exit_policy, offload_config, river_config
-from river_llm.cli.usage import check_text, read_stdin, usage_error
+from river_llm.cli.usage import check_text, read_stdin, refuse_idle, usage_error
+from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
+    context: typer.Context,
     model: options.ModelArgument = "smollm2",
     text: Annotated[
         str | None, typer.Option(help="Measure the river on this text; - reads it from stdin.")
@@ -54,6 +56,8 @@ def inspect(
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, None)
     offloading = offload_config(offload, no_miss=False, mode="river")
     text = _read_text(text, text_file)
+    if text is None:
+        refuse_idle(context, "no text is read", {"--max-tokens"})
     if plot is not None:
         if text is None:
             raise usage_error("--plot draws what is measured on a text; give --text")
@@ -68,7 +72,7 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     attached, tokenizer = load_attached(loading)
-    output = _describe(attached)
+    output = {"model": model, **_describe(attached)}
     plan = None
     if offloading is not None:
         plan = _plan(attached, offloading, output)
@@ -142,7 +146,7 @@ def _describe(attached: AttachedRiver) -> dict[str, Any]:
     backbone_bytes = sum(weight.nbytes for weight in linears)
     parameters = list(attached.model.parameters())
     return {
-        "model": type(attached.model).__name__,
+        "architecture": type(attached.model).__name__,
         "num_layers": attached.num_layers,
         "linears": {
             name: list(linear_weight(linear).shape) for name, linear in layers[0].linears.items()
@@ -171,7 +175,7 @@ def _plan(
 
 
 def _show_plan(plan: ResidencyPlan) -> None:
-    from river_llm.cli.render import format_bytes, stdout
+    from river_llm.cli.render import stdout
 
     everything = plan.fixed_bytes + sum(plan.layer_bytes)
     stdout.print(
@@ -197,11 +201,13 @@ def _inspect(
 def _show(output: dict[str, Any], inspection: TextInspection | None) -> None:
     from rich.table import Table
 
-    from river_llm.cli.render import exit_depth_table, format_bytes, print_token, stdout
+    from river_llm.cli.render import exit_depth_table, print_token, stdout
 
     num_layers = output["num_layers"]
     river = output["river"]
-    stdout.print(f"{output['model']}, {num_layers} decoder layers, each with the linear layers")
+    stdout.print(
+        f"{output['architecture']}, {num_layers} decoder layers, each with the linear layers"
+    )
     shapes = Table("linear layer", "outputs x inputs", box=None)
     for name, (rows, columns) in output["linears"].items():
         shapes.add_row(name, f"{rows} x {columns}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from river_llm.cli.options import DtypeName, EngineName, StrategyName, WeightBit
 from river_llm.config import WITH_RIVER, WITHOUT_POLICY, DraftConfig, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.residency import OffloadConfig
+from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def load(options: LoadOptions) -> RiverLM:
     Raises:
         RiverError: see `RiverLM.from_pretrained`.
     """
-    from river_llm.cli.render import LoadingProgress, format_bytes
+    from river_llm.cli.render import LoadingProgress
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)
@@ -108,6 +109,23 @@ def load(options: LoadOptions) -> RiverLM:
     for note in notes:
         print(f"river-llm: {note}", file=sys.stderr)
     return lm
+
+
+def describe_loaded(options: LoadOptions, lm: RiverLM) -> dict[str, Any]:
+    """What decides over the tokens beside prompt and policy, as JSON values."""
+    from river_llm import __version__
+
+    return {
+        "version": __version__,
+        "model": options.model,
+        "engine": lm.engine.name,
+        "dtype": options.dtype.value,
+        "backbone_bits": int(options.backbone_bits.value),
+        "lm_head_bits": int(options.lm_head_bits.value),
+        "kv_bits": int(options.kv_bits.value),
+        "river": None if lm.river_config is None else lm.river_config.to_dict(),
+        "drafts": None if options.drafts is None else asdict(options.drafts),
+    }
 
 
 def load_attached(options: LoadOptions) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:

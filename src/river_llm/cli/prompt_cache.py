@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from river_llm.cli.options import ModeName, PrefillName
 from river_llm.cli.usage import usage_error
 from river_llm.errors import PromptCacheError
+from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
     from river_llm.config import Mode
@@ -66,7 +67,6 @@ class PromptCache:
         Raises:
             PromptCacheError: there is none, and it can't be written.
         """
-        from river_llm.cli.render import format_bytes
         from river_llm.prompt_cache import is_of_another_text, is_worth_keeping
 
         tokens = self._lm.prompt_cache_tokens[:prompt_tokens]

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from river_llm.sizes import format_bytes
+
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
     from river_llm.generation import GenerationResponse, GenerationResult
@@ -137,17 +139,6 @@ def comparison_table(arms: Sequence[ArmResult], num_layers: int) -> Table:
             f"{100 * arm.agreement:.0f} %",
         )
     return table
-
-
-def format_bytes(count: int) -> str:
-    """In units of 1024, as `ls -h` does."""
-    if count < 1024:
-        return f"{count} B"
-    value, units = count / 1024, ["KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if value >= 100 else f"{value:.1f} {units[0]}"
 
 
 class LoadingProgress:

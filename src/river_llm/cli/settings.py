@@ -55,6 +55,8 @@ def exit_policy(
         raise usage_error(f"--threshold goes with --policy similarity, not {kind.value}")
     if exit_layer is not None and kind != PolicyName.fixed:
         raise usage_error(f"--exit-layer goes with --policy fixed, not {kind.value}")
+    if first_layer != 1 and kind != PolicyName.similarity:
+        raise usage_error(f"--first-layer goes with --policy similarity, not {kind.value}")
     rules = {} if prefill is None else {"prefill": prefill.value}
     try:
         if kind == PolicyName.never:

@@ -58,15 +58,28 @@ def check_text(name: str, text: str) -> None:
         raise usage_error(f"{name} is no UTF-8 text; convert it first")
 
 
+def check_stdin() -> None:
+    """See that there is one.
+
+    Raises:
+        typer.Exit: it is closed.
+    """
+    if sys.stdin is None:
+        raise usage_error("standard input is closed; there is nothing to read from it")
+
+
 def read_stdin() -> str:
     """All of stdin.
 
     Raises:
-        typer.Exit: it is no text.
+        typer.Exit: it is closed, can't be read, or is no text.
     """
+    check_stdin()
     try:
         text = sys.stdin.read()
     except UnicodeError as error:
         raise usage_error("stdin is no UTF-8 text; convert it first") from error
+    except OSError as error:  # a folder, for one
+        raise usage_error(f"stdin can't be read: {error.strerror or error}") from error
     check_text("stdin", text)
     return text

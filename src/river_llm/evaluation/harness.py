@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from river_llm.benchmark.environment import describe_run
-from river_llm.errors import ConfigError, ResultFileError, RiverError
-from river_llm.evaluation.result_file import Result, ResultWriter, read_result
+from river_llm.errors import ConfigError, InterruptedRunError, ResultFileError
+from river_llm.evaluation.result_file import Result, ResultWriter, check_whole, read_result
 from river_llm.evaluation.run import Run
 from river_llm.evaluation.statistics import compare_pairs
 
@@ -51,7 +51,7 @@ def evaluate(
     Raises:
         ResultFileError: the file is of another run, holds more items than this one has, or can't
             be written.
-        RiverError: it was interrupted; what was answered is in the file.
+        InterruptedRunError: Ctrl-C came; what was answered is in the file.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}; give 1 or more")
@@ -82,12 +82,31 @@ def evaluate(
                 if progress:
                     progress(len(records), len(run.ids))
         except KeyboardInterrupt:
-            raise RiverError(
+            raise InterruptedRunError(
                 f"interrupted after {len(records)} of {len(run.ids)} items of {run.name}; "
                 "the same command goes on"
             ) from None
         writer.end(run.summarise([records[item] for item in run.ids]))
     return read_result(path)
+
+
+def check_comparable(result: Result, run: Mapping[str, Any], ids: set[int]) -> None:
+    """See that a result can be compared with a run of these items, which needn't have begun.
+
+    Raises:
+        ResultFileError: it is of another task, of other prompts or of other items.
+    """
+    for name in _COMPARABLE:
+        if run.get(name) != result.run.get(name):
+            raise ResultFileError(
+                f"{result.path} can't be compared: its {name} is {result.run.get(name)!r}, "
+                f"not {run.get(name)!r}"
+            )
+    if ids != set(result.items):
+        raise ResultFileError(
+            f"{result.path} can't be compared: it has {len(result.items)} items, not the "
+            f"{len(ids)} of this run"
+        )
 
 
 def compare_results(first: Result, second: Result) -> dict[str, Any]:
@@ -99,21 +118,8 @@ def compare_results(first: Result, second: Result) -> dict[str, Any]:
         ResultFileError: they are not.
     """
     for result in (first, second):
-        if result.summary is None:
-            raise ResultFileError(
-                f"{result.path} is not whole; the command that began it goes on with it"
-            )
-    for name in _COMPARABLE:
-        if first.run.get(name) != second.run.get(name):
-            raise ResultFileError(
-                f"{second.path} can't be compared: its {name} is {second.run.get(name)!r}, "
-                f"not {first.run.get(name)!r}"
-            )
-    if set(first.items) != set(second.items):
-        raise ResultFileError(
-            f"{second.path} can't be compared: it has {len(second.items)} items, not the "
-            f"{len(first.items)} of {first.path.name}"
-        )
+        check_whole(result)
+    check_comparable(second, first.run, set(first.items))
     pairs = [(first.items[item], second.items[item]) for item in first.items]
     if any("correct" not in record for pair in pairs for record in pair):
         raise ResultFileError(f"{second.run.get('task')} has no answers to compare")

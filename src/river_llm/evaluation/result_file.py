@@ -84,6 +84,31 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def read_whole(path: Path, task: str) -> Result:
+    """Read the result of a whole run of a task.
+
+    Raises:
+        ResultFileError: as `read_result`, and where the run isn't whole or is of another task.
+    """
+    result = read_result(path)
+    check_whole(result)
+    if result.run.get("task") != task:
+        raise ResultFileError(f"{path} is of the task {result.run.get('task')}, not {task}")
+    return result
+
+
+def check_whole(result: Result) -> None:
+    """See that the run came to its end.
+
+    Raises:
+        ResultFileError: it didn't.
+    """
+    if result.summary is None:
+        raise ResultFileError(
+            f"{result.path} is not whole; the command that began it goes on with it"
+        )
+
+
 def check_same_run(result: Result, run: Mapping[str, Any]) -> None:
     """See that a result is of this very run.
 
