@@ -66,6 +66,40 @@ def _only_pickled(directory: Path) -> Path:
     return directory
 
 
+def _lost_weights(directory: Path) -> Path:
+    (directory / WEIGHTS).unlink()
+    return directory
+
+
+def _weights_of_another_name(directory: Path) -> Path:
+    (directory / WEIGHTS).rename(directory / "weights.safetensors")
+    return directory
+
+
+def _no_tokenizer(directory: Path) -> Path:
+    for path in (*directory.glob("tokenizer*"), *directory.glob("*.jinja")):
+        path.unlink()
+    return directory
+
+
+def _no_tokenizer_of_gpt2(directory: Path) -> Path:
+    return _no_tokenizer(_change_config(directory, model_type="gpt2"))  # there is an empty one
+
+
+def _settings_of_a_tokenizer_alone(directory: Path) -> Path:
+    (directory / "tokenizer.json").unlink()
+    return directory
+
+
+def _empty_config(directory: Path) -> Path:
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def _one_file(name: str) -> Callable[[Path], Path]:
+    return lambda directory: directory / name
+
+
 def _unknown_model_type(directory: Path) -> Path:
     return _change_config(directory, model_type="martian")
 
@@ -155,7 +189,21 @@ BROKEN: dict[str, tuple[Callable[[Path], str | Path], str]] = {
         _has_an_odd_shape,
         "weights of .* have other shapes than",
     ),
-    "pickled weights": (_only_pickled, "has no safetensors weights"),
+    "pickled weights": (
+        _only_pickled,
+        "has no safetensors weights; convert pickled weights to safetensors first",
+    ),
+    "lost weights": (_lost_weights, "saved holds no weights"),
+    "weights of another name": (_weights_of_another_name, "saved holds no weights"),
+    "the weights' file": (_one_file(WEIGHTS), "is one file of a model; give its folder, .*saved$"),
+    "the config's file": (
+        _one_file("config.json"),
+        "is one file of a model; give its folder, .*saved$",
+    ),
+    "no tokenizer": (_no_tokenizer, "saved holds no tokenizer"),
+    "no tokenizer, which GPT-2 doesn't mind": (_no_tokenizer_of_gpt2, "saved holds no tokenizer"),
+    "a tokenizer's settings alone": (_settings_of_a_tokenizer_alone, "saved holds no tokenizer"),
+    "an empty config": (_empty_config, r"config\.json of .*saved names no architecture"),
     "unknown model type": (_unknown_model_type, "has an architecture that transformers.*martian"),
     "remote code": (_remote_code, "comes with code of its own"),
     "an encoder": (_encoder, "is no causal language model"),

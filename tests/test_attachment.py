@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,42 @@ def attached(tiny_llama: PreTrainedModel) -> AttachedRiver:
     attached.policy = ExitPolicy.per_layer((math.inf, *medians[:-1].tolist()))
     attached.clear_counts()
     return attached
+
+
+class TestAttach:
+    def test_takes_the_folder_of_a_saved_river(
+        self, tiny_llama: PreTrainedModel, tmp_path: Path
+    ) -> None:
+        built = River.build(tiny_llama, RiverConfig(3, 32))
+        built.save(tmp_path)
+        for folder in (tmp_path, str(tmp_path)):
+            attached = attach_river(tiny_llama, folder, policy=ExitPolicy.always())
+            assert attached.config == built.config
+            detach_river(tiny_llama)
+
+    def test_refuses_a_folder_without_one(
+        self, tiny_llama: PreTrainedModel, tmp_path: Path
+    ) -> None:
+        with pytest.raises(RiverFileError, match=r"holds no river\.json"):
+            attach_river(tiny_llama, str(tmp_path))
+
+    @pytest.mark.parametrize("river", [True, False, 4, b"river"])
+    def test_refuses_what_is_no_river(self, tiny_llama: PreTrainedModel, river: Any) -> None:
+        with pytest.raises(ConfigError, match=f"river is {river!r}; give the folder of one"):
+            attach_river(tiny_llama, river)
+
+    def test_refuses_what_is_no_policy(self, tiny_llama: PreTrainedModel) -> None:
+        with pytest.raises(ConfigError, match="policy is 'never'; give an ExitPolicy"):
+            attach_river(tiny_llama, CONFIG, policy="never")  # type: ignore[arg-type]
+
+
+class TestPolicy:
+    @pytest.mark.parametrize("policy", [None, "never"])
+    def test_stays_where_the_new_one_is_none(self, attached: AttachedRiver, policy: Any) -> None:
+        before = attached.policy
+        with pytest.raises(ConfigError, match=r"exit policy is .*; give an ExitPolicy"):
+            attached.policy = policy
+        assert attached.policy == before
 
 
 class TestGenerate:

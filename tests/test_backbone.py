@@ -11,12 +11,16 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    DogeConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from river_llm.backbone import DecoderLayer, decoder_layers, fingerprint
+from river_llm.backbone import DecoderLayer, check_kind, decoder_layers, fingerprint
 from river_llm.errors import UnsupportedModelError
 
 LINEARS = [
@@ -66,9 +70,10 @@ def _a_layer_too_few() -> PreTrainedModel:
 
 
 REFUSED = {
-    "MoE": (
-        lambda: tiny_model("Mixtral"),
-        r"model\.layers\.0 is no plain decoder layer: .* of MixtralTopKRouter is a weight of shape",
+    "MoE": (lambda: tiny_model("Mixtral"), "MixtralForCausalLM is a mixture of experts"),
+    "MoE of one expert": (
+        lambda: tiny_model("Mixtral", num_local_experts=1, num_experts_per_tok=1),
+        r"model\.layers\.0 is no plain decoder layer: .* of Mixtral\w+ is a weight of shape",
     ),
     "state space": (lambda: tiny_model("Mamba"), "MambaForCausalLM keeps a recurrent state"),
     "T5": (_t5, "T5ForConditionalGeneration has an encoder; .* decoder-only model"),
@@ -91,6 +96,24 @@ def test_a_model_without_plain_decoder_layers_is_refused(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"^{message}") as caught:
         decoder_layers(make_model())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DogeConfig(is_moe=False, num_experts=8),
+        Gemma4TextConfig(enable_moe_block=False, num_experts=8),
+        LlamaConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_number_of_experts_that_are_switched_off_is_none(config: PreTrainedConfig) -> None:
+    check_kind(config, None)
+
+
+def test_a_mixture_of_experts_is_refused_without_its_class() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^doge is a mixture .*num_experts is 8\)"):
+        check_kind(DogeConfig(is_moe=True, num_experts=8), None)
 
 
 def test_decoder_layers_come_in_order_with_their_linear_layers(

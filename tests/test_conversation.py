@@ -34,6 +34,13 @@ def test_turns_answer_as_the_whole_chat_at_once_would(lm: RiverLM) -> None:
     assert len(set(answers)) == 3
 
 
+def test_a_turn_is_a_string(lm: RiverLM) -> None:
+    conversation = Conversation(lm)
+    with pytest.raises(ConfigError, match="message is of type NoneType; give a string"):
+        list(conversation.stream(None))  # type: ignore[arg-type]
+    assert conversation.messages == []
+
+
 def test_a_turn_runs_only_what_is_new(lm: RiverLM, prefilled: list[int]) -> None:
     lm.stop_tokens = frozenset()
     conversation = Conversation(lm, **SETTINGS)

@@ -36,12 +36,13 @@ CASES = ("llama", "mistral, window", "gemma3_text", "llama, biases")
 every_kernel_set = pytest.mark.parametrize("kernels", KERNELS)
 any_case = st.sampled_from(CASES)
 any_width = st.sampled_from([16, 8])  # of the KV cache
-thresholds = st.floats(0, 1) | st.sampled_from([-math.inf, math.inf])
+infinities = st.sampled_from([-math.inf, math.inf])
+thresholds = st.floats(0, 1) | infinities
 policies = st.builds(
     lambda thresholds, prefill, batch: ExitPolicy.per_layer(
-        tuple(thresholds), prefill=prefill, batch=batch
+        thresholds, prefill=prefill, batch=batch
     ),
-    st.lists(thresholds, min_size=NUM_LAYERS, max_size=NUM_LAYERS),
+    st.tuples(infinities, *[thresholds] * (NUM_LAYERS - 1)),
     st.sampled_from(get_args(PrefillRule)),
     st.sampled_from(get_args(BatchRule)),
 )

@@ -7,7 +7,7 @@ import torch
 from tiny_lm import sharpened, tiny_lm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from river_llm import ExitPolicy, GenerationResult, RiverLM
+from river_llm import ConfigError, ExitPolicy, GenerationResult, RiverLM
 
 PROMPTS = ["Hi", "A rather longer prompt", "y", "In between?"]
 POLICIES = [
@@ -117,6 +117,15 @@ def test_rows_end_where_the_longest_fills_the_context(lm: RiverLM) -> None:
     assert [row.finish_reason for row in rows] == ["context"] * 2
     assert [len(row.tokens) for row in rows] == [5, 5]
     assert rows[1].tokens == lm.generate("y", raw=True, max_new_tokens=5).tokens
+
+
+def test_no_prompts_have_no_answers(lm: RiverLM) -> None:
+    assert lm.generate_batch([]) == []
+
+
+def test_one_string_is_no_list_of_prompts(lm: RiverLM) -> None:
+    with pytest.raises(ConfigError, match="takes a list of prompts, not one string"):
+        lm.generate_batch("hi")
 
 
 def test_a_batch_leaves_nothing_behind(lm: RiverLM) -> None:

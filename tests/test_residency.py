@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,43 @@ class TestOffloadConfig:
     )
     def test_is_read_from_text(self, text: str, config: OffloadConfig | None) -> None:
         assert OffloadConfig.parse(text) == config
+
+    @pytest.mark.parametrize(
+        ("offload", "config"),
+        [
+            (None, None),
+            ("off", None),
+            (0, OffloadConfig("layers", layers=0)),
+            (12, OffloadConfig("layers", layers=12)),
+            ("2GiB", OffloadConfig("budget", max_bytes=2 * 2**30)),
+            (AUTO, AUTO),
+        ],
+    )
+    def test_is_read_from_whatever_names_it(
+        self, offload: OffloadConfig | str | int | None, config: OffloadConfig | None
+    ) -> None:
+        assert OffloadConfig.of(offload) == config
+
+    def test_a_number_of_layers_goes_with_no_miss(self) -> None:
+        assert OffloadConfig.of(2, no_miss=True) == OffloadConfig("layers", layers=2, no_miss=True)
+
+    @pytest.mark.parametrize("offload", [2.5, 2.0, True, [2], b"2", "", -1])
+    def test_refuses_other_types(self, offload: Any) -> None:
+        with pytest.raises(ConfigError, match=r"offload is .*; give off|keeps -1 layers"):
+            OffloadConfig.of(offload)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"kind": "some"}, "offloading is by 'some'; choose one of auto, layers, budget"),
+            ({"kind": "layers"}, "keeps None layers; it must be a whole number, 0 or more"),
+            ({"kind": "layers", "layers": "3"}, "keeps '3' layers; it must be a whole number"),
+            ({"kind": "budget", "max_bytes": 2.5}, "budget of 2.5 bytes; it must be a whole"),
+        ],
+    )
+    def test_refuses_fields_of_other_types(self, fields: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            OffloadConfig(**fields)
 
     @pytest.mark.parametrize("text", ["", "-1", "2.5", "GiB", "2 GiBs", "all", "1e9", "٣GB B"])
     def test_refuses_what_is_none_of_them(self, text: str) -> None:

@@ -250,11 +250,35 @@ class TestProcessors:
         ("min_p", 1.01),
         ("repetition_penalty", 0.0),
         ("stop", ("a", "")),
+        ("max_new_tokens", "8"),
+        ("max_new_tokens", 8.0),
+        ("max_new_tokens", True),
+        ("max_new_tokens", None),
+        ("temperature", None),
+        ("temperature", "1"),
+        ("top_k", 2.5),
+        ("top_k", None),
+        ("top_p", "1"),
+        ("min_p", None),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
+        ("repetition_penalty", "1"),
+        ("seed", 1.0),
+        ("stop", [3]),
+        ("stop", 3),
+        ("stop", ("a", None)),
     ],
 )
-def test_refuses_values_out_of_range(name: str, value: Any) -> None:
+def test_refuses_values_out_of_range_and_of_other_types(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is .*; it must be "):
         SamplingConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("stop", "strings"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ())]
+)
+def test_stop_is_a_string_or_several_or_none(stop: Any, strings: tuple[str, ...]) -> None:
+    assert SamplingConfig(stop=stop).stop == strings
 
 
 def distribution(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_lm import character_tokenizer
@@ -174,13 +176,11 @@ class TestEncodePrompt:
         "messages",
         [
             ["Hi"],
-            [5],
-            5,
-            {"role": "user", "content": "Hi"},
             [{"role": "user", "content": 5}],
             [{"role": "user"}],
             [{"content": "Hi"}],
             [{"role": "user", "content": None}],
+            [{"role": "user", "content": "Hi"}, 5],
             [[{"role": "user", "content": "Hi"}]],
         ],
         ids=str,
@@ -190,6 +190,31 @@ class TestEncodePrompt:
     ) -> None:
         with pytest.raises(ConfigError, match="messages must be a list of"):
             encode_prompt(tokenizer, messages)
+
+    @pytest.mark.parametrize("raw", [False, True])
+    @pytest.mark.parametrize(
+        "prompt",
+        [None, 5, b"Hi", {"role": "user", "content": "Hi"}, torch.tensor([1, 2]), iter("Hi")],
+        ids=lambda prompt: type(prompt).__name__,
+    )
+    def test_says_what_a_prompt_is(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Any, raw: bool
+    ) -> None:
+        wanted = f"prompt is of type {type(prompt).__name__}; give a string, or a list of messages"
+        with pytest.raises(ConfigError, match=wanted):
+            encode_prompt(tokenizer, prompt, raw)
+
+    @pytest.mark.parametrize("prompt", [[5], [1, 2, 3], (1, 2)])
+    def test_sends_token_ids_elsewhere(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Any
+    ) -> None:
+        with pytest.raises(ConfigError, match=r"list of token ids; .* give them to stream_tokens"):
+            encode_prompt(tokenizer, prompt)
+
+    def test_takes_no_parts_of_a_content(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        message: Any = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+        with pytest.raises(ConfigError, match="list of parts, and only text is taken; join"):
+            encode_prompt(tokenizer, [message])
 
     def test_passes_on_what_the_template_refuses(self) -> None:
         tokenizer = character_tokenizer()

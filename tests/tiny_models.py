@@ -61,9 +61,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mixtral": ({}, "MixtralTopKRouter is a weight of shape"),
-    "Qwen3Moe": ({"num_experts": 4}, "Qwen3MoeExperts is a weight of shape"),
-    "GptOss": ({"num_local_experts": 4}, "GptOss.* is a weight of shape"),
+    "Mixtral": ({}, r"^MixtralForCausalLM is a mixture of experts \(num_local_experts is 8\)"),
+    "Qwen3Moe": ({"num_experts": 4}, "^Qwen3MoeForCausalLM is a mixture of experts"),
+    "GptOss": ({"num_local_experts": 4}, "^GptOssForCausalLM is a mixture of experts"),
     "Mamba": ({}, "MambaForCausalLM keeps a recurrent state"),
     "Rwkv": ({}, "RwkvForCausalLM keeps a recurrent state"),
 }

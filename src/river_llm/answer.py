@@ -44,7 +44,7 @@ class Answer:
         self._room = room
         self._sampler = Sampler(sampling, index)
         self.takes_best = self._sampler.takes_best_token
-        self._decoder = IncrementalDecoder(tokenizer, sampling.stop)
+        self._decoder = IncrementalDecoder(tokenizer, sampling.stop or ())
 
     @property
     def has_ended(self) -> bool:

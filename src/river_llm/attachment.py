@@ -10,6 +10,7 @@ layers; the module tree, the parameters and the model's own `generate()` stay as
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ from river_llm.backbone import (
     text_decoder,
 )
 from river_llm.config import RiverConfig
-from river_llm.errors import RiverError
-from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
+from river_llm.errors import ConfigError, RiverError
+from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
 from river_llm.exit_router import ExitRouter, Phase, Route
 from river_llm.kernels import Kernel, KernelChoice, make_kernel
 from river_llm.offloading import EvictedLayers
@@ -250,7 +251,7 @@ class AttachedRiver:
 
 def attach_river(
     model: PreTrainedModel,
-    river: River | RiverConfig | None = None,
+    river: str | Path | River | RiverConfig | None = None,
     *,
     policy: ExitPolicy | None = None,
     kernel: KernelChoice = "auto",
@@ -262,23 +263,29 @@ def attach_river(
     dtype before; afterwards its weights may not be moved.
 
     Args:
-        river: a river built or loaded before, or how to build one; by default 4-bit HQQ in groups
-            of 64.
+        river: the folder of a river that was saved, a river built or loaded before, or how to
+            build one; by default 4-bit HQQ in groups of 64.
         policy: when tokens leave the backbone; by default the paper's rule with
             `DEFAULT_THRESHOLD`.
         kernel: the product with quantised weights, see `kernels`.
         progress: called while a river is built with (layers done, layers in all).
 
     Raises:
+        ConfigError: the river or the policy is none, or the policy names more layers than the
+            model has.
         UnsupportedModelError: a layer of the model is no plain decoder layer.
-        RiverFileError: the river was made from other weights.
+        RiverFileError: there is no such river, or it was made from other weights.
         RiverError: the model has a river already.
     """
     if hasattr(model, ATTACHED):
         raise RiverError("the model has a river already; call detach_river(model) first")
+    check_is_river(river)
+    policy = ExitPolicy.similarity(DEFAULT_THRESHOLD) if policy is None else policy
+    check_is_policy(policy)
     layers = decoder_layers(model)
-    policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
     policy.thresholds(len(layers))  # refuse it before the work of building
+    if isinstance(river, str | Path):
+        river = River.load(river)
     if isinstance(river, River):
         check_plain_decoder(model, layers)
         river.check_fits(layers)
@@ -287,6 +294,19 @@ def attach_river(
     attached = AttachedRiver(model, river, layers, policy, kernel)
     setattr(model, ATTACHED, attached)
     return attached
+
+
+def check_is_river(river: object) -> None:
+    """See that it is a river, a folder, or how to build one.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    if river is not None and not isinstance(river, str | Path | River | RiverConfig):
+        raise ConfigError(
+            f"the river is {river!r}; give the folder of one, a River, or a RiverConfig to build "
+            "one by"
+        )
 
 
 def detach_river(model: PreTrainedModel) -> None:

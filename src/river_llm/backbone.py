@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from river_llm.errors import RiverError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_SWITCHES = ("is_moe", "enable_moe_block")  # False: no experts, whatever their number
 _FINGERPRINT_SAMPLES = 1024  # values of each weight that enter the fingerprint
 _FINGERPRINT_STRIDE = 2654435761  # a prime near 2**32 / golden ratio: no matrix's width divides it
 
@@ -39,6 +41,32 @@ class DecoderLayer:
     name: str
     module: nn.Module
     linears: dict[str, nn.Module]
+
+
+def check_kind(config: PretrainedConfig, model_class: type | None) -> None:
+    """Refuse by its configuration what the river can't follow; needs no weights.
+
+    Args:
+        model_class: that the configuration is for; None where it isn't known.
+
+    Raises:
+        UnsupportedModelError: the model is a mixture of experts, or keeps a recurrent state.
+    """
+    name = model_class.__name__ if model_class else config.model_type
+    if getattr(model_class, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state, which has no KV cache slot per token for the river"
+        )
+    text = config.get_text_config(decoder=True)
+    if any(getattr(text, switch, True) is False for switch in _EXPERT_SWITCHES):
+        return
+    for setting in _EXPERT_COUNTS:
+        count = getattr(text, setting, None)
+        if isinstance(count, int) and count > 1:
+            raise UnsupportedModelError(
+                f"{name} is a mixture of experts ({setting} is {count}); "
+                "the river needs layers that run all of their weights for every token"
+            )
 
 
 def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
@@ -75,15 +103,12 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of the model that holds the decoder layers (of a multimodal model, its text part).
 
     Raises:
-        UnsupportedModelError: the model has an encoder, or keeps a state in place of a KV cache.
+        UnsupportedModelError: the model has an encoder, or is refused by `check_kind`.
     """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} has an encoder; the river needs a decoder-only model")
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, which has no KV cache slot per token for the river"
-        )
+    check_kind(model.config, type(model))
     decoder: nn.Module = model.get_decoder()
     return decoder
 
@@ -110,7 +135,8 @@ def check_in_memory(layers: list[DecoderLayer]) -> None:
 
 
 def fingerprint(layers: list[DecoderLayer]) -> str:
-    """A digest of the decoder layers' weights, the same in float32 and in bfloat16.
+    """A digest of the decoder layers' weights, the same in float32 and in bfloat16. In float16,
+    which loses small values, it may be another one.
 
     Covers the name and shape of every linear layer and 1024 of its values, spread over all its
     rows and columns and rounded to bfloat16, so that it costs milliseconds and reads only those
@@ -130,6 +156,15 @@ def fingerprint(layers: list[DecoderLayer]) -> str:
             sample = weight[places // weight.shape[1], places % weight.shape[1]]
             digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return "sha256:" + digest.hexdigest()
+
+
+def are_float16(layers: list[DecoderLayer]) -> bool:
+    """Whether a linear weight of theirs is in float16."""
+    return any(
+        linear_weight(linear).dtype == torch.float16
+        for layer in layers
+        for linear in layer.linears.values()
+    )
 
 
 def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class CachedFolder:
         """Write it, of about so many bytes, and remove what was made of the same sources in the
         same form before they changed, or of sources that are gone, and what was left half written.
 
-        Never fails: without it the next start takes longer, and that is all.
+        Never fails: without it the next start takes longer, and that is all. A folder that can't be
+        written is told once in a process.
 
         Args:
             fill: writes the files into the folder that it is given.
@@ -124,6 +126,8 @@ class CachedFolder:
                     other.remove()
         except Exception as error:
             _log.info("no copy of %s is kept in %s: %s", self.source, parent, error)
+            if isinstance(error, OSError):
+                _warn_of_unusable(parent, error.strerror or str(error))
 
     def read(self, read: Callable[[Path], Any]) -> Any:
         """What `read` makes of the folder; None where it isn't there or isn't whole, or where
@@ -171,6 +175,18 @@ class CachedFolder:
                 staging.rename(self.directory)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@cache
+def _warn_of_unusable(directory: Path, reason: str) -> None:
+    """Once in a process."""
+    _log.warning(
+        "nothing can be kept in the cache %s (%s), so that every start takes as long as the first; "
+        "set %s to a folder that can be written, or to off",
+        directory,
+        reason,
+        ENVIRONMENT_VARIABLE,
+    )
 
 
 def folder_for(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 from river_llm.errors import ConfigError
 
@@ -23,6 +25,16 @@ WITHOUT_POLICY: tuple[Strategy, ...] = ("quantised", "none")  # their tokens lea
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 MIN_TEMPERATURE = 1e-4  # besides 0
+
+
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Whether it is an integer; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, infinities and NaN too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def strategy_conflict(
@@ -65,7 +77,7 @@ class RiverConfig:
     def __post_init__(self) -> None:
         if self.bits not in BITS or not isinstance(self.bits, int):
             raise ConfigError(f"bits is {self.bits!r}; choose one of {_listed(BITS)}")
-        if self.group_size not in GROUP_SIZES:
+        if self.group_size not in GROUP_SIZES or not isinstance(self.group_size, int):
             raise ConfigError(
                 f"group size is {self.group_size!r}; choose one of {_listed(GROUP_SIZES)}"
             )
@@ -104,7 +116,8 @@ class SamplingConfig:
         min_p: leave out tokens less likely than this share of the likeliest one's probability.
         repetition_penalty: above 1 makes tokens that stand in the text already less likely.
         seed: of the random numbers; sequence i of a batch uses seed + i. None draws a new one.
-        stop: a string, or several, that end the text where one first appears; not part of it.
+        stop: a string, or several, that end the text where one first appears; not part of it. None
+            is no string.
         processors: more logits processors of `transformers`, or functions like them of (token ids
             `[1, T]`, logits `[1, V]`) that give logits; after the penalty, before the temperature.
             In lossless mode they are asked about drafted text too, so their answer may depend on
@@ -121,35 +134,54 @@ class SamplingConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] | str = ()
+    stop: tuple[str, ...] | str | None = ()
     processors: tuple[LogitsFunction, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not isinstance(self.processors, list | tuple):
-            raise ConfigError(
-                f"processors is {self.processors!r}; it must be functions of (token ids, logits)"
-            )
-        object.__setattr__(self, "processors", tuple(self.processors))
+        if self.stop is None or isinstance(self.stop, str):
+            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
+        for name in ("stop", "processors"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         ranges = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            (
+                "max_new_tokens",
+                is_whole_number(self.max_new_tokens) and self.max_new_tokens >= 1,
+                "a whole number, 1 or more",
+            ),
             (
                 "temperature",
-                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf"),
-                f"0 (the likeliest token), or {MIN_TEMPERATURE} or more",
+                is_number(self.temperature)
+                and (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf),
+                f"0 (the likeliest token), or a number, {MIN_TEMPERATURE} or more",
             ),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            (
+                "top_k",
+                is_whole_number(self.top_k) and self.top_k >= 0,
+                "a whole number, 0 (all tokens) or more",
+            ),
+            ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1"),
+            (
+                "repetition_penalty",
+                is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+                "above 0 and finite",
+            ),
             (
                 "processors",
-                all(map(callable, self.processors)),
+                isinstance(self.processors, tuple) and all(map(callable, self.processors)),
                 "functions of (token ids, logits)",
             ),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
-            ("stop", all(self.stop), "no empty string"),
+            (
+                "seed",
+                self.seed is None or (is_whole_number(self.seed) and 0 <= self.seed < 2**63),
+                "a whole number in [0, 2**63)",
+            ),
+            (
+                "stop",
+                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+                "a string or several, no empty string",
+            ),
         )
         for name, holds, wanted in ranges:
             if not holds:
@@ -162,11 +194,13 @@ class SamplingConfig:
         Raises:
             ConfigError: one of them is unknown or out of its range.
         """
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            names = ", ".join(cls.__dataclass_fields__)
-            raise ConfigError(f"{error}; the sampling settings are {names}") from error
+        unknown = [name for name in fields if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise ConfigError(
+                f"there is no setting {unknown[0]!r}; the sampling settings are "
+                f"{_listed(cls.__dataclass_fields__)}"
+            )
+        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +230,10 @@ class DraftConfig:
     ngram: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "exit_layer", "vocabulary"):
+            value = getattr(self, name)
+            if value is not None and not is_whole_number(value):
+                raise ConfigError(f"{name} of drafts is {value!r}; it must be a whole number")
         if self.tokens is not None and not 1 <= self.tokens <= 64:
             raise ConfigError(f"a draft of {self.tokens} tokens; it must have 1 to 64")
         if self.exit_layer is not None and self.exit_layer < 0:

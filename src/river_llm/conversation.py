@@ -45,9 +45,11 @@ class Conversation:
         """The answer to a user's turn. What has come when the stream is cut short stays.
 
         Raises:
-            ConfigError: the text is empty or the model has no chat template.
+            ConfigError: the text is empty or no string, or the model has no chat template.
             ContextFullError: the conversation no longer fits the model's context.
         """
+        if not isinstance(text, str):
+            raise ConfigError(f"the message is of type {type(text).__name__}; give a string")
         if not text.strip():
             raise ConfigError("the message is empty; give some text")
         turn: Message = {"role": "user", "content": text}

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
+from river_llm.config import is_number, is_whole_number
 from river_llm.errors import ConfigError
 
 PolicyKind = Literal["never", "always", "fixed", "similarity", "thresholds"]
@@ -34,7 +35,8 @@ class ExitPolicy:
         exit_layer: for ``fixed``, how many backbone layers every token runs.
         threshold: for ``similarity``, the paper's tau, in [-1, 1].
         first_layer: for ``similarity``, the first layer after which tau counts (1 is the first).
-        layer_thresholds: for ``thresholds``, one number for each layer count 0 ... L-1.
+        layer_thresholds: for ``thresholds``, one number for each layer count 0 ... L-1; see
+            `per_layer`.
         prefill: how the prompt runs. ``"backbone"``: in full precision, all layers. ``"river"``:
             all of it through the exit layers. ``"sequence"``: the paper's sequence-level exit, a
             whole prompt leaves where the mean similarity over its tokens exceeds the threshold.
@@ -59,23 +61,23 @@ class ExitPolicy:
             if value not in get_args(choices):
                 listed = ", ".join(get_args(choices))
                 raise ConfigError(f"exit policy: {name} is {value!r}; choose one of {listed}")
-        if self.kind == "fixed" and (self.exit_layer is None or self.exit_layer < 0):
+        if self.kind == "fixed" and not (is_whole_number(self.exit_layer) and self.exit_layer >= 0):
             raise ConfigError(
-                f"exit policy: the exit layer is {self.exit_layer!r}; it must be 0 or more"
+                f"exit policy: the exit layer is {self.exit_layer!r}; "
+                "it must be a whole number, 0 or more"
             )
         if self.kind == "similarity" and not _is_cosine(self.threshold):
             raise ConfigError(
                 f"exit policy: the threshold is {self.threshold!r}; "
                 "a similarity is a cosine, so choose one in [-1, 1]"
             )
-        if self.first_layer < 1:
+        if not (is_whole_number(self.first_layer) and self.first_layer >= 1):
             raise ConfigError(
-                f"exit policy: the first layer is {self.first_layer}; layers count from 1"
+                f"exit policy: the first layer is {self.first_layer!r}; "
+                "give a whole number, layers count from 1"
             )
-        if self.kind == "thresholds" and (
-            not self.layer_thresholds or any(math.isnan(t) for t in self.layer_thresholds)
-        ):
-            raise ConfigError("exit policy: give one threshold per layer, and none that is NaN")
+        if self.kind == "thresholds":
+            _check_thresholds(self.layer_thresholds)
 
     @classmethod
     def never(cls, **rules: Any) -> ExitPolicy:
@@ -101,8 +103,16 @@ class ExitPolicy:
 
     @classmethod
     def per_layer(cls, thresholds: tuple[float, ...], **rules: Any) -> ExitPolicy:
-        """One threshold for each number of layers run, 0 to L-1; infinities are allowed."""
-        return cls("thresholds", layer_thresholds=tuple(map(float, thresholds)), **rules)
+        """One threshold for each number of layers run, 0 to L-1.
+
+        Entry l decides after l layers, by the similarity of layer l; there is none after the last
+        layer, behind which every token leaves anyway. Plus infinity stays, minus infinity leaves.
+        Entry 0 stands before the first layer, where there is no similarity, and is one of the two.
+
+        Raises:
+            ConfigError: there are none, one is no number or NaN, or entry 0 is finite.
+        """
+        return cls("thresholds", layer_thresholds=_floats(thresholds), **rules)
 
     @property
     def has_thresholds(self) -> bool:
@@ -168,5 +178,38 @@ class ExitPolicy:
         return fields
 
 
-def _is_cosine(value: float | None) -> bool:
-    return value is not None and -1 <= value <= 1  # False for NaN
+def check_is_policy(policy: object) -> None:
+    """See that it is an exit policy.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    if not isinstance(policy, ExitPolicy):
+        raise ConfigError(
+            f"the exit policy is {policy!r}; give an ExitPolicy, such as "
+            f"ExitPolicy.similarity({DEFAULT_THRESHOLD})"
+        )
+
+
+def _floats(thresholds: Any) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, thresholds))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"exit policy: the thresholds are {thresholds!r}; give one number for each number of "
+            "layers run"
+        ) from error
+
+
+def _check_thresholds(thresholds: tuple[float, ...] | None) -> None:
+    if not thresholds or not all(is_number(t) and not math.isnan(t) for t in thresholds):
+        raise ConfigError("exit policy: give one threshold per layer, and none that is NaN")
+    if math.isfinite(thresholds[0]):
+        raise ConfigError(
+            f"exit policy: the first threshold is {thresholds[0]!r}, but it stands before the "
+            "first layer, where there is no similarity; take inf (stay) or -inf (leave) for it"
+        )
+
+
+def _is_cosine(value: object) -> TypeGuard[float]:
+    return is_number(value) and -1 <= value <= 1  # False for NaN

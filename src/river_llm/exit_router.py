@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_policy import ExitPolicy, check_is_policy
 
 Phase = Literal["prefill", "decode"]
 
@@ -65,8 +65,9 @@ class ExitRouter:
         """Use `policy` from the next pass on.
 
         Raises:
-            ConfigError: it names more layers than the model has.
+            ConfigError: it is none, or names more layers than the model has.
         """
+        check_is_policy(policy)
         self.thresholds = policy.thresholds(self.num_layers)
         self.policy = policy
 

@@ -9,12 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from river_llm.errors import ModelLoadError, RiverError
+from river_llm.backbone import check_kind
+from river_llm.errors import ConfigError, ModelLoadError, RiverError
 from river_llm.gguf_cache import copy_of, keep_copy, read_copy
 from river_llm.model_source import brief, resolve
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TOKENIZER_PREFIXES = ("tokenizer", "vocab", "merges", "tekken", "encoder", "special_tokens")
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".bpe")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def check_loadable(dtype: object) -> None:
+    """See that weights can be loaded in it.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    if dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {names}")
 
 
 def load_backbone(
@@ -32,9 +50,12 @@ def load_backbone(
         trust_remote_code: run code that comes with the model. Off unless you say so.
 
     Raises:
+        ConfigError: the dtype is none of `DTYPES`.
         ModelLoadError: there is no such model, its files are cut short or of an unknown
             architecture, it has only pickled weights, it wants remote code, or memory ran out.
+        UnsupportedModelError: it is a mixture of experts or keeps a recurrent state.
     """
+    check_loadable(dtype)
     source, gguf_file = resolve(name_or_path)
     with _one_clear_line(str(name_or_path), gguf_file):
         copy = None
@@ -43,6 +64,7 @@ def load_backbone(
         loaded = read_copy(copy) if copy else None
         if loaded is None:
             loaded = _load(source, gguf_file, dtype, trust_remote_code)
+            check_kind(loaded[0].config, type(loaded[0]))  # a GGUF file's config takes seconds
             if copy:
                 keep_copy(copy, *loaded)
         model, tokenizer = loaded
@@ -109,6 +131,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokeniser from a directory or the Hub, or from the GGUF file in a directory."""
     from transformers import (  # takes a second
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoConfig,
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -118,12 +141,14 @@ def _load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if gguf_file is not None:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         options["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
     else:
+        config = AutoConfig.from_pretrained(source, **options)
+        check_kind(config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+        _check_has_tokenizer(Path(source))
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         options["use_safetensors"] = True  # never unpickle weights
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         text = _text_config(config)
         if text is not None:  # the vision tower stays on disk
             prefix = _TEXT_PARTS[config.model_type].replace(".", r"\.")
@@ -138,6 +163,23 @@ def _load(
             f"{missing[0]} among them; get the whole set of files"
         )
     return model, tokenizer
+
+
+def _check_has_tokenizer(directory: Path) -> None:
+    """Some classes of tokenisers make an empty one where there are no files.
+
+    Raises:
+        ModelLoadError: there are none. What is in the Hub is not looked at.
+    """
+    if directory.is_dir() and not any(
+        path.name.startswith(_TOKENIZER_PREFIXES) or path.suffix in _TOKENIZER_SUFFIXES
+        for path in directory.iterdir()
+    ):
+        raise ModelLoadError(_no_tokenizer(str(directory)))
+
+
+def _no_tokenizer(name: str) -> str:
+    return f"{name} holds no tokenizer; copy the model's tokenizer.json and its companions to it"
 
 
 @contextmanager
@@ -174,7 +216,14 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
             f"the weights of {name} have other shapes than its config.json says; "
             "get config and weights from one place"
         )
+    if "Should have a `model_type` key" in text:
+        return f"the config.json of {name} names no architecture; get the model's own config.json"
+    if "Couldn't instantiate the backend tokenizer" in text:
+        return _no_tokenizer(name)
     if "safetensors" in text and "no file named" in text:
+        directory = Path(name).expanduser()
+        if directory.is_dir() and not any(p.suffix in _PICKLED for p in directory.iterdir()):
+            return f"{name} holds no weights; get its model.safetensors too, or all parts of it"
         return f"{name} has no safetensors weights; convert pickled weights to safetensors first"
     if gguf_file is not None:
         return f"{name} can't be read as GGUF, it may be cut short ({brief(text)}); get it again"

@@ -54,6 +54,10 @@ def resolve(name_or_path: str | Path) -> tuple[str, str | None]:
     if path.is_file():
         with path.open("rb") as opened:
             if opened.read(4) != _GGUF_MAGIC:
+                if path.suffix in (".safetensors", ".json"):
+                    raise ModelLoadError(
+                        f"{path} is one file of a model; give its folder, {path.parent}"
+                    )
                 raise ModelLoadError(f"{path} is no GGUF file; give a GGUF file or a directory")
         return str(path.parent), path.name
     if path.is_dir():

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from river_llm.attachment import AttachedRiver, attach_river
+from river_llm.attachment import AttachedRiver, attach_river, check_is_river
 from river_llm.cache import CachedFolder
 from river_llm.config import RiverConfig, Strategy
 from river_llm.engines import (
     CpuEngine,
     Engine,
     EngineChoice,
+    check_dtype,
     check_engine_options,
+    check_threads,
     choose_engine,
     make_engine,
 )
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
+from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
 from river_llm.loading import load_backbone
 from river_llm.packed_copy import (
     PackedModel,
@@ -63,13 +65,18 @@ def load_pretrained(
     backbone_bits: int = 16,
     lm_head_bits: int = 16,
     kv_bits: int = 16,
-    offload: OffloadConfig | str | None = None,
+    offload: OffloadConfig | str | int | None = None,
     no_miss: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     strategy: Strategy = "river",
 ) -> Pretrained:
     """Load all of it; arguments and errors as of `RiverLM.from_pretrained`."""
+    check_is_river(river)
+    if policy is not None:
+        check_is_policy(policy)
+    check_dtype(dtype, engine)
+    check_threads(threads)
     if strategy != "river":
         from river_llm import strategies  # a quick start does without
 
@@ -105,10 +112,7 @@ def load_pretrained(
         loaded.engine.strategy = strategy
         return replace(loaded, fallback_reason=reason)
     check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
-    if not isinstance(offload, OffloadConfig):
-        offload = OffloadConfig.parse(offload or "off", no_miss)
-    if no_miss and (offload is None or not offload.no_miss):
-        raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
+    offload = OffloadConfig.of(offload, no_miss)
     bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
     policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
     device = device or _default_device()

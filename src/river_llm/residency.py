@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
+from river_llm.config import is_whole_number
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.sizes import format_bytes
@@ -32,6 +33,7 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_CHOICES = "give off, auto, a number of layers that stay, or a size such as 2GiB"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
 _MISSED_SHARE = 0.01  # of tokens, that `auto` lets go deeper than the layers that stay
 _FIRST_LOOK, _LOOK_EVERY = 32, 16  # tokens
@@ -59,15 +61,41 @@ class OffloadConfig:
     no_miss: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind == "layers" and (self.layers is None or self.layers < 0):
-            raise ConfigError(f"offloading keeps {self.layers} layers; it must be 0 or more")
+        if self.kind not in get_args(OffloadKind):
+            kinds = ", ".join(get_args(OffloadKind))
+            raise ConfigError(f"offloading is by {self.kind!r}; choose one of {kinds}")
+        if self.kind == "layers" and not (is_whole_number(self.layers) and self.layers >= 0):
+            raise ConfigError(
+                f"offloading keeps {self.layers!r} layers; it must be a whole number, 0 or more"
+            )
         if self.kind == "auto" and self.no_miss:
             raise ConfigError(
                 "how many layers auto keeps is learnt from misses; with no_miss give a number of "
                 "layers or a size"
             )
-        if self.kind == "budget" and (self.max_bytes is None or self.max_bytes < 1):
-            raise ConfigError(f"a memory budget of {self.max_bytes} bytes; it must be 1 or more")
+        if self.kind == "budget" and not (is_whole_number(self.max_bytes) and self.max_bytes >= 1):
+            raise ConfigError(
+                f"a memory budget of {self.max_bytes!r} bytes; it must be a whole number, 1 or more"
+            )
+
+    @classmethod
+    def of(
+        cls, offload: OffloadConfig | str | int | None, no_miss: bool = False
+    ) -> OffloadConfig | None:
+        """From what `RiverLM.from_pretrained` takes: text as of `parse`, or a number of layers.
+
+        Raises:
+            ConfigError: it is none of them, or there is nothing that `no_miss` could go with.
+        """
+        if offload is None or isinstance(offload, str):
+            offload = cls.parse("off" if offload is None else offload, no_miss)
+        elif is_whole_number(offload):
+            offload = cls("layers", layers=offload, no_miss=no_miss)
+        elif not isinstance(offload, OffloadConfig):
+            raise ConfigError(f"offload is {offload!r}; {_CHOICES}")
+        if no_miss and (offload is None or not offload.no_miss):
+            raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
+        return offload
 
     @classmethod
     def parse(cls, text: str, no_miss: bool = False) -> OffloadConfig | None:
@@ -85,10 +113,7 @@ class OffloadConfig:
             return cls("layers", layers=int(text), no_miss=no_miss)
         size = _SIZE.fullmatch(text)
         if size is None or size[2].lower() not in _UNITS:
-            raise ConfigError(
-                f"offload is {text!r}; give off, auto, a number of layers that stay, "
-                "or a size such as 2GiB"
-            )
+            raise ConfigError(f"offload is {text!r}; {_CHOICES}")
         max_bytes = int(float(size[1]) * _UNITS[size[2].lower()])
         return cls("budget", max_bytes=max_bytes, no_miss=no_miss)
 

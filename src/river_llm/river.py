@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from river_llm.backbone import (
     DecoderLayer,
+    are_float16,
     check_in_memory,
     check_plain_decoder,
     decoder_layers,
@@ -109,10 +110,14 @@ class River:
         )
         if not same_shape or fingerprint(layers) != self.fingerprint:
             what = "other weights" if same_shape else "another model"
+            mend = "build one for this model: river-llm build MODEL -o DIR"
+            if same_shape and are_float16(layers):
+                what += ", or for these in another dtype: float16 loses small values"
+                mend = f"take the dtype that it was built in, or {mend} --dtype float16"
             raise RiverFileError(
                 f"this river was built for {what} "
                 f"({self.model_type}, {len(self.exit_layers)} layers, {self.fingerprint[:19]}...); "
-                "build one for this model: river-llm build MODEL -o DIR"
+                f"{mend}"
             )
 
     @staticmethod

@@ -14,7 +14,7 @@ from river_llm.cached_text import CachedText, prefill_thresholds, text_of_answer
 from river_llm.config import DraftConfig, Mode, RiverConfig, Strategy
 from river_llm.engines import Engine, EngineChoice
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
 from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
@@ -86,7 +86,7 @@ class RiverLM:
         backbone_bits: int = 16,
         lm_head_bits: int = 16,
         kv_bits: int = 16,
-        offload: OffloadConfig | str | None = None,
+        offload: OffloadConfig | str | int | None = None,
         no_miss: bool = False,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
@@ -99,10 +99,12 @@ class RiverLM:
             river: the folder of a river that was saved, a `River`, or a `RiverConfig` to build one
                 by; by default 4-bit HQQ in groups of 64 is built.
             policy: when tokens leave the backbone, see `ExitPolicy`.
-            dtype: of the backbone's weights, the activations and the KV cache.
+            dtype: of the backbone's weights, the activations and the KV cache: bfloat16, which the
+                native engine computes in, float16 or float32. Weights are loaded in it, whatever
+                they are stored in.
             device: by default CUDA where there is one, else the CPU.
             engine: ``"cpu"``, the native one, ``"torch"`` or ``"auto"``, see `make_engine`.
-            threads: that compute on a CPU; by default as many as the process may use.
+            threads: that compute on a CPU, 1 to 1024; by default as many as the process may use.
             backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
             lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
             kv_bits: 16, which stands for `dtype`, or 8: a KV cache of about half the bytes, and not
@@ -151,11 +153,16 @@ class RiverLM:
 
     @property
     def policy(self) -> ExitPolicy:
-        """When tokens leave the backbone; may be set between answers."""
+        """When tokens leave the backbone; may be set between answers.
+
+        Raises:
+            ConfigError: what it is set to is no policy, or not for the model or the strategy.
+        """
         return self.engine.policy
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
+        check_is_policy(policy)
         if self.engine.strategy != "river":
             from river_llm.strategies import check_policy
 
@@ -185,7 +192,8 @@ class RiverLM:
             **sampling: fields of `SamplingConfig`.
 
         Raises:
-            ConfigError: the prompt is empty, or a setting out of its range.
+            ConfigError: the prompt is empty or no prompt, or a setting is unknown or out of its
+                range.
             ContextFullError: the prompt doesn't fit the model's context.
         """
         with self._turn:
@@ -222,11 +230,16 @@ class RiverLM:
         drafts: DraftConfig | None = None,
         **sampling: Any,
     ) -> list[GenerationResult]:
-        """Answer several prompts at once; arguments and errors as of `generate`.
+        """Answer several prompts at once, none if there are none; arguments and errors as of
+        `generate`.
 
         Every answer is what the prompt alone would give, up to the rounding of larger matrix
         products. All of them end where the longest one fills the model's context.
         """
+        if isinstance(prompts, str):
+            raise ConfigError(
+                "generate_batch takes a list of prompts, not one string; put it in []"
+            )
         encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
         return self.generate_batch_tokens(
             encoded, SamplingConfig.of(sampling), mode=mode, drafts=drafts
@@ -243,6 +256,8 @@ class RiverLM:
         """Continue several prompts given in tokens; else as `generate_batch`."""
         with self._turn:
             lossless = self._decoder(mode, drafts)
+            if not prompts:
+                return []
             self._cached = None
             self._answers += 1
             steps = list(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from river_llm.config import is_whole_number
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message]
 
+_WANTED_MESSAGES = 'messages must be a list of {"role": ..., "content": ...}, both of them strings'
 _UNFINISHED = "\ufffd"  # what a tokeniser decodes the first bytes of a character to
 
 
@@ -27,9 +29,10 @@ def encode_prompt(
     always go through the template.
 
     Raises:
-        ConfigError: the prompt is empty or has lone surrogates, which are no text, or there are
-            messages but no chat template.
+        ConfigError: the prompt is neither a string nor messages, is empty or has lone surrogates,
+            which are no text, or there are messages but no chat template.
     """
+    _check_is_prompt(prompt)
     if not prompt or (isinstance(prompt, str) and not prompt.strip() and not raw):
         raise ConfigError("the prompt is empty; give some text")
     has_template = bool(tokenizer.chat_template)
@@ -40,9 +43,8 @@ def encode_prompt(
         if not has_template:
             raise ConfigError("the model has no chat template; give the prompt as one string")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        wanted = 'messages must be a list of {"role": ..., "content": ...}'
-        if not isinstance(messages, list | tuple) or not all(map(_is_message, messages)):
-            raise ConfigError(wanted)
+        for message in messages:
+            _check_is_message(message)
         for message in messages:
             _check_encodable(message["content"])
         try:
@@ -50,17 +52,38 @@ def encode_prompt(
                 list(messages), add_generation_prompt=True, return_dict=True
             )
         except (KeyError, TypeError, AttributeError, ValueError, TemplateError) as error:
-            raise ConfigError(f"{wanted} that the chat template takes ({error})") from error
+            raise ConfigError(
+                f"{_WANTED_MESSAGES} that the chat template takes ({error})"
+            ) from error
         token_ids = list(encoded["input_ids"])
     if not token_ids:
         raise ConfigError("the prompt is empty; give some text")
     return token_ids
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
-    )
+def _check_is_prompt(prompt: object) -> None:
+    if not isinstance(prompt, str | list | tuple):
+        raise ConfigError(
+            f"the prompt is of type {type(prompt).__name__}; give a string, or a list of messages "
+            '{"role": ..., "content": ...}'
+        )
+    if prompt and not isinstance(prompt, str) and all(map(is_whole_number, prompt)):
+        raise ConfigError(
+            "the prompt is a list of token ids; give its text, or give them to stream_tokens"
+        )
+
+
+def _check_is_message(message: object) -> None:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(message, dict) and isinstance(content, list | tuple):
+        raise ConfigError(
+            "the content of a message is a list of parts, and only text is taken; join their texts "
+            "to one string"
+        )
+    if not isinstance(message, dict) or not all(
+        isinstance(value, str) for value in (message.get("role"), content)
+    ):
+        raise ConfigError(_WANTED_MESSAGES)
 
 
 def _check_encodable(text: str) -> None:

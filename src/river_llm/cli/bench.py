@@ -208,8 +208,9 @@ def bench(
             from river_llm.benchmark.subject import load_subject, random_subject
             from river_llm.benchmark.suite import Plan, run_suite
             from river_llm.benchmark.workload import check_fits, make_workloads
-            from river_llm.engines import check_engine_options, choose_engine
+            from river_llm.engines import check_dtype, check_engine_options, choose_engine
 
+            check_dtype(torch_dtype(dtype), engine.value)
             check_engine_options(engine.value, 16, head_bits[-1])
             if random_weights:
                 subject = random_subject(name, new_river_config(bits, group_size, quantizer))

@@ -2,7 +2,9 @@
 
 from river_llm.engines.choice import (
     EngineChoice,
+    check_dtype,
     check_engine_options,
+    check_threads,
     choose_engine,
     make_engine,
 )
@@ -20,7 +22,9 @@ __all__ = [
     "EngineChoice",
     "StepResult",
     "TorchEngine",
+    "check_dtype",
     "check_engine_options",
+    "check_threads",
     "choose_engine",
     "make_engine",
     "weight_layout",

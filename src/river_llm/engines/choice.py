@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from river_llm.attachment import attach_river
+from river_llm.config import is_whole_number
 from river_llm.engines.cpu_engine import CpuEngine
 from river_llm.engines.engine import Engine
 from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.llama_family import check_supported
-from river_llm.engines.native_core import check_built, is_built
+from river_llm.engines.native_core import check_built, is_built, usable_threads
 from river_llm.engines.torch_engine import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
 from river_llm.exit_policy import ExitPolicy
+from river_llm.loading import check_loadable
 from river_llm.river import River
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EngineChoice = Literal["auto", "cpu", "torch"]
+MAX_THREADS = 1024  # of the core
+
+_log = logging.getLogger(__name__)
 
 
 def why_not_native(model: PreTrainedModel, kv_bits: int = 16) -> str | None:
@@ -37,6 +44,51 @@ def why_not_native(model: PreTrainedModel, kv_bits: int = 16) -> str | None:
     except UnsupportedModelError as error:
         return str(error).removesuffix("; take --engine torch")
     return None
+
+
+def check_dtype(dtype: torch.dtype, choice: EngineChoice) -> None:
+    """Refuse a dtype that the engine doesn't compute in, before anything is loaded.
+
+    Raises:
+        ConfigError: no engine computes in it, or the named one doesn't.
+    """
+    check_loadable(dtype)
+    if choice == "cpu" and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"the native engine computes in bfloat16, not in {name}; leave the dtype out, or take "
+            "--engine torch"
+        )
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no engine takes, before anything is loaded. More than the
+    process has cores are taken, and a warning is logged.
+
+    Raises:
+        ConfigError: it is no whole number from 1 to `MAX_THREADS`.
+    """
+    if threads is None:
+        return
+    if not is_whole_number(threads) or not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(
+            f"threads is {threads!r}; it must be a whole number from 1 to {MAX_THREADS}"
+        )
+    _warn_of_many(threads, usable_threads())
+
+
+@cache
+def _warn_of_many(threads: int, usable: int) -> None:
+    """Once in a process."""
+    if threads > usable:
+        cores = f"{usable} core{'s' * (usable > 1)}"
+        _log.warning(
+            "%d threads share the %s that this process may use, and wait for each other; "
+            "leave the threads out, or take %d at most",
+            threads,
+            cores,
+            usable,
+        )
 
 
 def check_engine_options(

@@ -36,6 +36,15 @@ def cache_layout() -> int:
     return int(_core.cache_layout)
 
 
+def usable_threads() -> int:
+    """As many as the process has cores."""
+    if is_built():
+        return int(_core.usable_threads())
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def check_built() -> None:
     """See that it was.
 
@@ -86,7 +95,7 @@ def make_core(
             river=(held_bits(formats.river_bits), formats.river_group_size),
             head=(head_bits, model.head_group_size if head_bits == 8 else 0),
             rotary_tables=len(model.rotary),
-            threads=threads or _core.usable_threads(),
+            threads=usable_threads() if threads is None else threads,
             kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
             kv_bits=kv_bits,
             resident_layers=len(model.layers) if resident_layers is None else resident_layers,

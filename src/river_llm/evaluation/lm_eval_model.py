@@ -330,7 +330,7 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self, prompts: list[list[int]], sampling: SamplingConfig
     ) -> list[GenerationResult]:
         stop_tokens = self._lm.stop_tokens
-        self._lm.stop_tokens = stop_tokens | self._special_tokens(sampling.stop)
+        self._lm.stop_tokens = stop_tokens | self._special_tokens(sampling.stop or ())
         try:
             return self._generate_until(prompts, sampling)
         finally:
