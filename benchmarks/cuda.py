@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from river_llm import ExitPolicy, RiverConfig, attach_river
 from river_llm.benchmark.random_weights import SHAPES, random_model, random_river
+from river_llm.benchmark.turns import in_turn
 from river_llm.engines import TorchEngine
 
 TOKENS = 24  # of a round
@@ -134,8 +135,8 @@ def measure(
     ]
     for arm in arms:
         read_prompt(engine, arm, context)
-    for _ in range(rounds):
-        for arm in arms:
+    for order in in_turn(arms, rounds):
+        for arm in order:
             decode(engine, arm, context)
     evicted = [
         Arm("full 4-bit, backbone evicted", ExitPolicy.always(), 0),

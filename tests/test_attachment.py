@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_lm import sharpened
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -170,6 +172,18 @@ class TestGenerate:
         static = _generate(attached, PROMPT, max_new_tokens=20, cache_implementation="static")
         assert torch.equal(static, expected)
         assert torch.equal(attached.exit_counts, counts)
+
+    @pytest.mark.parametrize("rules", [{"batch": "minimum"}, {"prefill": "sequence"}], ids=str)
+    def test_is_the_same_with_a_static_cache_and_masks_by_layer(
+        self, rules: dict[str, Any]
+    ) -> None:
+        """Where layers differ in their masks, the decoder gets a dict of them."""
+        model = sharpened(tiny_model("Qwen2"))
+        policy = ExitPolicy.similarity(0.8, **rules)
+        attached = attach_river(model, RiverConfig(group_size=32), policy=policy)
+        expected = _generate(attached, PROMPT, max_new_tokens=12)
+        static = _generate(attached, PROMPT, max_new_tokens=12, cache_implementation="static")
+        assert torch.equal(static, expected)
 
     def test_without_a_cache_runs_the_backbone(self, attached: AttachedRiver) -> None:
         tokens = _generate(attached, PROMPT, use_cache=False, max_new_tokens=8)

@@ -105,7 +105,8 @@ def test_counts_agreement_and_exit_layers(engine: ScriptedEngine) -> None:
 
 def test_takes_the_arms_in_turn_along_the_same_tokens(engine: ScriptedEngine) -> None:
     compare_arms(engine, PROMPT, ANSWER, ARMS, rounds=3)
-    assert [policy for policy, _ in engine.passes] == [NEVER, ALWAYS, FIXED] * 3
+    forth = [NEVER, ALWAYS, FIXED]
+    assert [policy for policy, _ in engine.passes] == [*forth, *forth[::-1], *forth]
     assert all(tokens == [*PROMPT, *ANSWER[:-1]] for _, tokens in engine.passes)
 
 

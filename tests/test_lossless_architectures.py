@@ -65,6 +65,27 @@ class TestBatchesWhoseAnglesChange:
                 assert self._tokens(lm, mode="lossless", drafts=drafts) == plain
 
     @engines
+    @pytest.mark.parametrize("place", [0, 1, 3])
+    def test_stay_what_they_are_when_the_one_over_the_limit_ends(
+        self, subject: Subject, engine: str, place: int
+    ) -> None:
+        prompts = ["z" * 8, "y" * 20, "a quick fox"]
+
+        def tokens(**settings: Any) -> list[list[int]]:
+            rows = lm.generate_batch(prompts, raw=True, max_new_tokens=20, **settings)
+            return [row.tokens for row in rows]
+
+        lm = _lm(subject, engine)
+        whole = tokens()
+        lm = _lm(subject, engine, frozenset({whole[1][place]}))
+        plain = tokens()
+        assert len(plain[1]) <= place + 1
+        for i in (0, 2):  # as long as they go on, the others are what they were beside it
+            assert plain[i] == whole[i][: len(plain[i])]
+        for drafts in DRAFTS:
+            assert tokens(mode="lossless", drafts=drafts) == plain
+
+    @engines
     def test_have_drafts_where_the_limit_lies_behind_or_is_not_reached(
         self, subject: Subject, engine: str
     ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -66,15 +68,57 @@ def test_a_call_that_is_refused_harms_no_other(lm: RiverLM) -> None:
     assert tokens + [response.token for response in stream] == expected
 
 
+def test_a_stream_takes_its_turn_beside_answers(lm: RiverLM) -> None:
+    """Each of its steps waits, and tells that another answer was begun."""
+    expected = answer(lm, PROMPTS[0])
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            stream = lm.stream(PROMPTS[1], raw=True, max_new_tokens=25)
+            next(stream)
+            job = pool.submit(answer, lm, PROMPTS[0])
+            with suppress(RiverError):
+                list(stream)
+            assert job.result(60) == expected
+
+
+def test_a_stream_that_is_dropped_waits_for_nobody(lm: RiverLM) -> None:
+    expected = answer(lm, PROMPTS[0])
+    stream = lm.stream(PROMPTS[1], raw=True, max_new_tokens=25)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        held, go_on = Event(), Event()
+
+        def hold() -> None:
+            with lm._turn:
+                held.set()
+                go_on.wait(60)
+
+        job = pool.submit(hold)
+        held.wait(60)
+        stream.close()  # type: ignore[attr-defined]
+        go_on.set()
+        job.result(60)
+    assert answer(lm, PROMPTS[0]) == expected
+
+
+def test_prompt_caches_take_their_turn(lm: RiverLM, tmp_path: Path) -> None:
+    expected = answer(lm, PROMPTS[0])
+    assert lm.save_prompt_cache(tmp_path / "cache") == len(PROMPTS[0])
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(answer, lm, PROMPTS[0], mode="lossless") for _ in range(8)]
+        loads = [pool.submit(lm.load_prompt_cache, tmp_path / "cache") for _ in range(8)]
+        assert [job.result(60) for job in loads] == 8 * [len(PROMPTS[0])]
+        lossless = [job.result(60) for job in answers]
+    assert lossless == 8 * [lossless[0]]
+    assert answer(lm, PROMPTS[0]) == expected
+
+
 def test_a_stream_ends_where_another_thread_begins_an_answer(lm: RiverLM) -> None:
     expected = answer(lm, PROMPTS[0])
     stream = lm.stream(PROMPTS[1], raw=True, max_new_tokens=25)
     next(stream)
-    begun = Event()
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(lambda: (begun.set(), answer(lm, PROMPTS[0]))[1])
-        begun.wait(60)
-        assert job.result(60) == expected
+        assert pool.submit(answer, lm, PROMPTS[0]).result(60) == expected
     with pytest.raises(RiverError, match="another answer was begun"):
         list(stream)
     assert answer(lm, PROMPTS[0]) == expected

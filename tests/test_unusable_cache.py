@@ -27,7 +27,7 @@ def directory(tiny_llama: PreTrainedModel, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forgetful() -> None:
-    cache._warn_of_unusable.cache_clear()
+    cache._told.clear()
 
 
 def _warnings(directory: Path, caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from river_llm.engines import Engine
 from river_llm.sampling import Sampler, SamplingConfig
 from river_llm.text import IncrementalDecoder
 
@@ -13,6 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+def ended_may_leave(engine: Engine, answers: Sequence[Answer]) -> bool:
+    """Whether the engine may forget the answers that have ended: the longest sequence of a batch
+    decides over the rotary angles of all, and those of the others have to stay what they are."""
+    limit = engine.angle_limit
+    if limit is None:
+        return True
+    longest = max(len(answer.token_ids) - 1 for answer in answers if not answer.has_ended)
+    return limit.is_shared_by(engine.length, longest)
 
 
 class Answer:

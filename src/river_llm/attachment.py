@@ -55,7 +55,7 @@ class AttachedRiver:
         phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
             takes a pass over one token with a filled cache as decode, any other as prefill.
         is_real: bool `[B, T]`, which tokens of the next passes count, see `ExitRouter.begin_pass`;
-            None, the default, takes those that the attention mask doesn't hide.
+            None, the default, takes those that an attention mask `[B, positions]` doesn't hide.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class AttachedRiver:
         asks = leaves_by_mean or self.policy.batch == "minimum" or self.depth_limit is not None
         if is_real is None and asks:
             attention_mask = kwargs.get("attention_mask")
-            if attention_mask is not None and attention_mask.ndim == 2:
+            if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
                 is_real = attention_mask[:, -num_tokens:].bool().cpu()
         self.router.begin_pass(batch, num_tokens, self._running_phase, is_real)
 

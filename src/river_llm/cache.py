@@ -7,6 +7,7 @@ folder can't be written, read or trusted, what it was made from is read in its p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -15,8 +16,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ ENVIRONMENT_VARIABLE = "RIVER_LLM_CACHE"
 MANIFEST_NAME = "river-llm-copy.json"
 STAGING_PREFIX = ".writing-"
 _STAGING_LIFETIME = 24 * 60 * 60  # seconds; what is older was left by a process that was killed
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_told: set[Path] = set()  # folders in which nothing can be kept
 _HEADER_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 64, 4096
 
 _log = logging.getLogger(__name__)
@@ -112,11 +115,18 @@ class CachedFolder:
         parent = self.directory.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(parent).free
+        except OSError as error:
+            _warn_of_unusable(parent, error.strerror or str(error))
+            return
+        if free < 2 * num_bytes:
+            _warn_of_unusable(parent, "it would take more than half of the space that is left")
+            return
+        try:
             for path in parent.glob(f"{STAGING_PREFIX}*"):
-                if time.time() - path.stat().st_mtime > _STAGING_LIFETIME:
-                    shutil.rmtree(path, ignore_errors=True)
-            if shutil.disk_usage(parent).free < 2 * num_bytes:
-                raise OSError("it would take more than half of the space that is left")
+                with suppress(FileNotFoundError):  # another process has removed it
+                    if time.time() - path.stat().st_mtime > _STAGING_LIFETIME:
+                        shutil.rmtree(path, ignore_errors=True)
             self._write(fill)
             for other in cached_folders():
                 sources = [source for source in (other.source, other.beside) if source is not None]
@@ -126,7 +136,7 @@ class CachedFolder:
                     other.remove()
         except Exception as error:
             _log.info("no copy of %s is kept in %s: %s", self.source, parent, error)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno in _UNUSABLE:
                 _warn_of_unusable(parent, error.strerror or str(error))
 
     def read(self, read: Callable[[Path], Any]) -> Any:
@@ -177,9 +187,11 @@ class CachedFolder:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-@cache
 def _warn_of_unusable(directory: Path, reason: str) -> None:
-    """Once in a process."""
+    """Once in a process for each folder."""
+    if directory in _told:
+        return
+    _told.add(directory)
     _log.warning(
         "nothing can be kept in the cache %s (%s), so that every start takes as long as the first; "
         "set %s to a folder that can be written, or to off",

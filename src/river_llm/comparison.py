@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 
+from river_llm.benchmark.turns import in_turn
 from river_llm.engines import Engine
 from river_llm.exit_policy import ExitPolicy
 
@@ -59,13 +60,12 @@ def compare_arms(
     agreements: dict[str, float] = {}
     policy_before = engine.policy
     try:
-        for round_index in range(rounds):
-            for arm_index, (name, policy) in enumerate(arms.items()):
-                engine.policy = policy
-                speed, exit_layers[name], agreements[name] = _follow(engine, prompt, answer)
-                speeds[name].append(speed)
-                if progress:
-                    progress(round_index * len(arms) + arm_index + 1, rounds * len(arms))
+        for done, (name, policy) in enumerate(chain(*in_turn(list(arms.items()), rounds)), 1):
+            engine.policy = policy
+            speed, exit_layers[name], agreements[name] = _follow(engine, prompt, answer)
+            speeds[name].append(speed)
+            if progress:
+                progress(done, rounds * len(arms))
     finally:
         engine.policy = policy_before
         engine.truncate(0)

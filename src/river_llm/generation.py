@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from river_llm.answer import Answer, FinishReason
+from river_llm.answer import Answer, FinishReason, ended_may_leave
 from river_llm.config import Mode, SamplingConfig, Strategy
 from river_llm.engines import Engine, StepResult
 from river_llm.errors import ConfigError, ContextFullError
@@ -241,9 +241,10 @@ class _PlainSteps:
         self._rows = list(range(len(answers)))  # of the engine's batch: whose they are
 
     def round(self) -> list[list[_Chosen]]:
-        """The next token of each answer; those that have ended leave the engine's batch."""
+        """The next token of each answer; those that have ended leave the engine's batch if they
+        may, else they run along."""
         answers, rows = self._answers, self._rows
-        if any(answers[i].has_ended for i in rows):
+        if any(answers[i].has_ended for i in rows) and ended_may_leave(self._engine, answers):
             going = [row for row, i in enumerate(rows) if not answers[i].has_ended]
             self._engine.keep_sequences(going)
             self._rows = rows = [rows[row] for row in going]
@@ -251,13 +252,16 @@ class _PlainSteps:
         return self.choose(self._engine.decode(last))
 
     def choose(self, step: StepResult) -> list[list[_Chosen]]:
-        """The next token of those answers that were rows of the pass, none of the others."""
-        answers, rows = self._answers, self._rows
+        """The next token of those answers that go on, none of the others."""
+        answers = self._answers
         chosen: list[list[_Chosen]] = [[] for _ in answers]
         layers = step.exit_layers.tolist()
         # the engine knows it without handing out the logits
-        best = step.best_tokens.tolist() if any(answers[i].takes_best for i in rows) else layers
-        for row, i in enumerate(rows):
+        knows = any(answers[i].takes_best for i in self._rows)
+        best = step.best_tokens.tolist() if knows else layers
+        for row, i in enumerate(self._rows):
+            if answers[i].has_ended:
+                continue
             token = best[row] if answers[i].takes_best else answers[i].choose(step.logits[row])
             chosen[i].append(_Chosen(token, layers[row]))
         return chosen

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TOKENIZER_PREFIXES = ("tokenizer", "vocab", "merges", "tekken", "encoder", "special_tokens")
+_VOCABULARY_PREFIXES = ("tokenizer.json", "vocab", "merges", "tekken", "encoder")
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".bpe")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -178,6 +179,13 @@ def _check_has_tokenizer(directory: Path) -> None:
         raise ModelLoadError(_no_tokenizer(str(directory)))
 
 
+def _has_vocabulary(directory: Path) -> bool:
+    return directory.is_dir() and any(
+        path.name.startswith(_VOCABULARY_PREFIXES) or path.suffix in _TOKENIZER_SUFFIXES
+        for path in directory.iterdir()
+    )
+
+
 def _no_tokenizer(name: str) -> str:
     return f"{name} holds no tokenizer; copy the model's tokenizer.json and its companions to it"
 
@@ -219,7 +227,12 @@ def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
     if "Should have a `model_type` key" in text:
         return f"the config.json of {name} names no architecture; get the model's own config.json"
     if "Couldn't instantiate the backend tokenizer" in text:
-        return _no_tokenizer(name)
+        if not _has_vocabulary(Path(name).expanduser()):
+            return _no_tokenizer(name)
+        return (
+            f"the tokenizer of {name} can't be read: its file is damaged, or of a kind that needs "
+            "another package (pip install sentencepiece tiktoken)"
+        )
     if "safetensors" in text and "no file named" in text:
         directory = Path(name).expanduser()
         if directory.is_dir() and not any(p.suffix in _PICKLED for p in directory.iterdir()):

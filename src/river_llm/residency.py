@@ -23,7 +23,6 @@ OffloadKind = Literal["auto", "layers", "budget"]
 
 _MEBI = 2**20
 _UNITS = {
-    "": 1,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,

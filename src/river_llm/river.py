@@ -2,9 +2,9 @@
 
 On disk a river is a folder of two files: `river.safetensors` with three tensors for every linear
 layer (`<layer>.<linear>.packed`, `.scales`, `.zeros`; see `quantization`), and `river.json` with
-the format version, the config, the fingerprint of the backbone it was made from, and size and
-digest of the other file. Norms, biases, embeddings and LM head are the backbone's own and in
-neither.
+the format version, the config, the fingerprint of the backbone it was made from, and the other
+file's size and a digest of samples of it. Norms, biases, embeddings and LM head are the backbone's
+own and in neither.
 """
 
 from __future__ import annotations

@@ -202,7 +202,8 @@ class RiverLM:
                     prompt, raw=raw, mode=mode, drafts=drafts, reuse_cache=reuse_cache, **sampling
                 )
             )
-        return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, mode)
+            prompt_tokens = responses[-1].prompt_tokens
+            return GenerationResult.of(self.engine, responses, prompt_tokens, mode)
 
     def stream(
         self,
@@ -272,10 +273,11 @@ class RiverLM:
                 )
             )
             self._keep_learnt(lossless)
-        return [
-            GenerationResult.of(self.engine, [r for r in row if r is not None], len(prompt), mode)
-            for row, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
-        ]
+            rows = [[one for one in row if one is not None] for row in zip(*steps, strict=True)]
+            return [
+                GenerationResult.of(self.engine, row, len(prompt), mode)
+                for row, prompt in zip(rows, prompts, strict=True)
+            ]
 
     def chat(self, messages: str | Sequence[Message], **settings: Any) -> GenerationResult:
         """Answer the last of `messages` (or a single user message) through the chat template.
@@ -324,8 +326,13 @@ class RiverLM:
                     return
                 yield response
         finally:
-            with self._turn:
+            # where another thread has its turn, it has begun an answer, and closing does nothing
+            has_turn = self._turn.acquire(blocking=False)
+            try:
                 steps.close()
+            finally:
+                if has_turn:
+                    self._turn.release()
 
     def _stream(
         self,
@@ -454,13 +461,13 @@ class RiverLM:
             PromptCacheError: there is no such file, it is damaged, or it belongs to another model,
                 river, engine or prefill rule. The KV cache stays as it was.
         """
-        text, tensors = read_prompt_cache(Path(path), self.engine)
-        if prefill_thresholds(self._policy_in(mode), self.engine.num_layers) != text.thresholds:
-            raise PromptCacheError(
-                f"the tokens in {path} left the backbone otherwise than prompts of this run do; "
-                "take the prefill rule with which it was written, or give another file"
-            )
         with self._turn:
+            text, tensors = read_prompt_cache(Path(path), self.engine)
+            if prefill_thresholds(self._policy_in(mode), self.engine.num_layers) != text.thresholds:
+                raise PromptCacheError(
+                    f"the tokens in {path} left the backbone otherwise than prompts of this run "
+                    "do; take the prefill rule with which it was written, or give another file"
+                )
             self._cached = None
             self._answers += 1
             self.engine.write_cache(tensors, len(text.tokens))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import tempfile
 import time
 from importlib import import_module
@@ -76,7 +77,8 @@ def make_gguf_files(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
 
 
 def _digest(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    settings = {**model.config.to_dict(), "transformers_version": None}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from river_llm.benchmark.arms import Arm
 from river_llm.benchmark.bandwidth import ReadBandwidth
+from river_llm.benchmark.turns import in_turn
 from river_llm.benchmark.workload import Workload
 
 RoundDone = Callable[[str, int], None]  # (name of the arm, number of the round, 0 is the warm-up)
@@ -57,8 +58,7 @@ def measure_rounds(
     warm_up: int = 1,
     round_done: RoundDone | None = None,
 ) -> list[list[Round]]:
-    """Let every arm do the workload in turn, `rounds` times over, every other round from the last
-    arm to the first: where the machine changes during a round, no arm is always the later one.
+    """Let every arm do the workload in turn (`in_turn`), `rounds` times over.
 
     Args:
         threads: that read to find the bandwidth.
@@ -68,9 +68,9 @@ def measure_rounds(
         for each arm its rounds, in order.
     """
     results: list[list[Round]] = [[] for _ in arms]
-    order = list(zip(arms, results, strict=True))
+    pairs = list(zip(arms, results, strict=True))
     before = 0.0
-    for number in range(1 - warm_up, rounds + 1):
+    for number, order in enumerate(in_turn(pairs, warm_up + rounds), 1 - warm_up):
         for arm, arm_rounds in order:
             arm.prepare(workload)
             counts = number > 0
@@ -85,7 +85,6 @@ def measure_rounds(
                 arm_rounds.append(Round(speed, bandwidth, read, fraction, timing.mean_exit_layer))
             if round_done:
                 round_done(arm.name, max(number, 0))
-        order.reverse()
     return results
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from river_llm.benchmark.turns import in_turn
 from river_llm.engines import CpuEngine
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
@@ -122,8 +123,8 @@ def measure_memory(
     results = []
     for context in sorted(contexts):
         seen: list[list[MemoryResult]] = [[] for _ in arms]
-        for _ in range(rounds):
-            for found, arm in zip(seen, arms, strict=True):
+        for order in in_turn(list(zip(seen, arms, strict=True)), rounds):
+            for found, arm in order:
                 step_done(done, steps)
                 found.append(_measure(directory, arm, context, new_tokens, threads, kv_bits))
                 done += 1

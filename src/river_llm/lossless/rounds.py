@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from river_llm.answer import Answer
+from river_llm.answer import Answer, ended_may_leave
 from river_llm.config import DraftConfig
 from river_llm.engines import Engine, StepResult
 from river_llm.errors import ConfigError
@@ -154,15 +154,21 @@ class LosslessDecoder:
         limit = self._engine.angle_limit
         if limit is None or len(self._answers) < 2:
             return False
-        length = max(len(answer.token_ids) for answer in self._answers)
-        return limit.is_crossed(length, length + max(a.tokens_left for a in self._answers))
+        lengths = [len(answer.token_ids) for answer in self._answers]
+        longest = max(lengths)
+        if not all(limit.is_shared_by(length, longest) for length in lengths):
+            return True  # where the longest ends, plain decoding may keep its angles
+        return limit.is_crossed(longest, longest + max(a.tokens_left for a in self._answers))
 
     def _plain_round(self) -> list[list[VerifiedToken]]:
-        """One token of each answer without a draft."""
-        self._forget_ended()
+        """One token of each answer without a draft. Those that have ended run along where they do
+        so in plain decoding."""
+        may_leave = ended_may_leave(self._engine, self._answers)
+        if may_leave:
+            self._forget_ended()
         start = time.perf_counter()
         last = [[answer.token_ids[-1]] for answer in self._answers]
-        counts = [0 if answer.has_ended else 1 for answer in self._answers]
+        counts = [0 if answer.has_ended and may_leave else 1 for answer in self._answers]
         result = self._engine.verify(torch.tensor(last), counts)
         self._cached = [cached + count for cached, count in zip(self._cached, counts, strict=True)]
         new: list[list[VerifiedToken]] = []
