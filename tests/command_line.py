@@ -70,12 +70,13 @@ def run(*arguments: object, stdin: str | io.TextIOBase | None = "") -> Outcome:
 def start(
     *arguments: object,
     python: tuple[str, ...] = (SCRIPT,),
+    stdin: int | IO[str] = subprocess.PIPE,
     stdout: int | IO[str] = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start `river-llm` as a process; `python` are the interpreter's own arguments."""
     return subprocess.Popen(
         [sys.executable, *python, *map(str, arguments)],
-        stdin=subprocess.PIPE,
+        stdin=stdin,
         stdout=stdout,
         stderr=subprocess.PIPE,
         env=_environment(),

@@ -84,8 +84,17 @@ class TestCheckExact:
         outcome = self.check(model, prompts, *options)
         output = outcome.json
         assert outcome.stderr == ""
-        loading = {"model", "engine", "dtype", "backbone_bits", "lm_head_bits", "kv_bits", "river"}
-        setting = {*loading, "version", "drafts", "batch_size", "sampling", "interrupted"}
+        loading = {"model", "engine", "device", "dtype", "backbone_bits", "lm_head_bits", "kv_bits"}
+        setting = {
+            *loading,
+            "version",
+            "river",
+            "river_directory",
+            "drafts",
+            "batch_size",
+            "sampling",
+            "interrupted",
+        }
         assert set(output) == setting | set(field_names(Exactness))
         assert output["batch_size"] == 2
         assert (output["model"], output["engine"]) == (model, "cpu")

@@ -41,11 +41,13 @@ FIELDS = {
     "cached_prompt_tokens",
     "version",
     "model",
+    "device",
     "dtype",
     "backbone_bits",
     "lm_head_bits",
     "kv_bits",
     "river",
+    "river_directory",
     "drafts",
     "no_miss",
     "raw",
@@ -128,7 +130,7 @@ class TestJson:
             RiverConfig.from_dict(first["river"]),
             ExitPolicy.fixed(2),
             getattr(torch, first["dtype"]),
-            device="cpu",
+            device=first["device"],
             engine=first["engine"],
             backbone_bits=first["backbone_bits"],
             lm_head_bits=first["lm_head_bits"],
@@ -138,6 +140,15 @@ class TestJson:
         assert again.tokens == first["tokens"]
         assert first["version"] == version
         assert answer(model, *options)["sampling"]["seed"] != first["sampling"]["seed"]
+
+    def test_tells_two_rivers_of_one_configuration_apart(self, model: str, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            assert run("build", model, "-o", tmp_path / name).exit_code == 0
+        outputs = [answer(model, "--river", tmp_path / name) for name in ("one", "two")]
+        assert outputs[0]["river"] == outputs[1]["river"]
+        for output, name in zip(outputs, ("one", "two"), strict=True):
+            assert output["river_directory"] == str(tmp_path / name)
+        assert answer(model)["river_directory"] is None
 
     def test_is_what_the_library_answers(self, model: str) -> None:
         expected = RiverLM.from_pretrained(model, device="cpu").generate(PROMPT, max_new_tokens=8)

@@ -182,7 +182,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "part"),
         [
-            (("--threads", "0"), "--threads takes numbers of 1 or more"),
+            (("--threads", "0"), "--threads takes numbers from 1 to 1024"),
+            (("--threads", "1,5000"), "--threads takes numbers from 1 to 1024"),
+            (("--threads", "5000", "--memory"), "--threads takes numbers from 1 to 1024"),
             (("--batch", "1,x"), "--batch takes numbers"),
             (("--depth", ""), "--depth takes numbers of 0 or more"),
             (("--threshold", "1.5"), "--threshold takes numbers from -1 to 1"),

@@ -232,6 +232,46 @@ class TestClear:
         assert run("cache", source, "--clear").exit_code == 0
         assert [folder.is_whole() for folder in kept.values()] == [True, False, False]
 
+    def test_of_a_hub_id_has_every_snapshot_and_asks_nobody(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def ask(*args: object, **settings: object) -> None:
+            raise AssertionError("the Hub is asked")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
+        monkeypatch.chdir(tmp_path)
+        snapshots = [
+            tmp_path / "hub" / repository / "snapshots" / revision
+            for repository, revision in (
+                ("models--org--name", "old"),
+                ("models--org--name", "new"),
+                ("models--org--name-2", "new"),
+                ("models--other--name", "new"),
+                ("models--name", "new"),
+            )
+        ]
+        for snapshot in snapshots:
+            snapshot.mkdir(parents=True)
+        kept = {snapshot: _keep(snapshot, "form") for snapshot in snapshots}
+        snapshots[0].rmdir()  # as where the Hub has a new one
+        listed = run("cache", "org/name", "--json").json["folders"]
+        assert {folder["source"] for folder in listed} == set(map(str, snapshots[:2]))
+        assert run("cache", "org/name", "--clear").stderr.startswith("2 copies")
+        assert [kept[place].is_whole() for place in snapshots] == [False, False, True, True, True]
+        assert run("cache", "name", "--clear").stderr.startswith("1 copies")
+        assert [kept[place].is_whole() for place in snapshots[2:]] == [True, True, False]
+        assert run("cache", "org/none").stderr.startswith("0 copies")
+
+    def test_of_a_directory_named_like_a_hub_id_is_of_the_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        places = [save_model(Path("org/name")), tmp_path / "models--org--name" / "snapshot"]
+        places[1].mkdir(parents=True)
+        kept = [_keep(place, "form") for place in places]
+        assert run("cache", "org/name", "--clear").stderr.startswith("1 copies")
+        assert [folder.is_whole() for folder in kept] == [False, True]
+
     def test_deletes_what_is_half_written(self, source: Path, cache: Path) -> None:
         _keep(source, "form")
         for name in ("old", "new"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -58,15 +59,25 @@ class TestChat:
             assert cut.stdout == chat(model, "Hello\n").stdout
         assert chat(model, "/exit\n").stdout == chat(model, "").stdout == ""
 
-    @pytest.mark.parametrize("line", ["/help", "/foo", "/clear now", "/Exit"])
+    @pytest.mark.parametrize("line", ["/help", "/foo", " /Exit "])
     def test_an_unknown_command_is_no_turn(self, model: str, line: str) -> None:
         outcome = chat(model, f"{line}\nHello\n")
         assert outcome.stdout == chat(model, "Hello\n").stdout
         first, second = outcome.stderr.splitlines()[:2]
-        assert first == second
-        assert "/clear" in second
+        assert "/clear" in first
+        assert second == f"unknown command {line.strip()}; {first}"
 
-    @pytest.mark.parametrize("line", ["/usr/bin is a folder", "/ is a slash", "/2 is a half"])
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "/tmp is full, what now?",
+            "/clear now",
+            "/usr/bin is a folder",
+            "/usr/bin",
+            "/ is a slash",
+            "/2 is a half",
+        ],
+    )
     def test_a_line_that_only_begins_with_a_slash_is_a_turn(self, model: str, line: str) -> None:
         assert chat(model, f"{line}\n").stderr.count("6 tokens (length)") == 1
 
@@ -133,8 +144,7 @@ class TestCtrlC:
         command += ("--engine", engine.name)
         whole = run(*command, "--json").json
         interrupt(monkeypatch, "decode", steps, engine)
-        output = run(*command, "--json", "--compare").json
-        assert "comparison" not in output
+        output = run(*command, "--json").json
         assert output["finish_reason"] == "interrupted"
         assert output["tokens"] == whole["tokens"][: steps + 1]
         assert output["exit_layers"] == [4, 2, 2, 2, 2][: steps + 1]
@@ -155,15 +165,31 @@ class TestCtrlC:
         assert (outcome.exit_code, outcome.stdout) == (0, "\n")
         assert "0 tokens (interrupted)" in outcome.stderr
 
-    def test_in_the_comparison_leaves_the_answer(
-        self, model: str, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("calls", [3, 17], ids=["answer", "comparison"])
+    def test_before_a_comparison_is_done_leaves_the_answer(
+        self, model: str, calls: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         command = ("generate", PROMPT, "-m", model, "-n", 8, "--json")
         whole = run(*command).json
-        interrupt(monkeypatch, "decode", 17)
-        output = run(*command, "--compare").json
-        assert output["tokens"] == whole["tokens"]
+        interrupt(monkeypatch, "decode", calls)
+        outcome = run(*command, "--compare")
+        assert (outcome.exit_code, outcome.stderr.splitlines()[-1]) == (
+            130,
+            "river-llm: interrupted before the comparison was done",
+        )
+        output = json.loads(outcome.stdout)
+        assert output["tokens"] == whole["tokens"][: calls + 1]
         assert "comparison" not in output
+
+    def test_in_the_comparison_is_told_below_the_answer(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("generate", PROMPT, "-m", model, "-n", 8)
+        whole = run(*command)
+        interrupt(monkeypatch, "decode", 17)
+        outcome = run(*command, "--compare")
+        assert (outcome.exit_code, outcome.stdout) == (130, whole.stdout)
+        assert outcome.stderr.endswith("\nriver-llm: interrupted before the comparison was done\n")
 
     @pytest.mark.parametrize(
         "command",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import run, run_process, start
+from command_line import Outcome, run, run_process, start
 from transformers import AutoTokenizer
 
 from river_llm import River, RiverLM
@@ -82,6 +83,15 @@ class TestWrongUsage:
         run(*command, "--bits", 7).check_fails(2, "2, 3, 4, 5, 6, 8")
 
     @pytest.mark.parametrize(
+        "command", [["generate", "words"], ["chat"], ["inspect"], ["build", "tiny", "-o", "river"]]
+    )
+    def test_more_threads_than_any_engine_takes_are_refused(self, command: list[str]) -> None:
+        before = torch.get_num_threads()
+        outcome = run(*command, "--threads", 99999999999)
+        outcome.check_fails(1, "threads is 99999999999; it must be a whole number from 1 to 1024")
+        assert torch.get_num_threads() == before
+
+    @pytest.mark.parametrize(
         ("options", "part"),
         [
             ("--plot figure.png", "give --text"),
@@ -107,17 +117,15 @@ class TestWrongUsage:
         run("inspect", "--text", "-", stdin=text).check_fails(2, "the text is empty")
 
     @pytest.mark.parametrize("command", [["generate", "-"], ["chat"], ["inspect", "--text", "-"]])
-    def test_a_closed_stdin_is_told(
-        self, command: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_closed_stdin_is_told(self, command: list[str]) -> None:
         run(*command, stdin=None).check_fails(2, "standard input is closed")
 
     def test_a_stdin_that_cannot_be_read_is_told(self) -> None:
-        class Folder(io.StringIO):
-            def read(self, size: int | None = -1) -> str:
-                raise IsADirectoryError(errno.EISDIR, "Is a directory")
-
-        run("generate", "-", stdin=Folder()).check_fails(2, "stdin can't be read: Is a directory")
+        with Path(os.devnull).open("w") as write_only:
+            process = start("generate", "-", stdin=write_only)
+            output, errors = process.communicate(timeout=60)
+        outcome = Outcome(process.returncode, output.decode(), errors.decode())
+        outcome.check_fails(2, "stdin can't be read: Bad file descriptor")
 
     def test_a_plot_without_matplotlib_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("river_llm.plots.has_matplotlib", lambda: False)
@@ -222,6 +230,15 @@ class TestFailure:
         outcome = run("generate", "river " * 200, "-m", other_model, "--raw")
         tokens = len(AutoTokenizer.from_pretrained(other_model)("river " * 200).input_ids)
         outcome.check_fails(1, f"{tokens} tokens", "holds 96", "shorten the prompt")
+
+    def test_a_chat_whose_stdin_cannot_be_read(self, model: str) -> None:
+        with Path(os.devnull).open("w") as write_only:
+            process = start("chat", "-m", model, stdin=write_only)
+            output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output) == (2, b"")
+        told = errors.decode().splitlines()
+        assert told[-1] == "river-llm: stdin can't be read: Bad file descriptor"
+        assert len(told) == 2  # below the help
 
     def test_a_text_of_one_token(self, model: str) -> None:
         run("inspect", model, "--text", "a").check_fails(1, "fewer than two tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -264,9 +265,30 @@ class TestCtrlC:
         before = [entry.read_bytes() for entry in path.parent.iterdir()]
         monkeypatch.setattr("river_llm.prompt_cache.save_file", _fail(KeyboardInterrupt()))
         outcome = generate(model, DOCUMENT * 2, path, "--json")
-        assert outcome.json["finish_reason"] == "length"
-        assert f"interrupted; the prompt is not kept in {path}" in outcome.stderr
+        assert outcome.exit_code == 130
+        told = f"river-llm: interrupted; the prompt is not kept in {path}"
+        assert outcome.stderr.splitlines()[-1] == told
+        expected = answer(model, prompt=DOCUMENT * 2, length=6)["tokens"]
+        assert json.loads(outcome.stdout)["tokens"] == expected
+        compared = generate(model, DOCUMENT * 2, path, "--json", "--compare")
+        assert compared.exit_code == 130
+        assert compared.stderr.splitlines()[-1] == (
+            f"{told}; interrupted before the comparison was done"
+        )
+        assert "comparison" not in json.loads(compared.stdout)
         assert [entry.read_bytes() for entry in path.parent.iterdir()] == before
+
+    def test_while_a_chat_writes_the_file_does_not_end_it(
+        self, model: str, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("river_llm.prompt_cache.save_file", _fail(KeyboardInterrupt()))
+        command = ("chat", "-m", model, "-n", 6)
+        stdin = f"{DOCUMENT}\nAnd then?\n"
+        outcome = run(*command, "--prompt-cache", path, stdin=stdin)
+        assert outcome.exit_code == 0
+        assert outcome.stdout == run(*command, stdin=stdin).stdout
+        assert f"interrupted; the prompt is not kept in {path}" in outcome.stderr
+        assert not path.exists()
 
 
 def _fail(error: BaseException) -> Any:

@@ -181,6 +181,11 @@ class TestFromPretrained:
         with pytest.raises(ConfigError, match=message):
             RiverLM.from_pretrained(tmp_path / "nothing", **settings)
 
+    @pytest.mark.parametrize("off", ["off", " OFF"])
+    def test_takes_offloading_that_is_off(self, off: str, model: str) -> None:
+        lm = RiverLM.from_pretrained(model, strategy="none", offload=off, device="cpu")
+        assert (lm.engine.strategy, lm.residency) == ("none", None)
+
 
 class TestCommandLine:
     @pytest.mark.parametrize("strategy", ["mask", "recompute", "propagate", "monotonic"])

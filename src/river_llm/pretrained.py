@@ -81,7 +81,7 @@ def load_pretrained(
         from river_llm import strategies  # a quick start does without
 
         has_8_bits = 8 in (backbone_bits, lm_head_bits)
-        has_offload = no_miss or offload not in (None, "off")
+        has_offload = no_miss or OffloadConfig.of(offload) is not None
         strategies.check_strategy(
             strategy, policy, engine, river is not None, has_8_bits, kv_bits, has_offload
         )

@@ -15,6 +15,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.bench_memory import bench_memory
+from river_llm.cli.imports import import_libraries
 from river_llm.cli.loading import prepare_torch, torch_dtype
 from river_llm.cli.settings import new_river_config, river_config
 from river_llm.cli.usage import usage_error
@@ -160,7 +161,7 @@ def bench(
     if random_weights is not None:
         _check_random(model, river, threshold)
     config = river_config(river, bits, group_size, quantizer)
-    counts = [usable_cores()] if threads is None else _numbers("--threads", threads, int, 1)
+    counts = [usable_cores()] if threads is None else _thread_counts(threads)
     policies = _policies(bits, exit_layer, threshold)
     wanted_peers = _wanted_peers(peers)
     if work_dir is not None and "llama.cpp" not in wanted_peers:
@@ -365,6 +366,13 @@ def _numbers(
         limits = f"from {least} to {most}" if most is not None else f"of {least} or more"
         raise usage_error(f"{option} takes numbers {limits}, as 1,2,4; not {text!r}")
     return list(dict.fromkeys(values))
+
+
+def _thread_counts(text: str) -> list[int]:
+    import_libraries()
+    from river_llm.engines.choice import MAX_THREADS
+
+    return _numbers("--threads", text, int, 1, MAX_THREADS)
 
 
 def _policies(bits: int, exit_layer: str | None, threshold: str | None) -> dict[str, ExitPolicy]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,8 @@ from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
     from river_llm.cache import CachedFolder
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.gguf)")
 
 
 def cache(
@@ -65,16 +68,20 @@ def cache(
 
 
 def _of_model(name: str, folders: list[CachedFolder]) -> list[CachedFolder]:
-    """Those of one model, by its name, or by its place as the list has it.
+    """Those of one model, by its name, or by its place as the list has it. Of a Hub id, those of
+    every snapshot, there still or not; the Hub isn't asked.
 
     Raises:
-        RiverError: there is no such model.
+        RiverError: there is no such file or directory, or no model in it.
     """
     place = Path(name)
     if any(folder.source == place for folder in folders):  # it may be gone
         return [folder for folder in folders if folder.source == place]
-    from river_llm.model_source import model_files
+    from river_llm.model_source import DEFAULT_MODEL, model_files
 
+    if name != DEFAULT_MODEL and _HUB_ID.fullmatch(name) and not place.exists():
+        directory = f"models--{name.replace('/', '--')}"  # in the Hub's own cache
+        return [folder for folder in folders if directory in folder.source.parts]
     found = model_files(name)
     source = None if found is None else found[0].resolve()
     return [folder for folder in folders if folder.source == source]

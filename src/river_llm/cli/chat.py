@@ -21,15 +21,15 @@ from river_llm.cli.settings import (
     river_config,
     sampling_config,
 )
-from river_llm.cli.usage import check_stdin, check_text, is_text
-from river_llm.errors import ConfigError, ContextFullError, PromptCacheError
+from river_llm.cli.usage import check_stdin, check_text, is_text, readable_stdin
+from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError, PromptCacheError
 
 if TYPE_CHECKING:
     from river_llm.conversation import Conversation
     from river_llm.river_lm import RiverLM
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-_COMMAND = re.compile(r"/[a-z]+(\s|$)", re.IGNORECASE)  # and not /usr/bin
+_COMMAND = re.compile(r"/[a-z]+", re.IGNORECASE)  # not /usr/bin, and not /tmp in a sentence
 
 
 def chat(
@@ -132,8 +132,8 @@ def _converse(
             return
         if command == "/clear":
             conversation = Conversation(lm, system, **settings)
-        elif _COMMAND.match(command):
-            render.stderr.print(_HELP)
+        elif _COMMAND.fullmatch(command):
+            render.stderr.print(f"unknown command {command}; {_HELP}")
         elif not is_text(text):
             render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:
@@ -141,11 +141,16 @@ def _converse(
 
 
 def _read_line() -> str | None:
-    """The next line the user types; None at the end of the input or on Ctrl-C."""
+    """The next line the user types; None at the end of the input or on Ctrl-C.
+
+    Raises:
+        typer.Exit: stdin can't be read.
+    """
     try:
-        if sys.stdin.isatty():
-            return input("> ")
-        line = sys.stdin.readline()
+        with readable_stdin():
+            if sys.stdin.isatty():
+                return input("> ")
+            line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
     except (EOFError, KeyboardInterrupt):
         return None
@@ -178,5 +183,5 @@ def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, t
         if cache is not None:
             try:
                 cache.keep(result.prompt_tokens)
-            except PromptCacheError as error:
+            except (PromptCacheError, InterruptedRunError) as error:
                 render.stderr.print(str(error))

@@ -21,7 +21,7 @@ from river_llm.cli.settings import (
     sampling_config,
 )
 from river_llm.cli.usage import check_text, read_stdin, usage_error
-from river_llm.errors import PromptCacheError
+from river_llm.errors import InterruptedRunError, PromptCacheError, RiverError
 
 if TYPE_CHECKING:
     from river_llm.comparison import ArmResult
@@ -164,6 +164,7 @@ def _answer(
 
     token_ids = encode_prompt(lm.tokenizer, prompt, raw)
     responses = []
+    is_interrupted = False
     try:
         for response in lm.stream_tokens(
             token_ids, sampling, reuse_cache=cache is not None, mode=mode, drafts=drafts
@@ -174,7 +175,7 @@ def _answer(
             if not json_output:
                 render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
-        compare = False
+        is_interrupted = True
     result = GenerationResult.of(lm.engine, responses, len(token_ids), mode)
     if not json_output:
         render.stdout.print()
@@ -183,13 +184,20 @@ def _answer(
         elif result.tokens:
             render.stderr.print(render.exit_depth_table(result.exit_layers, result.num_layers))
         render.stderr.print(render.statistics_line(result))
-    not_kept = None
+    not_kept: RiverError | None = None  # said once the answer is out
     if cache is not None and responses:
         try:
             cache.keep(len(token_ids))
         except PromptCacheError as error:
-            not_kept = error  # and said once the answer is out
-    arms = _compare(lm, token_ids, sampling.max_new_tokens) if compare else None
+            not_kept = error
+        except InterruptedRunError as error:
+            not_kept, is_interrupted = error, True
+    arms = None
+    if compare and not is_interrupted:
+        try:
+            arms = _compare(lm, token_ids, sampling.max_new_tokens)
+        except KeyboardInterrupt:
+            is_interrupted = True
     if json_output:
         output = {**settings, **asdict(result)}
         if arms is not None:
@@ -197,12 +205,15 @@ def _answer(
         print(json.dumps(output, ensure_ascii=False))
     elif arms is not None:
         render.stdout.print(render.comparison_table(arms, lm.engine.num_layers))
+    if compare and is_interrupted:
+        before = "" if not_kept is None else f"{not_kept}; "
+        raise InterruptedRunError(f"{before}interrupted before the comparison was done")
     if not_kept is not None:
         raise not_kept
 
 
 def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[ArmResult] | None:
-    """The arms along the backbone's own answer; None if it is too short or Ctrl-C came."""
+    """The arms along the backbone's own answer; None if it is too short."""
     from river_llm.cli import render
     from river_llm.comparison import compare_arms
     from river_llm.config import SamplingConfig
@@ -224,7 +235,5 @@ def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Arm
                 f"River, {river_policy.describe()}": river_policy,
             }
             return compare_arms(lm.engine, token_ids, answer, arms, progress=progress.steps_done)
-    except KeyboardInterrupt:
-        return None
     finally:
         lm.policy = river_policy

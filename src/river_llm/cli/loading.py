@@ -115,15 +115,18 @@ def describe_loaded(options: LoadOptions, lm: RiverLM) -> dict[str, Any]:
     """What decides over the tokens beside prompt and policy, as JSON values."""
     from river_llm import __version__
 
+    has_directory = lm.river_config is not None and isinstance(options.river, Path)
     return {
         "version": __version__,
         "model": options.model,
         "engine": lm.engine.name,
+        "device": str(lm.engine.device),
         "dtype": options.dtype.value,
         "backbone_bits": int(options.backbone_bits.value),
         "lm_head_bits": int(options.lm_head_bits.value),
         "kv_bits": int(options.kv_bits.value),
         "river": None if lm.river_config is None else lm.river_config.to_dict(),
+        "river_directory": str(options.river) if has_directory else None,
         "drafts": None if options.drafts is None else asdict(options.drafts),
     }
 
@@ -152,12 +155,19 @@ def load_attached(options: LoadOptions) -> tuple[AttachedRiver, PreTrainedTokeni
 
 
 def prepare_torch(threads: int | None) -> None:
-    """Set the number of threads, and keep the libraries' own bars and notes off the terminal."""
+    """Set the number of threads, and keep the libraries' own bars and notes off the terminal.
+
+    Raises:
+        ConfigError: no engine takes so many threads.
+    """
     import_libraries()
     import huggingface_hub
     import torch
     import transformers
 
+    from river_llm.engines import check_threads
+
+    check_threads(threads)
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from river_llm.cli.options import ModeName, PrefillName
 from river_llm.cli.usage import usage_error
-from river_llm.errors import PromptCacheError
+from river_llm.errors import InterruptedRunError, PromptCacheError
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class PromptCache:
 
         Raises:
             PromptCacheError: there is none, and it can't be written.
+            InterruptedRunError: Ctrl-C came before it was written.
         """
         from river_llm.prompt_cache import is_of_another_text, is_worth_keeping
 
@@ -81,8 +82,10 @@ class PromptCache:
             if not self._kept:
                 raise
             _note(str(error))
-        except KeyboardInterrupt:
-            _note(f"interrupted; the prompt is not kept in {self._path}")
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(
+                f"interrupted; the prompt is not kept in {self._path}"
+            ) from error
         else:
             self._kept = tokens
             size = format_bytes(self._path.stat().st_size)

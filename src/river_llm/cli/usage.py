@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -68,6 +70,21 @@ def check_stdin() -> None:
         raise usage_error("standard input is closed; there is nothing to read from it")
 
 
+@contextmanager
+def readable_stdin() -> Iterator[None]:
+    """See that reading stdin works, within.
+
+    Raises:
+        typer.Exit: it can't be read, or is no text.
+    """
+    try:
+        yield
+    except UnicodeError as error:
+        raise usage_error("stdin is no UTF-8 text; convert it first") from error
+    except OSError as error:  # it is open for writing only, for one
+        raise usage_error(f"stdin can't be read: {error.strerror or error}") from error
+
+
 def read_stdin() -> str:
     """All of stdin.
 
@@ -75,11 +92,7 @@ def read_stdin() -> str:
         typer.Exit: it is closed, can't be read, or is no text.
     """
     check_stdin()
-    try:
+    with readable_stdin():
         text = sys.stdin.read()
-    except UnicodeError as error:
-        raise usage_error("stdin is no UTF-8 text; convert it first") from error
-    except OSError as error:  # a folder, for one
-        raise usage_error(f"stdin can't be read: {error.strerror or error}") from error
     check_text("stdin", text)
     return text
