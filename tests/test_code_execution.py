@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,10 @@ SHORT = Limits(seconds=3, memory_bytes=1 << 28, processes=6, file_bytes=1 << 20)
 at_every_level = pytest.mark.parametrize("level", LEVELS)
 
 
-def run(program: str, level: str = "all that the system allows") -> ProgramResult:
-    return run_program(textwrap.dedent(program), SHORT, LEVELS[level])
+def run(
+    program: str, level: str = "all that the system allows", limits: Limits = SHORT
+) -> ProgramResult:
+    return run_program(textwrap.dedent(program), limits, LEVELS[level])
 
 
 def is_held(result: ProgramResult, what: str, level: str) -> bool:
@@ -198,7 +201,8 @@ class TestMemory:
                     time.sleep(30)
             time.sleep(30)
         """
-        assert run(program, level).outcome == "memory"
+        # on a busy machine it takes its time until they hold as much
+        assert run(program, level, replace(SHORT, seconds=25)).outcome == "memory"
 
 
 class TestProcesses:
