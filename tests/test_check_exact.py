@@ -325,7 +325,7 @@ class TestPromptFiles:
     def test_one_that_is_no_text_is_refused(self, tmp_path: Path, name: str) -> None:
         path = tmp_path / name
         path.write_bytes(b'{"prompt": "caf\xe9"}\n')
-        run("check-exact", "--prompts", path).check_fails(2, f"{path} can't be read as text")
+        run("check-exact", "--prompts", path).check_fails(2, f"{path} is no UTF-8 text")
 
     @pytest.mark.parametrize(
         "line",

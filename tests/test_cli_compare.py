@@ -366,7 +366,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
         ["--no-speed", "--rounds", 5],
         "--no-speed measures none; leave --rounds out",
     ),
-    "a text that is not there": (["--text", "no-such-file"], "there is no file no-such-file"),
+    "a text that is not there": (["--text", "no-such-file"], "no-such-file can't be read"),
 }
 
 

@@ -100,15 +100,15 @@ class TestWrongUsage:
             ("--text words --plot figure", "not figure"),
             ("--text words --plot no/such/figure.png", "no directory no/such"),
             ("--text words --text-file words.txt", "not both"),
-            ("--text-file no-such-file.txt", "can't read no-such-file.txt"),
-            ("--text-file bytes.txt", "can't read bytes.txt"),
+            ("--text-file no-such-file.txt", "no-such-file.txt can't be read"),
+            ("--text-file bytes.txt", "bytes.txt is no UTF-8 text"),
         ],
     )
     def test_of_inspect_is_refused(
         self, options: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        Path("bytes.txt").write_bytes(b"\xff\xfe")
+        Path("bytes.txt").write_bytes(b"caf\xe9")
         run("inspect", *options.split()).check_fails(2, part)
 
     @pytest.mark.parametrize("text", ["", " \n"])

@@ -63,7 +63,7 @@ class TestFiles:
             (b'{"a": 1}\n{"a": \n', r"sums\.jsonl, line 2: this is no JSON"),
             (b'{"a": 1}\n\n[1]\n', r"sums\.jsonl, line 3: this is no JSON object"),
             (b"\n \n", r"sums\.jsonl is empty"),
-            (b"\xff\xfe", r"sums\.jsonl can't be read"),
+            (b'{"a": "\xe9"}', r"sums\.jsonl is no UTF-8 text"),
         ],
     )
     def test_a_line_that_is_none_is_named(

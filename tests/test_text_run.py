@@ -218,14 +218,14 @@ class TestErrors:
         with pytest.raises(DataError, match="10 tokens, less than one window of 32"):
             measure(lm, path)
 
-    @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00x"])
+    @pytest.mark.parametrize("content", [None, b"caf\xe9"])
     def test_what_is_no_text_is_refused(
         self, lm: RiverLM, tmp_path: Path, content: bytes | None
     ) -> None:
         path = tmp_path / "text.txt"
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(DataError, match="can't be read as UTF-8 text"):
+        with pytest.raises(DataError, match=r"can't be read as text|is no UTF-8 text"):
             measure(lm, path)
 
     def test_another_text_is_another_run(self, lm: RiverLM, text: Path) -> None:

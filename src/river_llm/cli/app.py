@@ -22,6 +22,7 @@ from river_llm.cli.inspect import inspect
 from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
 from river_llm.cli.reproduce import reproduce
+from river_llm.cli.streams import Replacement
 from river_llm.errors import InterruptedRunError, RiverError
 
 _INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
@@ -59,12 +60,19 @@ app.command()(cache)
 def main() -> None:
     """Run the command line; every error that a user can mend is one line on stderr."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
+    replacement = Replacement()
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         if sys.stdout is not None:
             sys.stdout.flush()  # while an error can still be told
+        if replacement.was_needed:
+            print(
+                f"river-llm: ? stands for characters that {sys.stdout.encoding}, the encoding of "
+                "stdout, lacks; PYTHONIOENCODING=utf-8 keeps them",
+                file=sys.stderr,
+            )
         sys.exit(code)
     except InterruptedRunError as error:
         _fail(str(error), _INTERRUPTED)

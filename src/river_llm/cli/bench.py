@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from river_llm.cli.bench_memory import bench_memory
 from river_llm.cli.imports import import_libraries
 from river_llm.cli.loading import prepare_torch, torch_dtype
 from river_llm.cli.settings import new_river_config, river_config
+from river_llm.cli.streams import print_json
 from river_llm.cli.usage import usage_error
 from river_llm.errors import InterruptedRunError
 
@@ -268,7 +268,7 @@ def bench(
         "results": [result.to_dict() for result in results],
     }
     if json_output:
-        print(json.dumps(output, ensure_ascii=False))
+        print_json(output)
     else:
         print_results(results, output)
     if not is_whole:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from river_llm.cli.streams import print_json
 from river_llm.cli.usage import usage_error
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def bench_memory(
             )
     if json_output:
         output["results"] = [_as_json(result) for result in results]
-        print(json.dumps(output, ensure_ascii=False))
+        print_json(output)
     else:
         _print(results, output)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from river_llm.cli import options
+from river_llm.cli.streams import print_json
 from river_llm.errors import RiverError
 from river_llm.sizes import format_bytes
 
@@ -55,7 +55,7 @@ def cache(
             }
             for folder, size in zip(folders, sizes, strict=True)
         ]
-        print(json.dumps({"directory": directory and str(directory), "folders": described}))
+        print_json({"directory": directory and str(directory), "folders": described})
         return
     if directory is None:
         stderr.print("nothing is kept: RIVER_LLM_CACHE is off, or there is no home directory")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +19,8 @@ from river_llm.cli.settings import (
     river_config,
     sampling_config,
 )
-from river_llm.cli.usage import check_stdin, check_text, is_text, readable_stdin
+from river_llm.cli.streams import StdinLines, check_stdin
+from river_llm.cli.usage import check_text, is_text
 from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError, PromptCacheError
 
 if TYPE_CHECKING:
@@ -122,11 +121,10 @@ def _converse(
     from river_llm.cli import render
     from river_llm.conversation import Conversation
 
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # one bad line leaves the next ones whole
+    lines = StdinLines()
     render.stderr.print(_HELP)
     conversation = Conversation(lm, system, **settings)
-    while (text := _read_line()) is not None:
+    while (text := _read_line(lines)) is not None:
         command = text.strip()
         if command in ("/exit", "/quit"):
             return
@@ -140,18 +138,14 @@ def _converse(
             _reply(lm, cache, conversation, text)
 
 
-def _read_line() -> str | None:
+def _read_line(lines: StdinLines) -> str | None:
     """The next line the user types; None at the end of the input or on Ctrl-C.
 
     Raises:
         typer.Exit: stdin can't be read.
     """
     try:
-        with readable_stdin():
-            if sys.stdin.isatty():
-                return input("> ")
-            line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
+        return lines.read()
     except (EOFError, KeyboardInterrupt):
         return None
 

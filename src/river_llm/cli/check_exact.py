@@ -12,7 +12,10 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, describe_loaded, load
 from river_llm.cli.settings import decoding_mode, river_config, sampling_config
+from river_llm.cli.streams import print_json
 from river_llm.cli.usage import usage_error
+from river_llm.errors import DataError
+from river_llm.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.exactness import Difference, Exactness
@@ -122,7 +125,7 @@ def check_exact(
             "interrupted": cut_short is not None,
             **asdict(found),
         }
-        print(json.dumps(output, ensure_ascii=False))
+        print_json(output)
     elif found.prompts:
         _print(lm, found)
     if cut_short is not None:
@@ -138,10 +141,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         typer.Exit: it can't be read, or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise usage_error(f"{path} can't be read as text: {error}") from error
-    lines = [line for line in lines if line.strip()]
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
+    except DataError as error:
+        raise usage_error(str(error)) from error
     if not lines:
         raise usage_error(f"{path} holds no prompt; put one on each line")
     if path.suffix != ".jsonl":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,8 +11,10 @@ from river_llm.cli import options
 from river_llm.cli.lists import listed, numbers
 from river_llm.cli.loading import LoadOptions, load, load_attached
 from river_llm.cli.settings import river_config
+from river_llm.cli.streams import print_json
 from river_llm.cli.usage import refuse_idle, usage_error
-from river_llm.errors import ConfigError
+from river_llm.errors import ConfigError, DataError
+from river_llm.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.attachment import AttachedRiver
@@ -207,7 +208,7 @@ def compare(
         )
         summary = write_report(comparison, output)
     if json_output:
-        print(json.dumps(summary, ensure_ascii=False))
+        print_json(summary)
     else:
         _show(summary, output)
 
@@ -255,8 +256,11 @@ def _check(
         raise usage_error("there is nothing to compare on; give --tasks or --text")
     if not thresholds:
         raise usage_error("give one threshold or more")
-    if text is not None and not text.is_file():
-        raise usage_error(f"there is no file {text}")
+    if text is not None:
+        try:
+            read_text(text)
+        except DataError as error:
+            raise usage_error(str(error)) from error
     if not has_matplotlib():
         raise usage_error("the figures need matplotlib: pip install 'river-llm[plot]'")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.settings import check_strategy, exit_policy, river_config
+from river_llm.cli.streams import print_json
 from river_llm.cli.usage import refuse_idle, usage_error
-from river_llm.errors import ConfigError
+from river_llm.errors import ConfigError, DataError
+from river_llm.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.evaluation.requests import TaskSettings
@@ -208,7 +209,7 @@ def evaluate(
     for note in notes:
         print(f"river-llm: {note}", file=sys.stderr)
     if json_output:
-        print(json.dumps({"results": [row.to_dict() for row in rows]}, ensure_ascii=False))
+        print_json({"results": [row.to_dict() for row in rows]})
     else:
         _print(rows)
 
@@ -266,9 +267,9 @@ def _check_tasks(
         refuse_idle(context, "only perplexity and kld read a text", {"--text", "--window"})
     if text is not None:
         try:
-            text.open("rb").close()
-        except OSError as error:
-            raise usage_error(f"can't read {text}: {error.strerror or error}") from error
+            read_text(text)
+        except DataError as error:
+            raise usage_error(str(error)) from error
 
 
 def _make_run(lm: RiverLM, name: str, given: TaskSettings) -> Run:

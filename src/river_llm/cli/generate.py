@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,8 @@ from river_llm.cli.settings import (
     river_config,
     sampling_config,
 )
-from river_llm.cli.usage import check_text, read_stdin, usage_error
+from river_llm.cli.streams import print_json, read_stdin
+from river_llm.cli.usage import check_text, usage_error
 from river_llm.errors import InterruptedRunError, PromptCacheError, RiverError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _answer(
         output = {**settings, **asdict(result)}
         if arms is not None:
             output["comparison"] = [asdict(arm) for arm in arms]
-        print(json.dumps(output, ensure_ascii=False))
+        print_json(output)
     elif arms is not None:
         render.stdout.print(render.comparison_table(arms, lm.engine.num_layers))
     if compare and is_interrupted:

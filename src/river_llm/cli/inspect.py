@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,8 +12,11 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load_attached
 from river_llm.cli.settings import exit_policy, offload_config, river_config
-from river_llm.cli.usage import check_text, read_stdin, refuse_idle, usage_error
+from river_llm.cli.streams import print_json, read_stdin
+from river_llm.cli.usage import check_text, refuse_idle, usage_error
+from river_llm.errors import DataError
 from river_llm.sizes import format_bytes
+from river_llm.utf8 import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +104,7 @@ def inspect(
             "all_bytes": plan.fixed_bytes + sum(plan.layer_bytes),
         }
     if json_output:
-        print(json.dumps(output, ensure_ascii=False))
+        print_json(output)
     else:
         _show(output, inspection)
         if plan is not None:
@@ -114,9 +116,9 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
         raise usage_error("give --text or --text-file, not both")
     if text_file is not None:
         try:
-            text = text_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise usage_error(f"can't read {text_file}: {error}") from error
+            text = read_text(text_file)
+        except DataError as error:
+            raise usage_error(str(error)) from error
     elif text == "-":
         text = read_stdin()
     if text is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -115,8 +116,8 @@ def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:
     table.add_column("")
     for exit_layer in sorted(counts):
         count = counts[exit_layer]
-        bar = Text("█" * max(1, round(30 * count / widest)))
-        bar.stylize(exit_layer_style(exit_layer, num_layers))
+        width, style = max(1, round(30 * count / widest)), exit_layer_style(exit_layer, num_layers)
+        bar = ProgressBar(1, 1, width, finished_style=style)  # of ASCII where nothing else goes
         table.add_row(str(exit_layer), str(count), bar)
     return table
 

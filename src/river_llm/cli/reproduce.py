@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from river_llm.cli.lists import listed, numbers
 from river_llm.cli.loading import LoadOptions, load, prepare_torch
 from river_llm.cli.reproduce_list import list_paper
 from river_llm.cli.settings import river_config
+from river_llm.cli.streams import print_json
 from river_llm.cli.usage import given_options, refuse_idle, usage_error
 from river_llm.errors import ConfigError
 
@@ -221,7 +221,7 @@ def reproduce(
         )
         summary, beginning = write_report(reproduction, output)
     if json_output:
-        print(json.dumps(summary, ensure_ascii=False))
+        print_json(summary)
     else:
         _show(beginning, output)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from river_llm.cli.streams import print_json
 from river_llm.reproduction.paper import BITS, SOURCE, TASKS, UNKNOWN, Figures, PaperModel
 
 _FULL = f"full-{BITS}bit"  # as `report.arms` names it, whose imports take seconds
@@ -20,7 +20,7 @@ def list_paper(models: Sequence[PaperModel], with_tasks: bool, json_output: bool
         if with_tasks:
             listed["tasks"] = [asdict(task) for task in TASKS]
         listed["models"] = [asdict(model) for model in models]
-        print(json.dumps(listed, ensure_ascii=False))
+        print_json(listed)
         return
     from river_llm.cli.render import stdout
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import typer
 
@@ -58,41 +56,3 @@ def check_text(name: str, text: str) -> None:
     """
     if not is_text(text):
         raise usage_error(f"{name} is no UTF-8 text; convert it first")
-
-
-def check_stdin() -> None:
-    """See that there is one.
-
-    Raises:
-        typer.Exit: it is closed.
-    """
-    if sys.stdin is None:
-        raise usage_error("standard input is closed; there is nothing to read from it")
-
-
-@contextmanager
-def readable_stdin() -> Iterator[None]:
-    """See that reading stdin works, within.
-
-    Raises:
-        typer.Exit: it can't be read, or is no text.
-    """
-    try:
-        yield
-    except UnicodeError as error:
-        raise usage_error("stdin is no UTF-8 text; convert it first") from error
-    except OSError as error:  # it is open for writing only, for one
-        raise usage_error(f"stdin can't be read: {error.strerror or error}") from error
-
-
-def read_stdin() -> str:
-    """All of stdin.
-
-    Raises:
-        typer.Exit: it is closed, can't be read, or is no text.
-    """
-    check_stdin()
-    with readable_stdin():
-        text = sys.stdin.read()
-    check_text("stdin", text)
-    return text

@@ -22,6 +22,7 @@ import huggingface_hub
 
 from river_llm.errors import DataError
 from river_llm.evaluation.extras import import_extra
+from river_llm.utf8 import decode_text
 
 ENVIRONMENT_VARIABLE = "RIVER_LLM_DATA"
 _Value = TypeVar("_Value")
@@ -155,9 +156,10 @@ def read_json_lines(path: Path) -> Iterator[Record]:
     """
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        content = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}") from error
+    text = decode_text(content, str(path))
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from river_llm.errors import ConfigError, DataError
-from river_llm.evaluation.likelihood import check_finite
+from river_llm.evaluation.likelihood import check_likelihoods
 from river_llm.evaluation.run import count_layers, describe_model, summarise_work
 from river_llm.evaluation.statistics import mean_and_error
 from river_llm.exit_policy import ExitPolicy
 from river_llm.river_lm import RiverLM
+from river_llm.utf8 import read_text
 
 _COLUMNS = 128  # tokens of one pass
 _KLD_QUANTILES = (1, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0)
@@ -61,11 +62,7 @@ class TextRun:
         if window < 4 or (room is not None and window > room):
             most = "" if room is None else f" to {room}, the model's context"
             raise ConfigError(f"--window is {window}; give 4{most or ' or more'}")
-        try:
-            content = text.read_bytes()
-            words = content.decode("utf-8-sig")
-        except (OSError, UnicodeError) as error:
-            raise DataError(f"{text} can't be read as UTF-8 text: {error}") from error
+        words = read_text(text)
         token_ids = list(lm.tokenizer(words, add_special_tokens=False).input_ids)
         count = len(token_ids) // window
         if count == 0:
@@ -81,7 +78,7 @@ class TextRun:
         self.identity = {
             **describe_model(lm, model_name),
             "task": self.name,
-            "data": f"sha256:{hashlib.sha256(content).hexdigest()}",
+            "data": f"sha256:{hashlib.sha256(words.encode()).hexdigest()}",
             "window": window,
         }
         del self.identity["policy"]["prefill"]  # not used
@@ -121,11 +118,11 @@ class TextRun:
             expected = targets[done : done + len(logits)]
             base = reference.pop(0) if self._with_backbone else None
             for name, values in _compare(logits, base, expected).items():
+                check_likelihoods(values, logits, *([] if base is None else [base]))
                 found.setdefault(name, []).append(values)
             layers += exit_layers
             done += len(logits)
         for name, parts in found.items():
-            check_finite(torch.cat(parts))
             record[name] = [float(f"{value:.7g}") for value in torch.cat(parts).tolist()]
         return {
             **record,

@@ -14,7 +14,7 @@ from river_llm.benchmark.environment import describe_environment, processor_name
 from river_llm.benchmark.workload import PROSE, SHORT_CONTEXT
 from river_llm.config import Strategy
 from river_llm.engines import TorchEngine
-from river_llm.errors import ConfigError, DataError
+from river_llm.errors import ConfigError
 from river_llm.evaluation.harness import compare_results
 from river_llm.evaluation.requests import TaskSettings
 from river_llm.evaluation.tasks import TASKS
@@ -34,6 +34,7 @@ from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.reading import read_exits, read_layers, windows_of
 from river_llm.report.saved import measurement
 from river_llm.report.speed import measure_speed
+from river_llm.utf8 import read_text
 
 _KIND_ORDER = ("backbone", "full", "fixed", "similarity", "random", "strategy")
 
@@ -256,10 +257,7 @@ def _token_ids(plan: Plan, models: Models) -> tuple[list[int], str]:
     lm, path = models.of(BACKBONE), plan.settings.text
     words, name = PROSE, "the benchmark's own prose"
     if path is not None:
-        try:
-            words, name = path.read_text(encoding="utf-8-sig"), path.name
-        except (OSError, UnicodeError) as error:
-            raise DataError(f"{path} can't be read as UTF-8 text: {error}") from error
+        words, name = read_text(path), path.name
     most = max(plan.windows * plan.settings.window, 2 * plan.speed_tokens)
     token_ids = list(lm.tokenizer(words, add_special_tokens=False).input_ids)[:most]
     if len(token_ids) < 2:
