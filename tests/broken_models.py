@@ -207,7 +207,7 @@ BROKEN: dict[str, tuple[Callable[[Path], str | Path], str]] = {
     "unknown model type": (_unknown_model_type, "has an architecture that transformers.*martian"),
     "remote code": (_remote_code, "comes with code of its own"),
     "an encoder": (_encoder, "is no causal language model"),
-    "half a config": (_half_a_config, "config.json' is not a valid JSON"),
+    "half a config": (_half_a_config, r"saved/config\.json is no valid JSON"),
     "no config": (_no_config, "is no model directory, it has no config.json"),
     "not GGUF": (_not_gguf, "model.gguf is no GGUF file"),
     "GGUF magic alone": (_cut_gguf(4), _CUT_GGUF),

@@ -73,8 +73,16 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """The model's decoder layers in order.
 
     Raises:
-        UnsupportedModelError: the model has no uniform list of plain decoder layers.
+        UnsupportedModelError: the model has no uniform list of plain decoder layers, or an adapter
+            of PEFT is on it.
     """
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an adapter on it ({type(module).__name__}), whose "
+                "weights the river's copies would not have; merge it first: "
+                "model = model.merge_and_unload()"
+            )
     decoder = text_decoder(model)
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     prefix = next(name for name, module in model.named_modules() if module is decoder)

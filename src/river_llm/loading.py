@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.backbone import check_kind
-from river_llm.errors import ConfigError, ModelLoadError, RiverError
+from river_llm.checkpoint_files import DESCRIPTIONS, check_description, check_weights, readable
+from river_llm.errors import ConfigError, ModelLoadError
+from river_llm.file_tokenizer import with_its_own_file
 from river_llm.gguf_cache import copy_of, keep_copy, read_copy
-from river_llm.model_source import brief, resolve
+from river_llm.load_errors import check_has_tokenizer, one_clear_line
+from river_llm.model_source import resolve
+from river_llm.unexpected_tensors import check_unexpected
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_TOKENIZER_PREFIXES = ("tokenizer", "vocab", "merges", "tekken", "encoder", "special_tokens")
-_VOCABULARY_PREFIXES = ("tokenizer.json", "vocab", "merges", "tekken", "encoder")
-_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".bpe")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# Models with a vision tower whose text part is a model of its own, and which transformers would
+# load whole or not at all.
+_WITH_TEXT_PART = ("gemma3", "mistral3")
+# Where the text part stands among their weights, in checkpoints of various ages.
+_TEXT_PART_NAMES = {r"^model\.language_model\.": "model.", r"^language_model\.": ""}
 
 
 def check_loadable(dtype: object) -> None:
@@ -58,13 +63,16 @@ def load_backbone(
     """
     check_loadable(dtype)
     source, gguf_file = resolve(name_or_path)
-    with _one_clear_line(str(name_or_path), gguf_file):
+    with one_clear_line(str(name_or_path), gguf_file):
         copy = None
         if gguf_file is not None and not trust_remote_code:  # code is read at its source only
             copy = copy_of(Path(source, gguf_file), dtype)
         loaded = read_copy(copy) if copy else None
         if loaded is None:
-            loaded = _load(source, gguf_file, dtype, trust_remote_code)
+            if gguf_file is not None:
+                loaded = _load_gguf(source, gguf_file, dtype, trust_remote_code)
+            else:
+                loaded = _load_checkpoint(source, str(name_or_path), dtype, trust_remote_code)
             check_kind(loaded[0].config, type(loaded[0]))  # a GGUF file's config takes seconds
             if copy:
                 keep_copy(copy, *loaded)
@@ -80,13 +88,14 @@ def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> Pr
         ModelLoadError: there is no such model, or its configuration can't be read.
     """
     source, gguf_file = resolve(name_or_path)
-    with _one_clear_line(str(name_or_path), gguf_file):
+    with one_clear_line(str(name_or_path), gguf_file):
         from transformers import AutoConfig
 
-        options = {} if gguf_file is None else {"gguf_file": gguf_file}
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            source, trust_remote_code=trust_remote_code, **options
-        )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if gguf_file is not None:
+            config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
+        else:
+            config = _read_config(source, str(name_or_path), **options)
         return _text_config(config) or config.get_text_config(decoder=True)
 
 
@@ -103,7 +112,7 @@ def empty_model(
     Raises:
         ModelLoadError: no language model can be made of it, or it wants remote code.
     """
-    with _one_clear_line(str(name_or_path), None):
+    with one_clear_line(str(name_or_path), None):
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -113,145 +122,134 @@ def empty_model(
         return model
 
 
-# Models with a vision tower that transformers doesn't load as language models, and where their text
-# part stands among the weights.
-_TEXT_PARTS = {"mistral3": "language_model."}
+def _read_config(source: str, name: str, **options: Any) -> PretrainedConfig:
+    """The configuration of a checkpoint, for the attention of PyTorch."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config._attn_implementation = None  # another may need a package, or a GPU
+    text = config.get_text_config(decoder=True)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in rotary.values() if isinstance(value, dict)]
+    for parameters in nested or [rotary]:
+        kind = parameters.get("rope_type", "default")
+        if kind not in (*ROPE_INIT_FUNCTIONS, "default") and not options.get("trust_remote_code"):
+            known = ", ".join(ROPE_INIT_FUNCTIONS)
+            raise ModelLoadError(
+                f"the config.json of {name} names the rotary type {kind!r}, and transformers "
+                f"knows {known}; upgrade it, or correct the type"
+            )
+    return config
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig | None:
-    """The configuration of the text part of one of `_TEXT_PARTS`; None for other models."""
-    if config.model_type not in _TEXT_PARTS:
+    """The configuration of the text part of one of `_WITH_TEXT_PART`; None for other models."""
+    if config.model_type not in _WITH_TEXT_PART:
         return None
     text: PretrainedConfig = config.get_text_config(decoder=True)
-    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model's decides
+    # the whole model's decide
+    for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
     return text
 
 
-def _load(
-    source: str, gguf_file: str | None, dtype: torch.dtype, trust_remote_code: bool
+@contextmanager
+def _checked(source: str, name: str) -> Iterator[str]:
+    """What transformers is to load, after a look at the files that are there already.
+
+    Raises:
+        ModelLoadError: see `check_description`, `check_weights`.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        fetched = _hub_folder(source)
+        if fetched is not None:
+            check_description(fetched, name)
+        yield source
+        return
+    check_description(directory, name)
+    with readable(directory) as folder:
+        yield str(folder)
+
+
+def _hub_folder(hub_id: str) -> Path | None:
+    """The folder with the files of a Hub model that are in the local cache, of which
+    `DESCRIPTIONS` are fetched; None where the Hub can't be asked and the cache doesn't know."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(DESCRIPTIONS)))
+    except LocalEntryNotFoundError:  # transformers says what it lacks
+        return None
+
+
+def _load_checkpoint(
+    source: str, name: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokeniser from a directory or the Hub, or from the GGUF file in a directory."""
+    """Model and tokenizer from a directory or the Hub."""
     from transformers import (  # takes a second
         MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
         AutoModelForCausalLM,
         AutoTokenizer,
-        GgufConfig,
     )
 
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        options["gguf_file"] = gguf_file
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options["quantization_config"] = GgufConfig(gguf_file=gguf_file, dequantize=True)
-    else:
-        config = AutoConfig.from_pretrained(source, **options)
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _checked(source, name) as folder:
+        config = _read_config(folder, name, **code)
         check_kind(config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
-        _check_has_tokenizer(Path(source))
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options["use_safetensors"] = True  # never unpickle weights
+        if Path(source).is_dir():
+            check_has_tokenizer(Path(source))
+            check_weights(Path(source), name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **code)
         text = _text_config(config)
-        if text is not None:  # the vision tower stays on disk
-            prefix = _TEXT_PARTS[config.model_type].replace(".", r"\.")
-            options |= {"config": text, "key_mapping": {f"^{prefix}": ""}}
+        options = {} if text is None else {"key_mapping": _TEXT_PART_NAMES}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=text or config,  # the vision tower stays on disk
+            dtype=dtype,
+            use_safetensors=True,  # never unpickle weights
+            output_loading_info=True,
+            **code,
+            **options,
+        )
+        tokenizer = with_its_own_file(tokenizer, folder)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"{source} lacks {len(missing)} of the model's tensors, "
+            f"{missing[0]} among them; get the whole set of files"
+        )
+    fetched = None if Path(source).is_dir() else _hub_folder(source)
+    if fetched is not None:
+        check_weights(fetched, name)
+    check_unexpected(name, model, config, info["unexpected_keys"])
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
+    return model, tokenizer
+
+
+def _load_gguf(
+    directory: str, gguf_file: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     model, info = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **options
+        directory,
+        dtype=dtype,
+        output_loading_info=True,
+        quantization_config=GgufConfig(gguf_file=gguf_file, dequantize=True),
+        **options,
     )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelLoadError(
-            f"{Path(source, gguf_file or '')} lacks {len(missing)} of the model's tensors, "
+            f"{Path(directory, gguf_file)} lacks {len(missing)} of the model's tensors, "
             f"{missing[0]} among them; get the whole set of files"
         )
     return model, tokenizer
-
-
-def _check_has_tokenizer(directory: Path) -> None:
-    """Some classes of tokenisers make an empty one where there are no files.
-
-    Raises:
-        ModelLoadError: there are none. What is in the Hub is not looked at.
-    """
-    if directory.is_dir() and not any(
-        path.name.startswith(_TOKENIZER_PREFIXES) or path.suffix in _TOKENIZER_SUFFIXES
-        for path in directory.iterdir()
-    ):
-        raise ModelLoadError(_no_tokenizer(str(directory)))
-
-
-def _has_vocabulary(directory: Path) -> bool:
-    return directory.is_dir() and any(
-        path.name.startswith(_VOCABULARY_PREFIXES) or path.suffix in _TOKENIZER_SUFFIXES
-        for path in directory.iterdir()
-    )
-
-
-def _no_tokenizer(name: str) -> str:
-    return f"{name} holds no tokenizer; copy the model's tokenizer.json and its companions to it"
-
-
-@contextmanager
-def _one_clear_line(name: str, gguf_file: str | None) -> Iterator[None]:
-    """Turn whatever the loaders raise into a `ModelLoadError` with the cause and the mend."""
-    try:
-        yield
-    except (RiverError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise ModelLoadError(_explain(error, name, gguf_file)) from error
-
-
-def _explain(error: Exception, name: str, gguf_file: str | None) -> str:
-    text = " ".join(str(error).split())
-    if is_out_of_memory(error):
-        return f"not enough memory to load {name}; close other programs or take a smaller model"
-    if isinstance(error, ImportError):
-        return f"{name} needs a package that is not installed ({brief(text)})"
-    if "trust_remote_code" in text:
-        return (
-            f"{name} comes with code of its own; read it, and if you trust it, "
-            "allow it with --trust-remote-code"
-        )
-    if "not supported yet" in text or "does not recognize this architecture" in text:
-        return (
-            f"{name} has an architecture that transformers doesn't know ({brief(text)}); "
-            "upgrade transformers or take another model"
-        )
-    if "Unrecognized configuration class" in text:
-        return f"{name} is no causal language model ({brief(text)}); take a decoder-only model"
-    if "ignore_mismatched_sizes" in text:
-        return (
-            f"the weights of {name} have other shapes than its config.json says; "
-            "get config and weights from one place"
-        )
-    if "Should have a `model_type` key" in text:
-        return f"the config.json of {name} names no architecture; get the model's own config.json"
-    if "Couldn't instantiate the backend tokenizer" in text:
-        if not _has_vocabulary(Path(name).expanduser()):
-            return _no_tokenizer(name)
-        return (
-            f"the tokenizer of {name} can't be read: its file is damaged, or of a kind that needs "
-            "another package (pip install sentencepiece tiktoken)"
-        )
-    if "safetensors" in text and "no file named" in text:
-        directory = Path(name).expanduser()
-        if directory.is_dir() and not any(p.suffix in _PICKLED for p in directory.iterdir()):
-            return f"{name} holds no weights; get its model.safetensors too, or all parts of it"
-        return f"{name} has no safetensors weights; convert pickled weights to safetensors first"
-    if gguf_file is not None:
-        return f"{name} can't be read as GGUF, it may be cut short ({brief(text)}); get it again"
-    if "safetensor" in type(error).__name__.lower() or "deserializing" in text:
-        return (
-            f"the weights of {name} can't be read, a file may be cut short ({brief(text)}); "
-            "get them again"
-        )
-    return f"{name} can't be loaded ({brief(text)}); check that its files are whole"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a CPU or another device."""
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "DefaultCPUAllocator" in str(error)
-        or "Cannot allocate memory" in str(error)
-    )

@@ -1,0 +1,255 @@
+"""What a model directory tells of itself before anything is loaded: config.json, the files beside
+it, and the headers of its safetensors files. Reads no weights and asks for no package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from river_llm.errors import ModelLoadError
+from river_llm.model_source import ADAPTER_CONFIG, is_lfs_pointer, lfs_message
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Of a repository: what decides whether it can be loaded at all.
+DESCRIPTIONS = (CONFIG, ADAPTER_CONFIG, INDEX, "hf_quant_config.json", "quantize_config.json")
+_QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
+_METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type", "method")
+_BITS_KEYS = ("bits", "w_bit", "num_bits", "nbits", "wbits")
+_PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Tensors that only quantised checkpoints have, by the ends of their names.
+_QUANTISED = re.compile(
+    r"(^|\.)(qweight|qzeros|g_idx|scales|SCB|W_q|(nested_)?(absmax|quant_map)|quant_state\..*"
+    r"|(weight|input|activation)_(scales?|scale_inv|scale_2|packed|zero_point))$"
+)
+_ADAPTER = re.compile(r"^base_model\.model\.|\.base_layer\.|(^|[._])lora_(A|B|embedding)")
+_MERGE = (
+    "merge it into its model with PEFT (merge_and_unload, then save_pretrained), and take the "
+    "folder that this writes"
+)
+
+
+def check_description(directory: Path, name: str) -> None:
+    """Validate what a directory says of its model, weights not yet there or not.
+
+    Args:
+        name: of the model, as the user gave it.
+
+    Raises:
+        ModelLoadError: it is an adapter, it is quantised already, a file is a Git LFS pointer or
+            no JSON, or its tokenizer needs a package that is not installed.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".json", ".model", ".tiktoken") and file.is_file():
+            is_spare = file.suffix != ".json" and (directory / "tokenizer.json").is_file()
+            if not is_spare and is_lfs_pointer(file):
+                raise ModelLoadError(lfs_message(file))
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise ModelLoadError(_adapter_message(name, read_json(directory / ADAPTER_CONFIG)))
+    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    files = [directory / file for file in _QUANTISATION_FILES]
+    beside = [{"quantization": read_json(file)} for file in files if file.is_file()]
+    for part in [config, *(v for v in config.values() if isinstance(v, dict)), *beside]:
+        method = _quantisation(part)
+        if method is not None:
+            raise ModelLoadError(_quantised_message(name, method))
+    _check_tokenizer_package(directory, name)
+
+
+def check_weights(directory: Path, name: str) -> None:
+    """Validate which weights a directory holds, by the headers of its safetensors files.
+
+    Raises:
+        ModelLoadError: a file is missing, not whole or a Git LFS pointer, or the weights are those
+            of a quantised model or of an adapter.
+        SafetensorError: a file can't be read.
+    """
+    dtypes: dict[str, str] = {}
+    for file in _weight_files(directory, name):
+        with safe_open(file, framework="numpy") as opened:
+            dtypes |= {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    of_adapter = [key for key in dtypes if _ADAPTER.search(key)]
+    if of_adapter:
+        raise ModelLoadError(
+            f"{name} holds {len(of_adapter)} tensors of an adapter, {min(of_adapter)} among them; "
+            f"{_MERGE}"
+        )
+    for key, dtype in sorted(dtypes.items()):
+        is_weight = key.endswith(".weight") or dtype.startswith(("F4", "F6", "F8"))
+        if is_weight and dtype not in _FLOATS:
+            raise ModelLoadError(_quantised_message(name, f"{key} is stored in {dtype}"))
+        if _QUANTISED.search(key):
+            raise ModelLoadError(_quantised_message(name, f"it has {key}"))
+    layers = read_json(directory / CONFIG).get("num_hidden_layers", 0)
+    if dtypes and isinstance(layers, int) and layers > len(dtypes):
+        raise ModelLoadError(
+            f"the config.json of {name} speaks of {layers} layers, and there are {len(dtypes)} "
+            "tensors; get config and weights from one place"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file, with a byte order mark or without.
+
+    Raises:
+        ModelLoadError: it is none, or holds something else than names and values.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{file} is no valid JSON ({error}); get it again") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{file} holds no settings; get the model's own {file.name}")
+    return value
+
+
+@contextmanager
+def readable(directory: Path) -> Iterator[Path]:
+    """A directory as transformers reads it.
+
+    That is the directory itself, or a folder of links to its files where JSON begins with a byte
+    order mark or is not UTF-8, or where config.json names a dtype that PyTorch hasn't: there these
+    files are written anew.
+    """
+    changed = {}
+    for file in directory.glob("*.json"):
+        with file.open("rb") as opened:
+            if json.detect_encoding(opened.read(4)) != "utf-8":
+                changed[file.name] = read_json(file)
+    if (directory / CONFIG).is_file():
+        config = read_json(directory / CONFIG)
+        known = _without_odd_dtypes(config)
+        if known != config:
+            changed[CONFIG] = known
+    if not changed:
+        yield directory
+        return
+    with TemporaryDirectory(prefix="river-llm-") as folder:
+        for file in directory.iterdir():
+            if file.name not in changed:
+                Path(folder, file.name).symlink_to(file.resolve())
+        for name, value in changed.items():
+            Path(folder, name).write_text(json.dumps(value), encoding="utf-8")
+        yield Path(folder)
+
+
+def _without_odd_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_odd_dtypes(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("dtype", "torch_dtype") or _is_dtype(value)
+    }
+
+
+def _is_dtype(value: object) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+
+
+def _adapter_message(name: str, config: dict[str, Any]) -> str:
+    base = config.get("base_model_name_or_path") or config.get("model") or "another model"
+    kind = config.get("peft_type") or config.get("fine_tune_type") or "PEFT"
+    return f"{name} has an adapter ({kind}) of {base} in it; {_MERGE}"
+
+
+def _quantised_message(name: str, how: str) -> str:
+    return f"{name} is quantised already ({how}); take the original weights"
+
+
+def _quantisation(part: dict[str, Any]) -> str | None:
+    """How a part of a configuration says that its weights are quantised; None: they aren't."""
+    for key in _QUANTISATION_KEYS:
+        settings = part.get(key)
+        if not isinstance(settings, dict) or not settings:
+            continue
+        if isinstance(settings.get("quantization"), dict):  # of ModelOpt
+            settings = settings["quantization"]
+            if not settings.get("quant_algo"):
+                continue  # the KV cache alone
+        method = next((str(settings[one]) for one in _METHOD_KEYS if settings.get(one)), None)
+        if method is None:
+            method = "MLX" if key == "quantization" and "group_size" in settings else "some method"
+        bits = _bits(settings)
+        return method if bits is None else f"{method}, {bits} bits"
+    return None
+
+
+def _bits(settings: dict[str, Any]) -> int | None:
+    """The width that settings of a quantiser name, at any depth."""
+    for bits in (4, 8):
+        if settings.get(f"load_in_{bits}bit"):
+            return bits
+    for key in _BITS_KEYS:
+        if isinstance(settings.get(key), int):
+            return int(settings[key])
+    inner = (_bits(value) for value in settings.values() if isinstance(value, dict))
+    return next((bits for bits in inner if bits is not None), None)
+
+
+def _weight_files(directory: Path, name: str) -> list[Path]:
+    """The files that transformers will read; none where it is to say so."""
+    if (directory / WEIGHTS).is_file():
+        files = [directory / WEIGHTS]
+    elif (directory / INDEX).is_file():
+        places = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ModelLoadError(f"{directory / INDEX} names no tensors; get it again")
+        files = [directory / str(place) for place in sorted(set(map(str, places.values())))]
+    else:
+        files = []
+    partial = [path for path in directory.rglob("*") if path.suffix in _PARTIAL]
+    unfinished = [path for path in partial if directory / path.stem in files]
+    missing = [file for file in files if not file.is_file()]
+    if unfinished or (partial and (missing or not files)):
+        path = (unfinished or partial)[0]
+        raise ModelLoadError(f"the download of {name} is not finished ({path}); run it again")
+    if missing:
+        raise ModelLoadError(
+            f"{name} lacks {missing[0].name}, which its {INDEX} names; get all parts of it"
+        )
+    shards = sorted(directory.glob("*-?????-of-?????.safetensors"))
+    if not files and shards:
+        raise ModelLoadError(
+            f"{name} holds {len(shards)} parts of weights, {shards[0].name} among them, without "
+            f"their {INDEX}; get it too"
+        )
+    for file in files:
+        if is_lfs_pointer(file):
+            raise ModelLoadError(lfs_message(file))
+    return files
+
+
+def _check_tokenizer_package(directory: Path, name: str) -> None:
+    """See that a vocabulary which is there in one form only can be read in it."""
+    if (directory / "tokenizer.json").is_file() or (directory / "vocab.json").is_file():
+        return
+    for file in [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]:
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            is_text = opened.read(1) != b"\n"  # a SentencePiece model begins with its first field
+        kind = "tiktoken" if is_text else "SentencePiece"
+        packages = ["tiktoken"] if is_text else ["sentencepiece", "google.protobuf"]
+        if not all(map(_is_installed, packages)):
+            names = " ".join(packages).replace("google.", "")
+            raise ModelLoadError(
+                f"the tokenizer of {name} is a {kind} model ({file.name}), and what reads it is "
+                f"not installed; run: pip install {names}"
+            )
+        return
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        return False
