@@ -184,7 +184,7 @@ void Decoder::Run::commit() {
   for (size_t i = 0; i < pass_.logit_rows.size(); ++i) {
     Best best;
     for (int t = 0; t < threads_; ++t) best.take(buffers_.threads[size(t)].best[i]);
-    pass_.best_tokens[i] = best.token;
+    pass_.best_tokens[i] = std::isfinite(best.value) ? best.token : -1;
     if (pass_.rank_second) pass_.margins[i] = margin(best);
   }
 }

@@ -33,7 +33,8 @@ struct Pass {
   std::vector<float> similarities;  // [L][rows], NaN where a row had left; empty unless recorded
   std::vector<float> logits;        // [logit rows][logit_stride], head_tokens of them
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
-  std::vector<int> best_tokens;     // [logit rows] the first token of the largest logit
+  std::vector<int> best_tokens;     // [logit rows] the first token of the largest logit; -1 where
+                                    // that is no finite number, as where one is NaN
   std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two likeliest; if ranked
 };
 

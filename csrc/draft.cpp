@@ -67,7 +67,7 @@ void Decoder::draft(Drafts& drafts) {
     forward(pass);
     for (size_t row = 0; row < going.size(); ++row) {
       const size_t i = going[row];
-      drafts.drafted[i].push_back(pass.best_tokens[row]);
+      drafts.drafted[i].push_back(std::max(pass.best_tokens[row], 0));  // any guess is one
       drafts.margins[i].push_back(pass.margins[row]);
       product[i] *= chance(drafts.chances, pass.margins[row]);
     }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -35,7 +36,8 @@ class Array {  // grows, never shrinks, aligned for vector registers; holds no v
   Buffer buffer_;
 };
 
-// The token of the largest logit, the first one of equals, and the second largest logit.
+// The token of the largest logit, the first one of equals, and the second largest logit. NaN is
+// larger than any number.
 struct Best {
   float value = -std::numeric_limits<float>::infinity();
   int token = 0;
@@ -43,7 +45,9 @@ struct Best {
 
   void take(const Best& other) {
     const float runner_up = std::max({second, other.second, std::min(value, other.value)});
-    if (other.value > value || (other.value == value && other.token < token)) *this = other;
+    if (other.value > value || std::isnan(other.value) ||
+        (other.value == value && other.token < token))
+      *this = other;
     second = runner_up;
   }
 };

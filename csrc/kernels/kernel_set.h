@@ -90,7 +90,7 @@ struct KernelSet {
   void (*fetch)(const uint8_t* data, size_t bytes);
   // Reads memory as fast as it can, to measure how fast that is; the result means nothing.
   uint32_t (*read)(const uint8_t* data, size_t bytes);
-  // The largest of `count` values and its index; the first one of equals.
+  // The largest of `count` values and its index; the first one of equals. NaN is the largest.
   int (*argmax)(const float* values, int count, float* largest);
 };
 

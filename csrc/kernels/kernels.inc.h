@@ -301,15 +301,27 @@ uint32_t read(const uint8_t* data, size_t bytes) {
 }
 
 int argmax(const float* values, int count, float* most) {
-  Floats maximum = set1(values[0]);
+  Floats maximum = set1(values[0]), differences = zero();
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes) maximum = max(maximum, load(values + i));
-  float best = largest(maximum);
-  for (; i < count; ++i) best = values[i] > best ? values[i] : best;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Floats x = load(values + i);
+    maximum = max(maximum, x);
+    differences = add(differences, sub(x, x));  // NaN where one is infinite or NaN
+  }
+  float best = largest(maximum), difference = sum(differences);
+  for (; i < count; ++i) {
+    best = values[i] > best ? values[i] : best;
+    difference += values[i] - values[i];
+  }
+  for (i = 0; difference != 0 && i < count; ++i)
+    if (values[i] != values[i]) {
+      *most = values[i];
+      return i;
+    }
   *most = best;
   for (i = 0; i < count; ++i)
     if (values[i] == best) return i;
-  return 0;  // NaN everywhere
+  return 0;
 }
 
 // Constant-initialised: no code of this instruction set runs before the processor is known.

@@ -82,6 +82,7 @@ void check_forgotten(const KernelSet& kernels, const std::vector<float>& thresho
   // beside another sequence, and before more of its own
   const Result beside = subject.run({kBroken, 4, 5, 6, 7}, {0, 1, 0, 0, 0}, thresholds);
   CHECK(beside.row(0).logits[0] != beside.row(0).logits[0]);
+  CHECK(beside.row(0).best_tokens[0] == -1);
   CHECK(beside.row(1) == untouched.run({4}, {1}, thresholds));
   subject.decoder.cache.truncate(0, 2);
   CHECK(subject.run({8}, thresholds) == untouched.run({8}, thresholds));

@@ -45,16 +45,21 @@ class Answer:
         sampling: SamplingConfig,
         index: int,
         room: int | None,
+        name: str = "",
     ) -> None:
-        """`index` is its place in the batch; `room` is how many tokens the context has for it, None
-        if there is no limit."""
+        """
+        Args:
+            index: its place in the batch.
+            room: how many tokens the context has for it; None if there is no limit.
+            name: said in front of errors.
+        """
         self.token_ids = prompt
         self.prompt_length = len(prompt)
         self.exit_layers: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._most = sampling.max_new_tokens
         self._room = room
-        self._sampler = Sampler(sampling, index)
+        self._sampler = Sampler(sampling, index, name)
         self.takes_best = self._sampler.takes_best_token
         self._decoder = IncrementalDecoder(tokenizer, sampling.stop or ())
 
@@ -70,7 +75,11 @@ class Answer:
         return most - len(self.exit_layers)
 
     def choose(self, logits: Tensor, drafted: list[int] | None = None) -> int:
-        """The token after the text and what is `drafted`, by its logits `[V]`."""
+        """The token after the text and what is `drafted`, by its logits `[V]`.
+
+        Raises:
+            LogitsError: see `Sampler.choose`.
+        """
         text = [*self.token_ids, *drafted] if drafted else self.token_ids
         return self._sampler.choose(text, logits, len(text) - self.prompt_length)
 

@@ -32,6 +32,10 @@ class ContextFullError(RiverError):
     """The prompt, or the prompt and what was generated, doesn't fit the model's context."""
 
 
+class LogitsError(RiverError):
+    """The logits of a token are no numbers, or leave no token to choose from."""
+
+
 class DataError(RiverError):
     """The items of an evaluation can't be found or read."""
 

@@ -12,7 +12,8 @@ import torch
 from river_llm.answer import Answer, FinishReason, ended_may_leave
 from river_llm.config import Mode, SamplingConfig, Strategy
 from river_llm.engines import Engine, StepResult
-from river_llm.errors import ConfigError, ContextFullError
+from river_llm.engines.engine import NO_TOKEN
+from river_llm.errors import ConfigError, ContextFullError, LogitsError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.lossless import LosslessDecoder, LosslessStatistics, Origin
 from river_llm.memory import peak_memory_bytes
@@ -174,15 +175,40 @@ def generate_rows(
     Raises:
         ContextFullError: a prompt doesn't fit the model's context.
         ConfigError: there is no prompt, or one without tokens.
+        LogitsError: an answer's next token can't be chosen; the engine's cache is empty then.
     """
+    rows = _generate_rows(
+        engine, tokenizer, prompts, sampling, stop_tokens, cached_tokens, lossless, residency
+    )
+    try:
+        yield from rows
+    except LogitsError:
+        engine.truncate(0)  # its keys and values may be no numbers either
+        raise
+
+
+def _generate_rows(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    stop_tokens: frozenset[int],
+    cached_tokens: int,
+    lossless: LosslessDecoder | None,
+    residency: ResidencyPlan | None,
+) -> Iterator[list[GenerationResponse | None]]:
     if not prompts or not all(prompts):
         raise ConfigError("the prompt is empty; give some text")
     longest = max(map(len, prompts))
     check_prompt(longest, engine.context_length)
     # all end where the longest one fills the context
     room = None if engine.context_length is None else engine.context_length - longest + 1
+    names = [f"prompt {i} of {len(prompts)}: " for i in range(1, len(prompts) + 1)]
+    if len(prompts) == 1:
+        names = [""]
     answers = [
-        Answer(list(prompt), tokenizer, sampling, i, room) for i, prompt in enumerate(prompts)
+        Answer(list(prompt), tokenizer, sampling, i, room, name)
+        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
     ]
     start = time.perf_counter()
     offloaded_before = engine.offload_statistics
@@ -262,7 +288,9 @@ class _PlainSteps:
         for row, i in enumerate(self._rows):
             if answers[i].has_ended:
                 continue
-            token = best[row] if answers[i].takes_best else answers[i].choose(step.logits[row])
+            token = best[row] if answers[i].takes_best else NO_TOKEN
+            if token == NO_TOKEN:  # not known, or there is none: this says why
+                token = answers[i].choose(step.logits[row])
             chosen[i].append(_Chosen(token, layers[row]))
         return chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from river_llm.config import SamplingConfig
+from river_llm.engines.engine import check_logits
+from river_llm.errors import LogitsError
 
 __all__ = ["Sampler", "SamplingConfig"]
 
@@ -34,8 +37,13 @@ class Sampler:
     plain decoding with the same seed gives.
     """
 
-    def __init__(self, config: SamplingConfig, row: int = 0) -> None:
-        """`row` is the sequence's place in its batch: each has random numbers of its own."""
+    def __init__(self, config: SamplingConfig, row: int = 0, whose: str = "") -> None:
+        """
+        Args:
+            row: the sequence's place in its batch: each has random numbers of its own.
+            whose: said in front of errors.
+        """
+        self._whose = whose
         self.is_greedy = config.temperature == 0
         seed = None if config.seed is None else config.seed + row
         self._random = np.random.Generator(np.random.SFC64(seed))
@@ -67,10 +75,22 @@ class Sampler:
 
     def choose(self, token_ids: list[int], logits: Tensor, place: int) -> int:
         """The token that follows `token_ids`, the answer's token number `place`, by its logits
-        `[V]`. Places before one that was settled can't be asked for any more."""
+        `[V]`. Places before one that was settled can't be asked for any more.
+
+        Raises:
+            LogitsError: they are no numbers, or the logits processors leave none.
+        """
         self._vocabulary = len(logits)
         with _one_thread():
-            return int(self._scores(token_ids, logits, place).argmax())
+            check_logits(logits, self._whose)
+            scores = self._scores(token_ids, logits, place)
+            token = int(scores.argmax())
+            if not math.isfinite(scores[token]):
+                raise LogitsError(
+                    f"{self._whose}the logits processors leave no token to choose from: all are "
+                    "banned, or their logits are no numbers; take one of the processors away"
+                )
+            return token
 
     def choose_with_margin(
         self, token_ids: list[int], logits: Tensor, place: int

@@ -23,6 +23,7 @@ from river_llm.engines.engine import (
     check_counts,
     check_room,
     check_sequences,
+    check_token_ids,
 )
 from river_llm.engines.llama_family import check_supported, describe
 from river_llm.engines.native_core import Positions, check_built, make_core, one_clear_line
@@ -293,8 +294,8 @@ class CpuEngine:
 
     @_in_turn
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
-        batch, num_tokens = self._check_tokens(token_ids, dims=2)
-        tokens = self._token_list(token_ids)
+        tokens = self._token_list(token_ids, dims=2)
+        batch, num_tokens = token_ids.shape
         self._begin(batch, num_tokens, padding_mask)
         rule = self.policy.prefill
         if rule in ("backbone", "river"):
@@ -330,8 +331,8 @@ class CpuEngine:
 
     @_in_turn
     def decode(self, token_ids: Tensor) -> StepResult:
-        (batch,) = self._check_tokens(token_ids, dims=1)
-        tokens = self._token_list(token_ids)
+        tokens = self._token_list(token_ids, dims=1)
+        batch = len(tokens)
         self._begin(batch, 1, None)
         rows = list(range(batch))
         together = [0] * batch if self.policy.batch == "minimum" else ()
@@ -376,7 +377,7 @@ class CpuEngine:
         going = [sequence for sequence, count in enumerate(most) if count > 0]
         if not going:
             return [Draft() for _ in token_ids]
-        self._token_list(torch.tensor(token_ids))
+        check_token_ids(torch.tensor(token_ids), 1, self._vocab_size)
         self._begin(batch, max(most), None)
         self.prepare_drafts(rule.lm_head_bits)
         thresholds = list(ExitPolicy.fixed(rule.exit_layer).thresholds(self.num_layers))
@@ -529,23 +530,10 @@ class CpuEngine:
                 self._cut(self._length)  # Ctrl-C may have come before a pass was counted
             self._positions.cover(end - min(self._padding))  # padding has no position
 
-    def _check_tokens(self, token_ids: Tensor, dims: int) -> tuple[int, ...]:
-        """Their shape, seen to be that of whole numbers."""
-        shape = tuple(token_ids.shape)
-        if len(shape) != dims or 0 in shape:
-            wanted = "[batch, tokens]" if dims == 2 else "[batch]"
-            raise RiverError(f"token ids are {list(shape)}; give {wanted}, one of each or more")
-        if token_ids.dtype.is_floating_point or token_ids.dtype in (torch.bool, torch.complex64):
-            dtype = str(token_ids.dtype).removeprefix("torch.")
-            raise RiverError(f"token ids are whole numbers, not {dtype}")
-        return shape
-
-    def _token_list(self, token_ids: Tensor) -> list[int]:
-        """Row after row, seen to be within the vocabulary."""
+    def _token_list(self, token_ids: Tensor, dims: int) -> list[int]:
+        """Row after row; see `check_token_ids`."""
+        check_token_ids(token_ids, dims, self._vocab_size)
         tokens: list[int] = token_ids.flatten().tolist()
-        for token in (min(tokens), max(tokens)):
-            if not 0 <= token < self._vocab_size:
-                raise RiverError(f"there is no token {token}; the model has {self._vocab_size}")
         return tokens
 
     def _append(
@@ -557,8 +545,8 @@ class CpuEngine:
     ) -> StepResult:
         """The first `counts` of the tokens `[batch, tokens]`, with the logits of each; where they
         leave `together`, those of one column do."""
-        batch, num_tokens = self._check_tokens(token_ids, dims=2)
-        tokens = self._token_list(token_ids)
+        tokens = self._token_list(token_ids, dims=2)
+        batch, num_tokens = token_ids.shape
         counts = [num_tokens] * batch if counts is None else list(counts)
         check_counts(counts, batch, num_tokens)
         self._begin(batch, max(counts), None)

@@ -12,9 +12,11 @@ from torch import Tensor
 from river_llm.config import Strategy
 from river_llm.engines.drafting import Choose, Draft, DraftRule
 from river_llm.engines.native_model import AngleLimit
-from river_llm.errors import ContextFullError, RiverError
+from river_llm.errors import ContextFullError, LogitsError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.residency import OffloadStatistics
+
+NO_TOKEN = -1
 
 
 class StepResult:
@@ -56,10 +58,32 @@ class StepResult:
 
     @property
     def best_tokens(self) -> Tensor:
-        """int64 `[batch]`, the token of the largest logit, the first one of equals."""
+        """int64 `[batch]`, the token of the largest logit, the first one of equals; `NO_TOKEN` (-1)
+        where that is no finite number, NaN being the largest."""
         if self._best_tokens is None:
-            self._best_tokens = self.logits.argmax(-1)
+            best = self.logits.argmax(-1)
+            largest = self.logits.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+            self._best_tokens = best.where(largest.isfinite(), NO_TOKEN)
         return self._best_tokens
+
+
+def check_logits(logits: Tensor, whose: str = "") -> None:
+    """Validate that the largest of each row of logits `[..., vocabulary]` is a finite number.
+
+    Args:
+        whose: said in front of the error.
+
+    Raises:
+        LogitsError: one is NaN or infinite, or all are minus infinity.
+    """
+    largest = logits.amax(-1)
+    if bool(largest.isfinite().all()):
+        return
+    if logits.dtype == torch.float16:
+        reason = "an activation left float16's range; take --dtype bfloat16"
+    else:
+        reason = "the weights of the model or of its river may be damaged; load them anew"
+    raise LogitsError(f"{whose}the logits are no numbers: {reason}")
 
 
 class Engine(Protocol):
@@ -241,6 +265,38 @@ class Engine(Protocol):
             ContextFullError: they don't fit; the cache stays as it was.
         """
         ...
+
+
+def check_token_ids(token_ids: Tensor, dims: int, rows: int) -> tuple[int, ...]:
+    """Validate the token ids of a pass.
+
+    Args:
+        dims: 2 for `[batch, tokens]`, 1 for `[batch]`.
+        rows: of the model's embedding.
+
+    Returns:
+        Their shape.
+
+    Raises:
+        RiverError: there are none, they are no whole numbers, or the embedding has no row for one.
+    """
+    shape = tuple(token_ids.shape)
+    if len(shape) != dims or 0 in shape:
+        wanted = "[batch, tokens]" if dims == 2 else "[batch]"
+        raise RiverError(f"token ids are {list(shape)}; give {wanted}, one of each or more")
+    if token_ids.dtype.is_floating_point or token_ids.dtype in (torch.bool, torch.complex64):
+        dtype = str(token_ids.dtype).removeprefix("torch.")
+        raise RiverError(f"token ids are whole numbers, not {dtype}")
+    least, most = (int(value) for value in token_ids.aminmax())
+    if least < 0:
+        raise RiverError(f"there is no token {least}; token ids are 0 to {rows - 1}")
+    if most >= rows:
+        raise RiverError(
+            f"there is no token {most}: the model's embedding has {rows} rows, and a tokenizer "
+            "that gives this token has more; take the model's own tokenizer, or resize the "
+            "embedding (resize_token_embeddings)"
+        )
+    return shape
 
 
 def check_counts(counts: Sequence[int], batch: int, num_tokens: int) -> None:

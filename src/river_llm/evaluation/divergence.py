@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from river_llm.attachment import AttachedRiver
+from river_llm.evaluation.likelihood import check_likelihoods
 from river_llm.exit_policy import ExitPolicy
 
 _CHUNK_TOKENS = 128  # tokens whose distributions are held in float32 at a time
@@ -92,6 +93,9 @@ def compare_logits(
     Returns:
         Negative log-likelihood and KL divergence in nats, and whether both find the same token
         likeliest (1 or 0), each `[tokens]`.
+
+    Raises:
+        LogitsError: the logits are no numbers.
     """
     results = []
     for start in range(0, len(targets), _CHUNK_TOKENS):
@@ -103,6 +107,7 @@ def compare_logits(
         same = (logits[chunk].argmax(-1) == reference[chunk].argmax(-1)).float()
         results.append((nll, kld, same))
     nll, kld, same = (torch.cat(part).cpu() for part in zip(*results, strict=True))
+    check_likelihoods(nll + kld, logits, reference)
     return nll, kld, same
 
 

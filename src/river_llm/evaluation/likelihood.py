@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from river_llm.engines import Engine
-from river_llm.errors import RiverError
+from river_llm.engines.engine import check_logits
+from river_llm.errors import LogitsError
 
 _LOGIT_ROWS = 256  # whose logits are held at a time
 
@@ -75,6 +76,7 @@ class LikelihoodScorer:
 
         Raises:
             ContextFullError: a candidate doesn't fit the model's context.
+            LogitsError: see `check_likelihoods`.
         """
         shared = [_shared_tokens(candidates) for candidates in items]
         with _token_by_token(self._engine):
@@ -160,21 +162,27 @@ class LikelihoodScorer:
 
 
 def log_likelihoods(logits: Tensor, targets: Sequence[int]) -> Tensor:
-    """float32 `[tokens]`: of each target by the logits `[tokens, vocabulary]` that predict it."""
+    """float32 `[tokens]`: of each target by the logits `[tokens, vocabulary]` that predict it.
+
+    Raises:
+        LogitsError: see `check_likelihoods`.
+    """
     chosen = torch.tensor(targets, device=logits.device).unsqueeze(1)
     found = logits.float().log_softmax(-1).gather(1, chosen).squeeze(1).cpu()
-    check_finite(found)
+    check_likelihoods(found, logits)
     return found
 
 
-def check_finite(values: Tensor) -> None:
-    """See that a model's likelihoods are numbers.
+def check_likelihoods(values: Tensor, *logits: Tensor) -> None:
+    """Validate what was computed from logits `[tokens, vocabulary]` of given text.
 
     Raises:
-        RiverError: they are not, as where activations overflow.
+        LogitsError: the logits are no numbers, or a token has no probability at all.
     """
     if not bool(values.isfinite().all()):
-        raise RiverError("the model's logits are no numbers; another --dtype may hold them")
+        for each in logits:
+            check_logits(each)
+        raise LogitsError("the model gives a token of the text no probability at all")
 
 
 @contextmanager

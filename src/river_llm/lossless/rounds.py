@@ -22,7 +22,8 @@ from torch import Tensor
 from river_llm.answer import Answer, ended_may_leave
 from river_llm.config import DraftConfig
 from river_llm.engines import Engine, StepResult
-from river_llm.errors import ConfigError
+from river_llm.engines.engine import NO_TOKEN
+from river_llm.errors import ConfigError, LogitsError
 from river_llm.lossless.draft_control import DraftControl, Guess
 from river_llm.lossless.ngram_drafts import NgramIndex
 from river_llm.lossless.sources import MOST_DRAFTED
@@ -176,7 +177,9 @@ class LosslessDecoder:
             if answer.has_ended:
                 new.append([])
                 continue
-            token = int(result.best_tokens[i]) if answer.takes_best else self._choose(i, result)[0]
+            token = int(result.best_tokens[i]) if answer.takes_best else NO_TOKEN
+            if token == NO_TOKEN:  # not known, or there is none: this says why
+                token = answer.choose(result.logits[i, 0])
             self._counters[i].note(0, 0, 1, False)
             new.append([VerifiedToken(token, "backbone")])
         self._verify_seconds += time.perf_counter() - start
@@ -258,10 +261,9 @@ class LosslessDecoder:
         for i, guess in enumerate(guesses):
             if counts[i] == 0:
                 verified.append([])
-            elif best:
-                verified.append(_agreeing(best[i], guess.tokens))
-            else:
-                verified.append(self._choose(i, result, guess.tokens))
+                continue
+            tokens = _agreeing(best[i], guess.tokens) if best else []
+            verified.append(tokens or self._choose(i, result, guess.tokens))
         kept = [len(self._up_to_stop(tokens)) for tokens in verified]
         rejected = [count - length for count, length in zip(counts, kept, strict=True)]
         if any(rejected):
@@ -271,11 +273,21 @@ class LosslessDecoder:
         return verified
 
     def _choose(self, i: int, result: StepResult, drafted: Sequence[int] = ()) -> list[int]:
-        """The answer's own choices up to the first that wasn't drafted."""
+        """The answer's own choices up to the first that wasn't drafted, or to where there is none
+        to be had: the next round says why, if the answer hasn't ended before.
+
+        Raises:
+            LogitsError: the first one can't be had.
+        """
         tokens: list[int] = []
         for place in range(len(drafted) + 1):
             logits = result.logits[i, place]
-            tokens.append(self._answers[i].choose(logits, list(drafted[:place])))
+            try:
+                tokens.append(self._answers[i].choose(logits, list(drafted[:place])))
+            except LogitsError:
+                if place == 0:
+                    raise
+                break
             if place < len(drafted) and tokens[place] != drafted[place]:
                 break
         return tokens
@@ -320,8 +332,8 @@ class LosslessDecoder:
 
 
 def _agreeing(best: list[int], drafted: Sequence[int]) -> list[int]:
-    """The best tokens up to the first that wasn't drafted."""
+    """The best tokens up to the first that wasn't drafted, without that one if there is none."""
     count = 0
     while count < len(drafted) and drafted[count] == best[count]:
         count += 1
-    return best[: count + 1]
+    return best[:count] if best[count] == NO_TOKEN else best[: count + 1]
