@@ -9,7 +9,9 @@ layers; the module tree, the parameters and the model's own `generate()` stay as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +26,14 @@ from river_llm.backbone import (
     linear_weight,
     text_decoder,
 )
+from river_llm.checked_generate import checked_generate, marked_prefill, refuse_mixed_pass
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
 from river_llm.exit_router import ExitRouter, Phase, Route
 from river_llm.kernels import Kernel, KernelChoice, make_kernel
 from river_llm.offloading import EvictedLayers
+from river_llm.ownership import NotCopied, OwnProcess
 from river_llm.quantization import QuantizedMatrix
 from river_llm.residency import OffloadStatistics
 from river_llm.river import Progress, River
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
 ATTACHED = "_river_attachment"  # the attribute of a model that names what is on it
 
 
-class AttachedRiver:
+class AttachedRiver(NotCopied):
     """A model with its exit river, as `attach_river` returns it.
 
     Attributes:
@@ -53,7 +57,8 @@ class AttachedRiver:
             0, 1, ... L backbone layers.
         depth_limit: see `ExitRouter`; may be set at any time between passes.
         phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
-            takes a pass over one token with a filled cache as decode, any other as prefill.
+            takes a pass over one token with a filled cache as decode, any other as prefill, and in
+            the model's `generate` its reading of the prompt as prefill.
         is_real: bool `[B, T]`, which tokens of the next passes count, see `ExitRouter.begin_pass`;
             None, the default, takes those that an attention mask `[B, positions]` doesn't hide.
     """
@@ -73,6 +78,8 @@ class AttachedRiver:
         self.router = ExitRouter(policy, self.num_layers)
         self.phase: Phase | None = None
         self.is_real: Tensor | None = None
+        self._process = OwnProcess()
+        self._generates = self._reads_prompt = False
         self.clear_counts()
         self._evicted = EvictedLayers(model, layers)
         self._is_river_in_memory = False
@@ -84,15 +91,16 @@ class AttachedRiver:
             for linear, matrix in zip(layer.linears.values(), exit_layer.values(), strict=True)
         ]
         forwards = [
-            _routed_forward(linear, kernel, self.router)
+            _RoutedForward(linear, kernel, self.router)
             for linear, kernel in zip(self._linears, self._kernels, strict=True)
         ]
         for linear, forward in zip(self._linears, forwards, strict=True):
             linear.forward = forward
         for index, layer in enumerate(layers):
+            before, after = partial(self._before_layer, index), partial(self._after_layer, index)
             self._hooks += [
-                layer.module.register_forward_pre_hook(self._before_layer(index)),
-                layer.module.register_forward_hook(self._after_layer(index), with_kwargs=True),
+                layer.module.register_forward_pre_hook(before),
+                layer.module.register_forward_hook(after, with_kwargs=True),
             ]
         decoder = text_decoder(model)
         self._hooks += [
@@ -100,6 +108,10 @@ class AttachedRiver:
             decoder.register_forward_hook(self._after_pass),
             model.register_state_dict_pre_hook(self._before_state_dict),
         ]
+        self._own_methods = {name: model.__dict__.get(name) for name in ("generate", "_prefill")}
+        if hasattr(model, "generate"):
+            model.generate = checked_generate(model, self._treats_alike, self._generating)
+            model._prefill = marked_prefill(model, self._reading_prompt)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -195,6 +207,29 @@ class AttachedRiver:
         self._hooks, self._linears, self._kernels = [], [], []
         if getattr(self.model, ATTACHED, None) is self:
             delattr(self.model, ATTACHED)
+            for name, own in self._own_methods.items():
+                self.model.__dict__.pop(name, None)
+                if own is not None:
+                    setattr(self.model, name, own)
+
+    def _treats_alike(self) -> bool:
+        return self.policy.treats_alike(self.num_layers)
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        before, self._generates = self._generates, True
+        try:
+            yield
+        finally:
+            self._generates = before
+
+    @contextmanager
+    def _reading_prompt(self) -> Iterator[None]:
+        before, self._reads_prompt = self._reads_prompt, True
+        try:
+            yield
+        finally:
+            self._reads_prompt = before
 
     def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         inputs = kwargs.get("input_ids")
@@ -202,9 +237,12 @@ class AttachedRiver:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = args[0]
+        self._process.check("river")
         self.abandon_pass()
         batch, num_tokens = inputs.shape[:2]
-        self._running_phase = self.phase or _phase_of(num_tokens, kwargs.get("past_key_values"))
+        self._running_phase = self.phase or self._phase_of(
+            num_tokens, kwargs.get("past_key_values")
+        )
         is_real = self.is_real
         leaves_by_mean = self._running_phase == "prefill" and self.policy.prefill == "sequence"
         asks = leaves_by_mean or self.policy.batch == "minimum" or self.depth_limit is not None
@@ -214,6 +252,17 @@ class AttachedRiver:
                 is_real = attention_mask[:, -num_tokens:].bool().cpu()
         self.router.begin_pass(batch, num_tokens, self._running_phase, is_real)
 
+    def _phase_of(self, num_tokens: int, past_key_values: Any) -> Phase:
+        if self._reads_prompt:
+            return "prefill"
+        if past_key_values is None or int(past_key_values.get_seq_length()) == 0:
+            return "prefill"
+        if num_tokens == 1:
+            return "decode"
+        if self._generates and not self._treats_alike():
+            refuse_mixed_pass()
+        return "prefill"
+
     def abandon_pass(self) -> None:
         """Let go of the layers that came back for a pass which was cut short."""
         self._evicted.end_pass()
@@ -222,22 +271,18 @@ class AttachedRiver:
         if self.resident_layers < self.num_layers:
             raise RiverError("the model can't be saved while layers are evicted; keep all of them")
 
-    def _before_layer(self, index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            router = self.router
-            if router.route is not Route.RIVER:
-                self._evicted.before_layer(index, router.least_depth, router.most_depth)
+    def _before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        router = self.router
+        if router.route is not Route.RIVER:
+            self._evicted.before_layer(index, router.least_depth, router.most_depth)
 
-        return hook
-
-    def _after_layer(self, index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            new_hidden_states = output[0] if isinstance(output, tuple) else output
-            self.router.after_layer(index + 1, hidden_states, new_hidden_states)
-            self._evicted.after_layer(index)
-
-        return hook
+    def _after_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        new_hidden_states = output[0] if isinstance(output, tuple) else output
+        self.router.after_layer(index + 1, hidden_states, new_hidden_states)
+        self._evicted.after_layer(index)
 
     def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self.router.end_pass()
@@ -320,46 +365,40 @@ def detach_river(model: PreTrainedModel) -> None:
         attached.detach()
 
 
-def _phase_of(num_tokens: int, past_key_values: Any) -> Phase:
-    if num_tokens > 1 or past_key_values is None or int(past_key_values.get_seq_length()) == 0:
-        return "prefill"
-    return "decode"
-
-
-def _routed_forward(
-    linear: nn.Module, kernel: Kernel, router: ExitRouter
-) -> Callable[[Tensor], Tensor]:
+class _RoutedForward(NotCopied):
     """The forward of a linear layer that takes each row's weights where the router says."""
-    backbone_forward: Callable[[Tensor], Tensor] = linear.forward
-    bias = linear.bias
-    device, dtype = _device_and_dtype(linear)
 
-    def exit_forward(inputs: Tensor) -> Tensor:
-        if inputs.device != device or inputs.dtype != dtype:
-            raise RiverError(
-                f"the river was attached for {dtype} on {device}, but the inputs are "
-                f"{inputs.dtype} on {inputs.device}; detach it, move the model, attach it again"
-            )
-        output = kernel(inputs.reshape(-1, inputs.shape[-1]))
-        if isinstance(bias, Tensor):
-            output = output + bias
-        return output.view(*inputs.shape[:-1], output.shape[-1])
+    def __init__(self, linear: nn.Module, kernel: Kernel, router: ExitRouter) -> None:
+        self._backbone: Callable[[Tensor], Tensor] = linear.forward
+        self._kernel, self._router = kernel, router
+        self._bias = linear.bias
+        self._device, self._dtype = _device_and_dtype(linear)
 
-    def forward(inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
+        router = self._router
         if router.route is Route.BACKBONE:
-            return backbone_forward(inputs)
+            return self._backbone(inputs)
         if router.route is Route.RIVER:
-            return exit_forward(inputs)
+            return self._river(inputs)
         rows = inputs.reshape(-1, inputs.shape[-1])  # [B * T, in_features]
         backbone_rows = router.backbone_rows.to(rows.device)
         river_rows = router.river_rows.to(rows.device)
-        backbone_output = backbone_forward(rows[backbone_rows])
+        backbone_output = self._backbone(rows[backbone_rows])
         output = backbone_output.new_empty(rows.shape[0], backbone_output.shape[-1])
         output[backbone_rows] = backbone_output
-        output[river_rows] = exit_forward(rows[river_rows])
+        output[river_rows] = self._river(rows[river_rows])
         return output.view(*inputs.shape[:-1], output.shape[-1])
 
-    return forward
+    def _river(self, inputs: Tensor) -> Tensor:
+        if inputs.device != self._device or inputs.dtype != self._dtype:
+            raise RiverError(
+                f"the river was attached for {self._dtype} on {self._device}, but the inputs are "
+                f"{inputs.dtype} on {inputs.device}; detach it, move the model, attach it again"
+            )
+        output = self._kernel(inputs.reshape(-1, inputs.shape[-1]))
+        if isinstance(self._bias, Tensor):
+            output = output + self._bias
+        return output.view(*inputs.shape[:-1], output.shape[-1])
 
 
 def _device_and_dtype(linear: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -119,6 +119,15 @@ class ExitPolicy:
         """Whether it comes down to one number per layer."""
         return True
 
+    def treats_alike(self, num_layers: int) -> bool:
+        """Whether a token leaves as it does in an answer where it stands in a prompt too."""
+        if not self.has_thresholds or self.prefill == "token":
+            return self.has_thresholds
+        thresholds = self.thresholds(num_layers)
+        if self.prefill == "sequence":  # the mean of similarities decides nothing
+            return not any(map(math.isfinite, thresholds))
+        return set(thresholds) == {math.inf if self.prefill == "backbone" else -math.inf}
+
     def thresholds(self, num_layers: int) -> tuple[float, ...]:
         """One threshold for each number of layers run; entry l stands for "after l layers".
 

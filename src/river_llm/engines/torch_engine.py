@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from river_llm.engines.engine import (
     check_batch,
     check_room,
     check_sequences,
+    check_token_ids,
     first_tokens,
 )
 from river_llm.engines.kv_cache import check_kv_bits, layer_class
@@ -32,7 +33,11 @@ from river_llm.engines.llama_family import angle_limit
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
+from river_llm.ownership import OwnProcess
 from river_llm.residency import OffloadStatistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TorchEngine:
@@ -62,10 +67,12 @@ class TorchEngine:
         parameters = inspect.signature(self.model.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._embedding_rows = embedding_rows(self.model)
         self.device = self.model.device
         self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
         self.angle_limit = angle_limit(self.model)
         self.layer_bytes, self.rest_bytes = attached.weight_bytes()
+        self._process = OwnProcess()
         self._weights_digest: str | None = None
         self._cache = self._new_cache()
         self._padding_mask: Tensor | None = None  # bool [batch, length]; None if all are real
@@ -125,9 +132,11 @@ class TorchEngine:
         return len(self._cache.layers[0].keys) if self._length else 0
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
+        check_token_ids(token_ids, 2, self._embedding_rows)
         return self._run(token_ids, padding_mask, "prefill")
 
     def decode(self, token_ids: Tensor) -> StepResult:
+        check_token_ids(token_ids, 1, self._embedding_rows)
         return self._run(token_ids.unsqueeze(1), None, "decode")
 
     def verify(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
@@ -145,6 +154,7 @@ class TorchEngine:
             self.policy = policy
 
     def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        check_token_ids(token_ids, 2, self._embedding_rows)
         is_real = None if counts is None else first_tokens(counts, *token_ids.shape)
         result = self._run(token_ids, None, "decode", is_real, all_logits=True)
         if counts is not None:
@@ -277,6 +287,7 @@ class TorchEngine:
         is_real: Tensor | None = None,
         all_logits: bool = False,
     ) -> StepResult:
+        self._process.check()
         num_tokens = token_ids.shape[1]
         check_room(self._length + num_tokens, self.context_length)
         if self._length > 0:
@@ -323,6 +334,11 @@ class TorchEngine:
     def _undo(self, length: int) -> None:
         self._length = length + 1  # some layers hold more than others: cut them all back
         self.truncate(length)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model's embedding has."""
+    return len(model.get_input_embeddings().weight)
 
 
 def padded_inputs(

@@ -15,12 +15,14 @@ from river_llm.engines.engine import (
     check_batch,
     check_room,
     check_sequences,
+    check_token_ids,
     first_tokens,
 )
 from river_llm.engines.llama_family import angle_limit
-from river_llm.engines.torch_engine import padded_inputs
+from river_llm.engines.torch_engine import embedding_rows, padded_inputs
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import ExitRouter, Phase
+from river_llm.ownership import OwnProcess
 from river_llm.strategies.hooked_decoder import HookedDecoder, LayerCall
 from river_llm.strategies.kv_strategy import CacheState, KVStrategy, kept_where
 from river_llm.strategies.running_pass import RunningPass
@@ -64,6 +66,7 @@ class StrategyEngine(WithoutRiver):
         parameters = inspect.signature(model.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._embedding_rows = embedding_rows(model)
         self.device = model.device
         self.draft_vocabularies: tuple[int, ...] = (config.vocab_size,)
         self.angle_limit = angle_limit(model)
@@ -77,6 +80,7 @@ class StrategyEngine(WithoutRiver):
             self._decoder.detach()
             raise
         self._decoder.on_layer = self._on_layer
+        self._process = OwnProcess()
         self._running: RunningPass | None = None
         self._hidden_states = torch.empty(0)  # [B, T, C] after the last layer that ran
         self._cache = SlotCache(self.num_layers, 0)
@@ -110,6 +114,7 @@ class StrategyEngine(WithoutRiver):
         return self._state.length
 
     def prefill(self, token_ids: Tensor, padding_mask: Tensor | None = None) -> StepResult:
+        check_token_ids(token_ids, 2, self._embedding_rows)
         before = state = self._ready_for(*token_ids.shape)
         start = state.length
         if self.policy.prefill != "token":  # then its tokens go on as decoding does
@@ -123,11 +128,13 @@ class StrategyEngine(WithoutRiver):
         return result
 
     def decode(self, token_ids: Tensor) -> StepResult:
+        check_token_ids(token_ids, 1, self._embedding_rows)
         state = self._ready_for(len(token_ids), 1)
         result, self._state = self._run(state, token_ids.unsqueeze(1), None, "decode")
         return result
 
     def score(self, token_ids: Tensor, counts: Sequence[int] | None = None) -> StepResult:
+        check_token_ids(token_ids, 2, self._embedding_rows)
         state = self._ready_for(*token_ids.shape)
         is_real = None if counts is None else first_tokens(counts, *token_ids.shape)
         result, self._state = self._run(
@@ -215,6 +222,7 @@ class StrategyEngine(WithoutRiver):
             before: the state where some of the tokens had run already; None: all are new.
             is_real: bool `[B, T]`, see `ExitRouter.begin_pass`; None: all but padding are.
         """
+        self._process.check()
         batch, num_tokens = token_ids.shape
         if self.length == 0:
             before = state = CacheState.empty(batch)

@@ -21,6 +21,7 @@ from river_llm.attachment import ATTACHED
 from river_llm.backbone import check_plain_decoder, decoder_layers, text_decoder
 from river_llm.engines.torch_engine import padded_inputs
 from river_llm.errors import RiverError, UnsupportedModelError
+from river_llm.ownership import NotCopied
 from river_llm.strategies.slot_cache import EntriesWritten, Place, SlotCache
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class LayerCall:
 OnLayer = Callable[[int, Tensor, LayerCall], Tensor]
 
 
-class HookedDecoder:
+class HookedDecoder(NotCopied):
     """The decoder layers of a model, until `detach` gives them back.
 
     Attributes:

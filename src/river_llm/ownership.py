@@ -1,0 +1,84 @@
+"""What belongs to the process that made it, and is not to be copied.
+
+A forked child has none of the threads that compute, and would wait for them for ever. PyTorch's
+own are lost likewise, whatever it is asked to compute.
+"""
+
+from __future__ import annotations
+
+import os
+from threading import RLock
+from typing import Any, NoReturn
+
+from river_llm.errors import RiverError
+
+
+class OwnProcess:
+    """Remembers which process made it."""
+
+    def __init__(self) -> None:
+        self._id = os.getpid()
+
+    @property
+    def is_this(self) -> bool:
+        """Whether this is the process."""
+        return os.getpid() == self._id
+
+    def check(self, what: str = "engine") -> None:
+        """Validate that this is the process.
+
+        Args:
+            what: belongs to it.
+
+        Raises:
+            RiverError: it is a fork of it.
+        """
+        if not self.is_this:
+            raise RiverError(
+                f"this {what} belongs to the process that made it; make another one after a fork, "
+                'and start processes by "spawn" where PyTorch has computed before'
+            )
+
+
+class ProcessLock:
+    """A lock of the threads of one process; whoever holds it may take it again."""
+
+    def __init__(self) -> None:
+        self._process = OwnProcess()
+        self._lock = RLock()
+
+    def acquire_at_once(self) -> bool:
+        """Take it if no other thread holds it, and this is its process."""
+        return self._process.is_this and self._lock.acquire(blocking=False)
+
+    def release(self) -> None:
+        """Let another thread have it."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        """Wait for it.
+
+        Raises:
+            RiverError: this is a fork, where a thread that held it would never give it back.
+        """
+        self._process.check()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class NotCopied:
+    """What refers to the modules of one model: a copy of it would run the original's."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self._refuse()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise RiverError(
+            "a model can't be copied or pickled with a river or an exit strategy on it; call "
+            "detach_river(model) first, and attach the river to the copy"
+        )
