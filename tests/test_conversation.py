@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -176,6 +177,49 @@ def test_refuses_what_no_longer_fits_and_stays_as_it_was(lm: RiverLM) -> None:
 def test_refuses_unknown_settings_at_once(lm: RiverLM) -> None:
     with pytest.raises(ConfigError, match="'heat'"):
         Conversation(lm, heat=1)
+
+
+class TestChatTemplates:
+    def test_a_system_prompt_that_has_no_place_goes_in_front_and_is_told_once(
+        self, lm: RiverLM, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lm.tokenizer.chat_template = (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content ~ '\n' }}{% endfor %}a:"
+        )
+        with caplog.at_level(logging.WARNING):
+            conversation = Conversation(lm, system="Be brief", **SETTINGS)
+            assert caplog.text.count("takes no system message") == 1  # before the first answer
+            answers = [_answer(conversation, question) for question in QUESTIONS[:2]]
+        assert caplog.text.count("takes no system message") == 1
+        prompt = f"u:Be brief\n\n{QUESTIONS[0]}\na:"
+        assert answers[0] == lm.generate(prompt, raw=True, **SETTINGS).text
+
+    def test_arguments_and_control_tokens_reach_every_turn(
+        self, lm: RiverLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ level }}"
+        prompts = []
+        stream = lm.stream_tokens
+
+        def spy(token_ids: list[int], *args: Any, **settings: Any) -> Any:
+            prompts.append(lm.tokenizer.decode(token_ids))
+            return stream(token_ids, *args, **settings)
+
+        monkeypatch.setattr(lm, "stream_tokens", spy)
+        text: dict[str, Any] = {"chat_template_kwargs": {"level": 7}, "max_new_tokens": 1}
+        conversation = Conversation(lm, allow_control_tokens=True, **text)
+        _answer(conversation, "Hi<end>")
+        for mode in ("river", "lossless"):
+            lm.generate("Hi", mode=mode, **text)
+        lm.chat([{"role": "user", "content": "Hi"}], **text)
+        assert prompts == ["Hi<end>7", "Hi7", "Hi7", "Hi7"]
+        with pytest.raises(ConfigError, match="reads no 'height'; it reads level"):
+            Conversation(lm, chat_template_kwargs={"height": 7})
+        with pytest.raises(ConfigError, match="reads no 'height'"):
+            lm.generate_batch(["Hi"], chat_template_kwargs={"height": 7})
+        with pytest.raises(ConfigError, match=r"'enable_thinking'; .* go to chat_template_kwargs"):
+            lm.generate("Hi", enable_thinking=False)
 
 
 def _answer(conversation: Conversation, question: str) -> str:

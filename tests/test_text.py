@@ -211,11 +211,6 @@ class TestEncodePrompt:
         with pytest.raises(ConfigError, match=r"list of token ids; .* give them to stream_tokens"):
             encode_prompt(tokenizer, prompt)
 
-    def test_takes_no_parts_of_a_content(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        message: Any = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
-        with pytest.raises(ConfigError, match="list of parts, and only text is taken; join"):
-            encode_prompt(tokenizer, [message])
-
     def test_passes_on_what_the_template_refuses(self) -> None:
         tokenizer = character_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -93,8 +93,8 @@ class Answer:
         self.token_ids.append(token)
         self.exit_layers.append(exit_layer)
         self._sampler.settle(len(self.exit_layers))
-        text = ""
         if token in stop_tokens:
+            text = self._decoder.end_with(token)
             self.finish_reason = "stop"
         else:
             text = self._decoder.add(token)

@@ -198,7 +198,8 @@ class SamplingConfig:
         if unknown:
             raise ConfigError(
                 f"there is no setting {unknown[0]!r}; the sampling settings are "
-                f"{_listed(cls.__dataclass_fields__)}"
+                f"{_listed(cls.__dataclass_fields__)}; those of the chat template go to "
+                "chat_template_kwargs"
             )
         return cls(**fields)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from river_llm.config import DraftConfig, Mode, SamplingConfig
@@ -31,21 +31,32 @@ class Conversation:
         *,
         mode: Mode = "river",
         drafts: DraftConfig | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
         **sampling: Any,
     ) -> None:
+        """Arguments as of `RiverLM.generate`; `system` is what the model is told first.
+
+        Raises:
+            ConfigError: a setting is unknown or out of its range, the model has no chat template,
+                or its template can't take the system's text or an argument.
+        """
         self.messages: list[Message] = []
         if system:
             self.messages.append({"role": "system", "content": system})
         self._lm = lm
         self.mode: Mode = mode
         self._drafts = drafts
+        self._chat_template_kwargs = chat_template_kwargs
+        self._allow_control_tokens = allow_control_tokens
         self._sampling = SamplingConfig.of(sampling)
+        self._encode({"role": "user", "content": "Hi"})  # what it can't take is said at once
 
     def stream(self, text: str) -> Iterator[GenerationResponse]:
         """The answer to a user's turn. What has come when the stream is cut short stays.
 
         Raises:
-            ConfigError: the text is empty or no string, or the model has no chat template.
+            ConfigError: the text is empty or no string.
             ContextFullError: the conversation no longer fits the model's context.
         """
         if not isinstance(text, str):
@@ -53,7 +64,7 @@ class Conversation:
         if not text.strip():
             raise ConfigError("the message is empty; give some text")
         turn: Message = {"role": "user", "content": text}
-        token_ids = encode_prompt(self._lm.tokenizer, [*self.messages, turn])
+        token_ids = self._encode(turn)
         answer: list[str] = []
         try:
             for response in self._lm.stream_tokens(
@@ -64,3 +75,11 @@ class Conversation:
         finally:
             if answer:
                 self.messages += [turn, {"role": "assistant", "content": "".join(answer)}]
+
+    def _encode(self, turn: Message) -> list[int]:
+        return encode_prompt(
+            self._lm.tokenizer,
+            [*self.messages, turn],
+            chat_template_kwargs=self._chat_template_kwargs,
+            allow_control_tokens=self._allow_control_tokens,
+        )

@@ -35,6 +35,7 @@ from river_llm.packed_copy import (
 )
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
+from river_llm.stop_tokens import stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def load_pretrained(
             if threads is not None:
                 torch.set_num_threads(threads)
             own = strategies.make_strategy_engine(model, strategy, policy)
-            return Pretrained(own, tokenizer, None, _stop_tokens(model, tokenizer), reason)
+            return Pretrained(own, tokenizer, None, stop_tokens(model, tokenizer), reason)
         loaded = load_pretrained(
             name_or_path,
             river,
@@ -138,7 +139,7 @@ def load_pretrained(
     model, tokenizer, made = _load(
         name_or_path, river, dtype, device, trust_remote_code, progress, check
     )
-    ends = _stop_tokens(model, tokenizer)
+    ends = stop_tokens(model, tokenizer)
     chosen, reason = make_engine(
         model, made, policy, engine, threads=threads, kv_bits=kv_bits, **bits
     )
@@ -204,10 +205,3 @@ def _load(
 
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end an answer: the tokeniser's, and those of the model's own settings."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset({tokenizer.eos_token_id, *listed} - {None})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -174,6 +174,8 @@ class RiverLM:
         prompt: Prompt,
         *,
         raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
         mode: Mode = "river",
         drafts: DraftConfig | None = None,
         reuse_cache: bool = False,
@@ -183,7 +185,12 @@ class RiverLM:
 
         Args:
             prompt: a string, or messages `[{"role": "user", "content": ...}, ...]`.
-            raw: give a string to the model as it is, without the chat template.
+            raw: give a string to the model as it is, without the chat template; what spells a
+                control token in it is one.
+            chat_template_kwargs: further variables that the chat template reads, such as
+                ``{"enable_thinking": False}``.
+            allow_control_tokens: what spells a control token in a message is one; by default it is
+                text.
             mode: ``"river"``: tokens leave the backbone by the policy. ``"lossless"``: the river
                 drafts and the backbone verifies; every token is the backbone's, and the policy
                 doesn't count.
@@ -199,7 +206,14 @@ class RiverLM:
         with self._turn:
             responses = list(
                 self.stream(
-                    prompt, raw=raw, mode=mode, drafts=drafts, reuse_cache=reuse_cache, **sampling
+                    prompt,
+                    raw=raw,
+                    chat_template_kwargs=chat_template_kwargs,
+                    allow_control_tokens=allow_control_tokens,
+                    mode=mode,
+                    drafts=drafts,
+                    reuse_cache=reuse_cache,
+                    **sampling,
                 )
             )
             prompt_tokens = responses[-1].prompt_tokens
@@ -210,6 +224,8 @@ class RiverLM:
         prompt: Prompt,
         *,
         raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
         mode: Mode = "river",
         drafts: DraftConfig | None = None,
         reuse_cache: bool = False,
@@ -217,9 +233,13 @@ class RiverLM:
     ) -> Iterator[GenerationResponse]:
         """Answer a prompt token by token; arguments and errors as of `generate`. In lossless mode
         a token appears once it is verified."""
-        token_ids = encode_prompt(self.tokenizer, prompt, raw)
-        return self.stream_tokens(
-            token_ids, SamplingConfig.of(sampling), reuse_cache, mode=mode, drafts=drafts
+        settings = SamplingConfig.of(sampling)
+        token_ids = encode_prompt(
+            self.tokenizer,
+            prompt,
+            raw,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_control_tokens=allow_control_tokens,
         )
 
     def generate_batch(
@@ -228,6 +248,8 @@ class RiverLM:
         *,
         raw: bool = False,
         mode: Mode = "river",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
         drafts: DraftConfig | None = None,
         **sampling: Any,
     ) -> list[GenerationResult]:
@@ -241,10 +263,18 @@ class RiverLM:
             raise ConfigError(
                 "generate_batch takes a list of prompts, not one string; put it in []"
             )
-        encoded = [encode_prompt(self.tokenizer, prompt, raw) for prompt in prompts]
-        return self.generate_batch_tokens(
-            encoded, SamplingConfig.of(sampling), mode=mode, drafts=drafts
-        )
+        settings = SamplingConfig.of(sampling)
+        encoded = [
+            encode_prompt(
+                self.tokenizer,
+                prompt,
+                raw,
+                chat_template_kwargs=chat_template_kwargs,
+                allow_control_tokens=allow_control_tokens,
+            )
+            for prompt in prompts
+        ]
+        return self.generate_batch_tokens(encoded, settings, mode=mode, drafts=drafts)
 
     def generate_batch_tokens(
         self,

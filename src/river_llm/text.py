@@ -2,63 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from river_llm.chat_template import Message, check_encodable, encode_messages
 from river_llm.config import is_whole_number
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]  # {"role": "user", "content": "..."}
+__all__ = [
+    "IncrementalDecoder",
+    "Message",
+    "Prompt",
+    "behind_front",
+    "encode_prompt",
+    "encode_text",
+]
+
 Prompt = str | Sequence[Message]
 
-_WANTED_MESSAGES = 'messages must be a list of {"role": ..., "content": ...}, both of them strings'
 _UNFINISHED = "\ufffd"  # what a tokeniser decodes the first bytes of a character to
+_FIRST_HIDDEN = 0xD800  # lone surrogates, which no decoded text has
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    raw: bool = False,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_control_tokens: bool = False,
 ) -> list[int]:
     """The prompt's tokens, as many as it takes.
 
     A string given to a model with a chat template is a user's message, unless `raw`; messages
-    always go through the template.
+    always go through the template. There what spells a control token in a message is text, unless
+    `allow_control_tokens`; in a raw prompt it is the control token.
+
+    Args:
+        chat_template_kwargs: further variables that the chat template reads, such as
+            ``{"enable_thinking": False}``.
 
     Raises:
         ConfigError: the prompt is neither a string nor messages, is empty or has lone surrogates,
-            which are no text, or there are messages but no chat template.
+            which are no text; there are messages but no chat template, or it can't take them; it
+            doesn't read an argument, or a raw prompt has some.
     """
     _check_is_prompt(prompt)
     if not prompt or (isinstance(prompt, str) and not prompt.strip() and not raw):
         raise ConfigError("the prompt is empty; give some text")
-    has_template = bool(tokenizer.chat_template)
-    if isinstance(prompt, str) and (raw or not has_template):
-        _check_encodable(prompt)
-        token_ids = list(tokenizer(prompt).input_ids)
-    else:
-        if not has_template:
-            raise ConfigError("the model has no chat template; give the prompt as one string")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        for message in messages:
-            _check_is_message(message)
-        for message in messages:
-            _check_encodable(message["content"])
-        try:
-            encoded = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=True
-            )
-        except (KeyError, TypeError, AttributeError, ValueError, TemplateError) as error:
+    if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
+        if chat_template_kwargs:
             raise ConfigError(
-                f"{_WANTED_MESSAGES} that the chat template takes ({error})"
-            ) from error
-        token_ids = list(encoded["input_ids"])
+                "the prompt goes through no chat template, because it is raw or the model has "
+                "none; leave chat_template_kwargs out"
+            )
+        check_encodable(prompt)
+        token_ids = encode_text(tokenizer, prompt)
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        token_ids = encode_messages(tokenizer, messages, chat_template_kwargs, allow_control_tokens)
     if not token_ids:
         raise ConfigError("the prompt is empty; give some text")
     return token_ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text, behind those that the tokenizer puts in front of one."""
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    return behind_front(tokenizer, text, list(own))
+
+
+def behind_front(tokenizer: PreTrainedTokenizerBase, text: str, own: list[int]) -> list[int]:
+    """A text's own tokens, behind those that the tokenizer puts in front of it, unless it begins
+    with them already, as what a chat template has written does.
+
+    Tokens that the tokenizer puts behind a text are left out: they say that it has ended, and here
+    it goes on.
+    """
+    if not tokenizer.num_special_tokens_to_add():
+        return own
+    plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+    whole = list(tokenizer(text).input_ids)
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    front = whole[:start]
+    return own if own[:start] == front else [*front, *own]
 
 
 def _check_is_prompt(prompt: object) -> None:
@@ -73,41 +104,22 @@ def _check_is_prompt(prompt: object) -> None:
         )
 
 
-def _check_is_message(message: object) -> None:
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(message, dict) and isinstance(content, list | tuple):
-        raise ConfigError(
-            "the content of a message is a list of parts, and only text is taken; join their texts "
-            "to one string"
-        )
-    if not isinstance(message, dict) or not all(
-        isinstance(value, str) for value in (message.get("role"), content)
-    ):
-        raise ConfigError(_WANTED_MESSAGES)
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"the prompt is no text, character {error.start} is half of a surrogate pair; "
-            "read it as UTF-8"
-        ) from error
-
-
 class IncrementalDecoder:
     """Tokens to text, one at a time, holding back what isn't certain yet.
 
     Held back are the first bytes of a character that isn't whole, and whatever may turn out to be
     the beginning of a stop string. Once a stop string is whole, `stopped` is true and the text ends
-    before it.
+    before it. Special tokens give no text, but stop strings that spell them are found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        # a special token stands as one character that is taken out of the text again
+        spelled = _special_tokens_in(tokenizer, stop)
+        self._hidden = {token: chr(_FIRST_HIDDEN + i) for i, token in enumerate(spelled.values())}
+        hidden_stops = [_replaced(text, spelled, self._hidden) for text in stop]
+        self._stop = tuple(dict.fromkeys([*stop, *hidden_stops]))
         self._token_ids: list[int] = []
         self._context_start = 0  # tokens before are only there to be counted
         self._decoded_end = 0  # tokens before have given their text
@@ -115,6 +127,8 @@ class IncrementalDecoder:
 
     def add(self, token: int) -> str:
         """The text that is certain now that `token` has come; may be empty."""
+        if token in self._hidden:
+            return self._release(self._undecoded() + self._hidden[token])
         self._token_ids.append(token)
         # A token's text depends on its neighbours, so decode with the last ones before it.
         before = self._decode(self._token_ids[self._context_start : self._decoded_end])
@@ -124,16 +138,28 @@ class IncrementalDecoder:
         self._context_start, self._decoded_end = self._decoded_end, len(self._token_ids)
         return self._release(text[len(before) :])
 
+    def end_with(self, token: int) -> str:
+        """The text that was still held back when a token came that ends the answer, and has no
+        text itself."""
+        return (self.add(token) if token in self._hidden else "") + self.finish()
+
     def finish(self) -> str:
         """The text that was still held back when the tokens ended."""
         if self.stopped:
             return ""
-        before = self._decode(self._token_ids[self._context_start : self._decoded_end])
-        rest = self._decode(self._token_ids[self._context_start :])[len(before) :]
-        self._context_start = self._decoded_end = len(self._token_ids)
-        text = self._release(rest) + ("" if self.stopped else self._held)
+        text = self._release(self._undecoded())
+        if not self.stopped:
+            text += self._shown(self._held)
         self._held = ""
         return text
+
+    def _undecoded(self) -> str:
+        """The text of the last tokens, as far as they have given none yet."""
+        before = self._decode(self._token_ids[self._context_start : self._decoded_end])
+        rest = self._decode(self._token_ids[self._context_start :])[len(before) :]
+        if rest:
+            self._context_start, self._decoded_end = self._decoded_end, len(self._token_ids)
+        return rest
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -145,10 +171,32 @@ class IncrementalDecoder:
         if found:  # the one that is whole first, so that the borders of tokens don't matter
             self.stopped = True
             self._held = ""
-            return text[: min(found)[1]]
+            return self._shown(text[: min(found)[1]])
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        return self._shown(text[: len(text) - held])
+
+    def _shown(self, text: str) -> str:
+        for character in self._hidden.values():
+            text = text.replace(character, "")
+        return text
+
+
+def _special_tokens_in(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict[str, int]:
+    """Special tokens that stop strings spell, the longest first."""
+    if not stop:
+        return {}
+    added = tokenizer.added_tokens_decoder.items()
+    texts = {str(token): token_id for token_id, token in added if token.special}
+    spelled = [text for text in texts if any(text in one for one in stop)]
+    return {text: texts[text] for text in sorted(spelled, key=len, reverse=True)}
+
+
+def _replaced(text: str, spelled: Mapping[str, int], hidden: Mapping[int, str]) -> str:
+    """A stop string with each special token as one character."""
+    for special, token in spelled.items():
+        text = text.replace(special, hidden[token])
+    return text
 
 
 def _overlap(text: str, stop: str) -> int:

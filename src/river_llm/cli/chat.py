@@ -18,6 +18,7 @@ from river_llm.cli.settings import (
     offload_config,
     river_config,
     sampling_config,
+    template_variables,
 )
 from river_llm.cli.streams import StdinLines, check_stdin
 from river_llm.cli.usage import check_text, is_text
@@ -50,6 +51,8 @@ def chat(
     draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    allow_control_tokens: options.AllowControlTokens = False,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -107,10 +110,17 @@ def chat(
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
+    variables = template_variables(chat_template_kwargs)
     lm = load(loading)
     if not lm.tokenizer.chat_template:
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
-    settings: dict[str, Any] = {**asdict(sampling), "mode": decoding, "drafts": drafts}
+    settings: dict[str, Any] = {
+        **asdict(sampling),
+        "mode": decoding,
+        "drafts": drafts,
+        "chat_template_kwargs": variables,
+        "allow_control_tokens": allow_control_tokens,
+    }
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
     _converse(lm, cache, system, settings)
 

@@ -18,6 +18,7 @@ from river_llm.cli.settings import (
     offload_config,
     river_config,
     sampling_config,
+    template_variables,
 )
 from river_llm.cli.streams import print_json, read_stdin
 from river_llm.cli.usage import check_text, usage_error
@@ -64,6 +65,8 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the prompt to the model without chat template.")
     ] = False,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    allow_control_tokens: options.AllowControlTokens = False,
     compare: Annotated[
         bool,
         typer.Option(
@@ -135,22 +138,38 @@ def generate(
     )
     if seed is None and temperature > 0:  # one that can be told
         sampling = replace(sampling, seed=secrets.randbits(32))
+    variables = template_variables(chat_template_kwargs)
+    if raw and (variables or allow_control_tokens):
+        raise usage_error(
+            "a raw prompt goes through no chat template, and its control tokens are what they are; "
+            "leave --chat-template-kwargs and --allow-control-tokens out"
+        )
     lm = load(loading)
+    from river_llm.text import encode_prompt
+
+    token_ids = encode_prompt(
+        lm.tokenizer,
+        prompt,
+        raw,
+        chat_template_kwargs=variables,
+        allow_control_tokens=allow_control_tokens,
+    )
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
     settings = {
         **describe_loaded(loading, lm),
         "no_miss": no_miss,
         "raw": raw,
+        "chat_template_kwargs": variables,
+        "allow_control_tokens": allow_control_tokens,
         "sampling": {key: value for key, value in asdict(sampling).items() if key != "processors"},
     }
-    _answer(lm, cache, prompt, raw, sampling, decoding, drafts, compare, json_output, settings)
+    _answer(lm, cache, token_ids, sampling, decoding, drafts, compare, json_output, settings)
 
 
 def _answer(
     lm: RiverLM,
     cache: PromptCache | None,
-    prompt: str,
-    raw: bool,
+    token_ids: list[int],
     sampling: SamplingConfig,
     mode: Mode,
     drafts: DraftConfig | None,
@@ -160,9 +179,7 @@ def _answer(
 ) -> None:
     from river_llm.cli import render
     from river_llm.generation import GenerationResult
-    from river_llm.text import encode_prompt
 
-    token_ids = encode_prompt(lm.tokenizer, prompt, raw)
     responses = []
     is_interrupted = False
     try:
@@ -222,7 +239,8 @@ def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Arm
     river_policy = lm.policy
     assert lm.river_config is not None
     try:
-        with render.LoadingProgress("comparing") as progress:
+    from river_llm.cli.progress import LoadingProgress
+        with LoadingProgress("comparing") as progress:
             lm.policy = ExitPolicy.never()
             greedy = SamplingConfig(max_new_tokens=max_new_tokens)
             answer = [response.token for response in lm.stream_tokens(token_ids, greedy)]

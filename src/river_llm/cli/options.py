@@ -67,7 +67,7 @@ class DtypeName(str, Enum):
 
 _MODEL_HELP = "A model directory, a GGUF file, a Hub id (org/name), or smollm2."
 _POLICY, _RIVER, _LOSSLESS = "Exit policy", "Exit river", "Lossless mode"
-_SAMPLING, _SYSTEM = "Sampling", "Machine"
+_PROMPT, _SAMPLING, _SYSTEM = "Prompt", "Sampling", "Machine"
 TASKS, _SPEED = "Tasks", "Speed"
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=True)]
@@ -181,7 +181,27 @@ RepetitionPenalty = Annotated[float, typer.Option(rich_help_panel=_SAMPLING)]
 Seed = Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End the answer at this string; may be repeated.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        help="End the answer at this string, which may spell special tokens; may be repeated.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        help="Further variables of the chat template, as a JSON object such as "
+        """'{"enable_thinking": false}'.""",
+        rich_help_panel=_PROMPT,
+    ),
+]
+AllowControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--allow-control-tokens",
+        help="What spells a control token in a message is one; by default it is text.",
+        rich_help_panel=_PROMPT,
+    ),
 ]
 Engine = Annotated[
     EngineName,

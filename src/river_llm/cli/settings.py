@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from river_llm.cli.loading import LoadOptions
 from river_llm.cli.options import (
@@ -204,6 +205,23 @@ def sampling_config(
         )
     except ConfigError as error:
         raise usage_error(str(error)) from error
+
+
+def template_variables(given: str | None) -> dict[str, Any]:
+    """Further variables of the chat template, from a JSON object.
+
+    Raises:
+        typer.Exit: it is none.
+    """
+    if given is None:
+        return {}
+    try:
+        variables = json.loads(given)
+    except ValueError as error:
+        raise usage_error(f"--chat-template-kwargs is no JSON ({error})") from error
+    if not isinstance(variables, dict):
+        raise usage_error("--chat-template-kwargs is no JSON object; give {...}")
+    return variables
 
 
 def new_river_config(bits: int, group_size: int, quantizer: QuantizerName) -> RiverConfig:

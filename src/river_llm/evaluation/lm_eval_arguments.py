@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -52,6 +53,8 @@ class ModelArguments:
             see `RiverLM.from_pretrained`.
         batch_size: how many questions or prompts run together; ``auto`` is 8.
         max_length: the most tokens that the model is given; by default its context.
+        chat_template_kwargs: further variables of the chat template, as a JSON object; one with
+            several goes into ``--model_args`` that are JSON as a whole.
     """
 
     pretrained: str = DEFAULT_MODEL
@@ -76,6 +79,7 @@ class ModelArguments:
     batch_size: int | str = 1
     max_length: int | None = None
     trust_remote_code: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> ModelArguments:
@@ -286,6 +290,16 @@ def _flag(name: str, value: object) -> bool:
     return str(value).lower() == "true"
 
 
+def _object(name: str, value: object) -> dict[str, Any]:
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        given = None
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {value!r}; give a JSON object")
+    return dict(given)
+
+
 def _batch_size(name: str, value: object) -> int | str:
     return "auto" if str(value).startswith("auto") else _integer(name, value)
 
@@ -293,6 +307,7 @@ def _batch_size(name: str, value: object) -> int | str:
 _READERS: dict[str, Any] = {
     "threshold": _number,
     "trust_remote_code": _flag,
+    "chat_template_kwargs": _object,
     "batch_size": _batch_size,
     **dict.fromkeys(
         (

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import lm_eval.models  # noqa: F401  # its own, which it doesn't look for once it knows one
 import torch
-from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import (
@@ -25,7 +24,9 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
+from river_llm.chat_template import render_messages
 from river_llm.config import Mode, SamplingConfig
+from river_llm.control_tokens import ControlTokens, without_mark
 from river_llm.errors import ConfigError, DataError
 from river_llm.evaluation.likelihood import Candidate, CandidateScore, LikelihoodScorer
 from river_llm.evaluation.lm_eval_arguments import ModelArguments, sampling_config
@@ -33,6 +34,7 @@ from river_llm.evaluation.run import describe_model
 from river_llm.exit_policy import ExitPolicy
 from river_llm.generation import GenerationResult
 from river_llm.river_lm import RiverLM
+from river_llm.text import behind_front, encode_text
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -66,11 +68,13 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         batch_size: int = 1,
         max_length: int | None = None,
         name: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             lm: its policy is set to never leaving in lossless mode.
             name: what the results call the model.
+            chat_template_kwargs: further variables that the chat template reads.
 
         Raises:
             ConfigError: `max_length` is more than the model's context.
@@ -90,6 +94,8 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self._lm = lm
         self._mode: Mode = mode
         self._name = name or str(lm.tokenizer.name_or_path)
+        self._chat_template_kwargs = chat_template_kwargs
+        self._marks: set[str] = set()  # in texts of `apply_chat_template`
         self._exits: Counter[int] = Counter()
 
     @classmethod
@@ -124,6 +130,7 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
             batch_size=arguments.rows,
             max_length=arguments.max_length,
             name=arguments.pretrained,
+            chat_template_kwargs=arguments.chat_template_kwargs,
         )
 
     # ---- text and tokens ----
@@ -154,37 +161,39 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The tokens of a text. None: with the special tokens that the tokenizer adds, unless the
-        text begins with that of a beginning, as chat templates write it."""
+        """The tokens of a text. None: with the special tokens that the tokenizer puts in front of
+        one, unless the text begins with them, as what chat templates write does."""
+        tokenizer = self.tokenizer
+        for mark in self._marks:
+            if mark in string:
+                own = ControlTokens.of(tokenizer).encode(tokenizer, string, mark)
+                string = without_mark(string, mark)
+                return own if add_special_tokens is False else behind_front(tokenizer, string, own)
         if add_special_tokens is None:
-            begin = self.tokenizer.decode([self.prefix_token_id])
-            add_special_tokens = not string.startswith(begin)
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+            return encode_text(tokenizer, string)
+        return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages as the text that the model knows. Where its template takes no system message,
-        that is left out, with a warning.
+        """Messages as the text that the model knows. What spells a control token in a message has
+        a character in it by which `tok_encode` knows that it is text.
 
         Raises:
             ConfigError: the model has no chat template, or it can't take these messages.
         """
         if not self.tokenizer.chat_template:
             raise ConfigError("the model has no chat template; leave out --apply_chat_template")
-        settings = {
-            "tokenize": False,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        without_system = [turn for turn in chat_history if turn["role"] != "system"]
-        try:
-            return str(self.tokenizer.apply_chat_template(chat_history, **settings))
-        except TemplateError as error:
-            if len(without_system) == len(chat_history):
-                raise ConfigError(f"the chat template can't take the messages ({error})") from error
-            _log.warning("the chat template takes no system message; it is left out (%s)", error)
-            return str(self.tokenizer.apply_chat_template(without_system, **settings))
+        text, mark = render_messages(
+            self.tokenizer,
+            chat_history,
+            self._chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        if mark is not None:
+            self._marks.add(mark)
+        return text
 
     # ---- requests ----
 
@@ -327,21 +336,6 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         return {place: prompt[-room:] for place, prompt in encoded.items()}
 
     def _generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig
-    ) -> list[GenerationResult]:
-        stop_tokens = self._lm.stop_tokens
-        self._lm.stop_tokens = stop_tokens | self._special_tokens(sampling.stop or ())
-        try:
-            return self._generate_until(prompts, sampling)
-        finally:
-            self._lm.stop_tokens = stop_tokens
-
-    def _special_tokens(self, texts: Sequence[str]) -> frozenset[int]:
-        """Those of these texts that are special tokens, which answers leave out."""
-        added = self.tokenizer.added_tokens_decoder.items()
-        return frozenset(token for token, text in added if text.special and str(text) in texts)
-
-    def _generate_until(
         self, prompts: list[list[int]], sampling: SamplingConfig
     ) -> list[GenerationResult]:
         lm = self._lm

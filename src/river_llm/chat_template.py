@@ -1,0 +1,307 @@
+"""Messages to the text that the model knows, by its chat template.
+
+Templates differ in what they take: some know no system message, some want a content in parts, and
+what they don't know they leave out without a word. So messages are rendered in one form after the
+other (`_FORMS`) until one keeps the content of every message.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from river_llm.control_tokens import MARKS, ControlTokens, unused_mark
+from river_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]  # {"role": "user", "content": "..."}
+
+WANTED_MESSAGES = 'messages must be a list of {"role": ..., "content": ...}, both of them strings'
+_OWN_VARIABLES = {"messages", "add_generation_prompt"}
+_Rank = tuple[bool, bool, bool]
+# (the system's text goes in front of the first user message, contents are lists of parts)
+_FORMS = ((False, False), (False, True), (True, False), (True, True))
+
+_log = logging.getLogger(__name__)
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_control_tokens: bool = False,
+) -> list[int]:
+    """The tokens of messages, and of the beginning of the answer to them.
+
+    Args:
+        messages: their contents are strings, or lists of ``{"type": "text", "text": ...}``.
+        chat_template_kwargs: further variables that the template reads.
+        allow_control_tokens: what spells a control token in a message is one.
+
+    Raises:
+        ConfigError: see `render_messages`.
+    """
+    rendering, mark = render_messages(
+        tokenizer, messages, chat_template_kwargs, allow_control_tokens
+    )
+    if mark is None:
+        return list(tokenizer(rendering, add_special_tokens=False).input_ids)
+    return ControlTokens.of(tokenizer).encode(tokenizer, rendering, mark)
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_control_tokens: bool = False,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> tuple[str, str | None]:
+    """Messages as the template writes them; arguments as of `encode_messages`.
+
+    Args:
+        add_generation_prompt: write the beginning of an answer behind the messages.
+        continue_final_message: the last message is the beginning of the answer, and stays open.
+
+    Returns:
+        The text, and the mark in what spells a control token without being one (`ControlTokens`);
+        None where nothing does.
+
+    Raises:
+        ConfigError: a message is malformed, the template can't take the messages, leaves one out or
+            doesn't read an argument, or there is no template.
+    """
+    given = dict(chat_template_kwargs or {})
+    template = _template(tokenizer, given)
+    _check_arguments(tokenizer, template, given)
+    chat = [_checked(message) for message in messages]
+    mark = None
+    if not allow_control_tokens:
+        mark = unused_mark(chat, given)
+        control = ControlTokens.of(tokenizer)
+        marked = [control.mark(one, mark, one["role"] == "assistant") for one in chat]
+        marked_arguments = {
+            name: value if name in tokenizer.special_tokens_map else control.mark(value, mark)
+            for name, value in given.items()
+        }
+        if (marked, marked_arguments) == (chat, given):
+            mark = None
+        chat, given = marked, marked_arguments
+    given["add_generation_prompt"] = add_generation_prompt
+    given["continue_final_message"] = continue_final_message
+    return _Template(tokenizer, given).render(chat), mark
+
+
+class _Template:
+    """A tokenizer's chat template with its arguments."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._arguments = arguments
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The messages in the first of the forms that keeps all of them.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        refusals: list[tuple[_Rank, ConfigError]] = []
+        incomplete: list[tuple[list[int], list[Message], str]] = []
+        for moves_system, in_parts in _FORMS:
+            moved = _system_moved(messages) if moves_system else messages
+            if moved is None:
+                continue
+            chat = [_with_content(one, _parts(one) if in_parts else _text(one)) for one in moved]
+            try:
+                rendering = self._render(chat)
+                lost = self._without_trace(chat)
+            except ConfigError as error:
+                is_its_own = type(error.__cause__) is TemplateError  # of raise_exception
+                refusals.append(((is_its_own, moves_system, not in_parts), error))
+                continue
+            if not lost:
+                if moves_system:
+                    _say_system_is_moved(str(self._tokenizer.chat_template))
+                return rendering
+            incomplete.append((lost, chat, rendering))
+        if not incomplete:
+            raise max(refusals, key=lambda refusal: refusal[0])[1]
+        lost, chat, rendering = min(incomplete, key=lambda found: len(found[0]))
+        for place in lost:  # a template may look at a content and write something else
+            others = [
+                *chat[:place],
+                _with_content(chat[place], "something else"),
+                *chat[place + 1 :],
+            ]
+            if self._render(others) == rendering:
+                number = place + 1 + len(messages) - len(chat)
+                raise ConfigError(
+                    f"the chat template leaves out message {number} of {len(messages)} (role "
+                    f"{chat[place]['role']!r}); put its text into a user message, or leave it out"
+                )
+        return rendering
+
+    def _without_trace(self, messages: Sequence[Message]) -> list[int]:
+        """The places of messages whose contents can't be found in the rendering."""
+        first, second = MARKS[-2:]
+        probes = [f"{first}{place}{second}" for place in range(len(messages))]
+        probed = []
+        for message, probe in zip(messages, probes, strict=True):
+            content = message["content"]
+            in_parts = not isinstance(content, str)
+            longer = [*content, *_text_part(probe)] if in_parts else content + probe
+            probed.append(_with_content(message, longer))
+        rendering = self._render(probed)
+        return [
+            place
+            for place, probe in enumerate(probes)
+            if probe not in rendering and _text(messages[place]).strip()
+        ]
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, **self._arguments
+                )
+            )
+        except Exception as error:  # a template is a program, and can fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"the chat template refuses the messages: {reason}") from error
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """The template that serves, where a tokenizer has several.
+
+    Raises:
+        ConfigError: there is none, or it is broken.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError("the model has no chat template; give the prompt as one string")
+    try:
+        template: str = tokenizer.get_chat_template(None, arguments.get("tools"))
+        _compile_jinja_template(template)
+    except TemplateError as error:
+        where = getattr(error, "lineno", None)
+        raise ConfigError(
+            f"the model's chat template is broken ({' '.join(str(error).split())}"
+            f"{'' if where is None else f', line {where}'}); get the model's own "
+            "chat_template.jinja, or give the prompt raw"
+        ) from error
+    except ValueError as error:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ConfigError(
+            f"the model has several chat templates, and none is named default ({names}); set "
+            "tokenizer.chat_template to one of them"
+        ) from error
+    return template
+
+
+def _check_arguments(
+    tokenizer: PreTrainedTokenizerBase, template: str, arguments: Mapping[str, Any]
+) -> None:
+    """Validate that the template reads them.
+
+    Raises:
+        ConfigError: it doesn't read one.
+    """
+    if not arguments:
+        return
+    environment = _compile_jinja_template(template).environment
+    read = find_undeclared_variables(environment.parse(template))
+    read -= {*environment.globals, *_OWN_VARIABLES}
+    unknown = sorted(map(str, set(arguments) - read))
+    if unknown:
+        known = ", ".join(sorted(read - set(tokenizer.SPECIAL_TOKENS_ATTRIBUTES)))
+        raise ConfigError(
+            f"chat_template_kwargs: the chat template reads no {unknown[0]!r}; "
+            + (f"it reads {known}" if known else "it reads no arguments at all")
+        )
+
+
+def _checked(message: object) -> Message:
+    """A message as it was given, its content a string or a list of parts.
+
+    Raises:
+        ConfigError: it is no message, or has something else than text.
+    """
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ConfigError(WANTED_MESSAGES)
+    if isinstance(content, list | tuple):
+        for part in content:
+            is_text = isinstance(part, dict) and part.get("type") == "text"
+            if not is_text or not isinstance(part.get("text"), str):
+                raise ConfigError(
+                    "the content of a message has a part that is no text; the parts of a content "
+                    'are {"type": "text", "text": ...}, or the content is one string'
+                )
+        content = list(content)
+    elif not isinstance(content, str):
+        raise ConfigError(WANTED_MESSAGES)
+    checked = _with_content(message, content)
+    check_encodable(_text(checked))
+    return checked
+
+
+def check_encodable(text: str) -> None:
+    """Validate that a string is text.
+
+    Raises:
+        ConfigError: it has lone surrogates.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt is no text, character {error.start} is half of a surrogate pair; "
+            "read it as UTF-8"
+        ) from error
+
+
+def _with_content(message: Message, content: str | list[Message]) -> Message:
+    return {**message, "content": content}
+
+
+def _text(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _parts(message: Message) -> list[Message]:
+    content = message["content"]
+    return list(content) if isinstance(content, list) else _text_part(content)
+
+
+def _text_part(text: str) -> list[Message]:
+    return [{"type": "text", "text": text}]
+
+
+def _system_moved(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages with the text of those of the system, at their beginning, in front of the first
+    user message; None where there is nothing to move, or nowhere to."""
+    system = list(takewhile(lambda message: message["role"] == "system", messages))
+    rest = list(messages[len(system) :])
+    if not system or not rest or rest[0]["role"] != "user":
+        return None
+    texts = [_text(message) for message in (*system, rest[0])]
+    return [_with_content(rest[0], "\n\n".join(texts)), *rest[1:]]
+
+
+@lru_cache
+def _say_system_is_moved(template: str) -> None:
+    """Once for each template: an evaluation or a server would say it for every prompt."""
+    _log.warning(
+        "the chat template takes no system message; its text goes in front of the first user "
+        "message"
+    )
