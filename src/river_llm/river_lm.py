@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -19,6 +18,7 @@ from river_llm.generation import GenerationResponse, GenerationResult, generate_
 from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
 from river_llm.model_source import DEFAULT_MODEL
+from river_llm.ownership import ProcessLock
 from river_llm.pretrained import load_pretrained
 from river_llm.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.residency import OffloadConfig, ResidencyPlan
@@ -70,7 +70,7 @@ class RiverLM:
         self._cached: CachedText | None = None  # what the engine's cache holds, if one sequence
         self._lossless: dict[DraftConfig, LosslessDecoder] = {}
         self._answers = 0  # begun so far
-        self._turn = RLock()  # of the thread that uses the KV cache
+        self._turn = ProcessLock()  # of the thread that uses the KV cache
 
     @classmethod
     def from_pretrained(
@@ -199,8 +199,8 @@ class RiverLM:
             **sampling: fields of `SamplingConfig`.
 
         Raises:
-            ConfigError: the prompt is empty or no prompt, or a setting is unknown or out of its
-                range.
+            ConfigError: the prompt is empty or no prompt, the chat template can't take it, or a
+                setting is unknown or out of its range.
             ContextFullError: the prompt doesn't fit the model's context.
         """
         with self._turn:
@@ -241,15 +241,16 @@ class RiverLM:
             chat_template_kwargs=chat_template_kwargs,
             allow_control_tokens=allow_control_tokens,
         )
+        return self.stream_tokens(token_ids, settings, reuse_cache, mode=mode, drafts=drafts)
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
         *,
         raw: bool = False,
-        mode: Mode = "river",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_control_tokens: bool = False,
+        mode: Mode = "river",
         drafts: DraftConfig | None = None,
         **sampling: Any,
     ) -> list[GenerationResult]:
@@ -357,7 +358,7 @@ class RiverLM:
                 yield response
         finally:
             # where another thread has its turn, it has begun an answer, and closing does nothing
-            has_turn = self._turn.acquire(blocking=False)
+            has_turn = self._turn.acquire_at_once()
             try:
                 steps.close()
             finally:
@@ -505,9 +506,9 @@ class RiverLM:
         return len(text.tokens)
 
     def _text_in_cache(self) -> CachedText | None:
-        """None where the engine's cache was used for something else since."""
+        """None where the engine's cache was used for something else since, or is empty."""
         cached = self._cached
-        return cached if cached and self.engine.length >= len(cached.tokens) else None
+        return cached if cached and self.engine.length >= max(1, len(cached.tokens)) else None
 
     def _policy_in(self, mode: Mode) -> ExitPolicy:
         """By which tokens leave; in lossless mode they never do."""
