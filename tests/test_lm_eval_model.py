@@ -24,7 +24,8 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 from river_llm.evaluation.lm_eval_model import RiverEvalLM  # noqa: E402
 
@@ -147,7 +148,10 @@ def hf(evaluate: Callable[..., dict[str, Any]], model: str) -> dict[str, Any]:
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[SimpleNamespace]:
-    return [SimpleNamespace(args=one) for one in arguments]
+    return [
+        SimpleNamespace(args=one, task_name="tiny", doc_id=place)
+        for place, one in enumerate(arguments)
+    ]
 
 
 def responses(results: dict[str, Any], task: str) -> list[Any]:
@@ -325,13 +329,36 @@ class TestRequests:
         assert "1 of 1 contexts lose their beginning: max_length is 64" in caplog.text
 
     @pytest.mark.parametrize(
-        ("continuation", "message"), [("", "adds no token"), ("x" * 65, "max_length is 64")]
+        ("continuation", "message"), [("", "has no token"), ("x" * 65, "max_length is 64")]
     )
-    def test_a_continuation_without_a_likelihood_is_refused(
-        self, eval_lm: RiverEvalLM, continuation: str, message: str
+    @pytest.mark.parametrize("context", ["river", ""])
+    def test_a_continuation_without_a_likelihood_is_refused_before_the_first_pass(
+        self,
+        eval_lm: RiverEvalLM,
+        context: str,
+        continuation: str,
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        with pytest.raises(DataError, match=message):
-            eval_lm.loglikelihood(requests(("river", continuation)))
+        monkeypatch.setattr(eval_lm._lm, "engine", None)
+        with pytest.raises(DataError, match=f"^task tiny, item 1: a continuation .*{message}"):
+            eval_lm.loglikelihood(requests(("river", "s"), (context, continuation)))
+
+    def test_a_continuation_that_joins_the_context_s_last_token_is_encoded_alone(
+        self, eval_lm: RiverEvalLM
+    ) -> None:
+        tokenizer = character_tokenizer()
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary, a, b = state["model"]["vocab"], *tokenizer("ab").input_ids
+        vocabulary["ab"] = vocabulary.pop("~")
+        state["model"]["merges"] = [["a", "b"]]
+        eval_lm.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<end>"
+        )
+        assert len(eval_lm.tok_encode("aab")) == 2
+        found = eval_lm.loglikelihood(requests(("aa", "b"), ("aa", "c")))
+        pairs = [(None, [a, a], [b]), (None, [a, a], tokenizer("c").input_ids)]
+        assert found == eval_lm._loglikelihood_tokens(pairs)
 
     def test_a_prompt_without_room_for_the_answer_loses_its_beginning(
         self, eval_lm: RiverEvalLM, caplog: pytest.LogCaptureFixture

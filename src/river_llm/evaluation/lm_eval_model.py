@@ -197,6 +197,42 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
 
     # ---- requests ----
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of every continuation of a context, and whether it is what greedy
+        decoding gives.
+
+        Raises:
+            DataError: a continuation has no tokens, or more than the model takes; the message names
+                the task's item, before anything is computed.
+        """
+        pairs = []
+        for request in tqdm(requests, desc="tokens", disable=disable_tqdm):
+            pair = self._encode_pair(*request.args)
+            try:
+                self._candidate(*pair)
+            except DataError as error:
+                item = f"task {request.task_name}, item {request.doc_id}"
+                raise DataError(f"{item}: {error} ({request.args[1][:40]!r})") from error
+            pairs.append((request.args, *pair))
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of context and continuation, split as lm-eval does it. A continuation whose
+        letters join the context's last token, so that it has none of its own, is encoded alone."""
+        stripped = context.rstrip()
+        context_ids, continuation_ids = [], []
+        if stripped:
+            context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            rest = context[len(stripped) :] + continuation
+            continuation_ids = self.tok_encode(rest, add_special_tokens=False)
+        if context_ids:
+            return context_ids, continuation_ids
+        begin = self.prefix_token_id
+        return [begin], continuation_ids[continuation_ids[:1] == [begin] :]
+
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
@@ -204,11 +240,7 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         **_: Any,
     ) -> list[tuple[float, bool]]:
         """Of each (texts, context, continuation): the continuation's log-likelihood and whether it
-        is what greedy decoding gives. Contexts that don't fit lose their beginning.
-
-        Raises:
-            DataError: a continuation has no tokens, or more than the model takes.
-        """
+        is what greedy decoding gives. Contexts that don't fit lose their beginning."""
         questions: dict[object, list[int]] = {}  # a question's choices share its pass
         for place, (_texts, context, _continuation) in enumerate(requests):
             # one token, as before windows of a text, is nothing to share
@@ -224,7 +256,7 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         with tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm) as bar:
             for first in range(0, len(groups), self.batch_size):
                 batch = groups[first : first + self.batch_size]
-                items = [[self._candidate(*requests[place]) for place in one] for one in batch]
+                items = [[self._candidate(*requests[place][1:]) for place in one] for one in batch]
                 for places, scores in zip(batch, scorer.score(items), strict=True):
                     for place, score in zip(places, scores, strict=True):
                         found[place] = score
@@ -308,9 +340,9 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         info["exit_layers"] = {str(layer): n for layer, n in sorted(self._exits.items())}
         return {"river_llm": info}
 
-    def _candidate(self, _texts: object, context: list[int], continuation: list[int]) -> Candidate:
+    def _candidate(self, context: list[int], continuation: list[int]) -> Candidate:
         if not continuation:
-            raise DataError("a continuation adds no token to its context; it has no likelihood")
+            raise DataError("a continuation has no token, and so no likelihood")
         if len(continuation) > self.max_length:
             raise DataError(
                 f"a continuation has {len(continuation)} tokens, but max_length is "
