@@ -21,6 +21,8 @@ from river_llm.model_source import ADAPTER_CONFIG, is_lfs_pointer, lfs_message
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Of a repository: what decides whether it can be loaded at all.
 DESCRIPTIONS = (CONFIG, ADAPTER_CONFIG, INDEX, "hf_quant_config.json", "quantize_config.json")
+# transformers goes on without one of these, and without a word, where it is damaged.
+_SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type", "method")
@@ -56,6 +58,9 @@ def check_description(directory: Path, name: str) -> None:
                 raise ModelLoadError(lfs_message(file))
     if (directory / ADAPTER_CONFIG).is_file():
         raise ModelLoadError(_adapter_message(name, read_json(directory / ADAPTER_CONFIG)))
+    for file in map(directory.joinpath, _SETTINGS):
+        if file.is_file():
+            read_json(file)
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     files = [directory / file for file in _QUANTISATION_FILES]
     beside = [{"quantization": read_json(file)} for file in files if file.is_file()]
@@ -81,8 +86,7 @@ def check_weights(directory: Path, name: str) -> None:
     of_adapter = [key for key in dtypes if _ADAPTER.search(key)]
     if of_adapter:
         raise ModelLoadError(
-            f"{name} holds {len(of_adapter)} tensors of an adapter, {min(of_adapter)} among them; "
-            f"{_MERGE}"
+            f"{name} holds weights of an adapter ({min(of_adapter)}) that is not merged; {_MERGE}"
         )
     for key, dtype in sorted(dtypes.items()):
         is_weight = key.endswith(".weight") or dtype.startswith(("F4", "F6", "F8"))

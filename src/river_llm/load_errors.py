@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,9 @@ def _explain(error: BaseException, name: str, gguf_file: str | None) -> str:
             f"the tokenizer of {name} can't be read: its file is damaged, or of a kind that needs "
             "another package (pip install sentencepiece tiktoken)"
         )
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and gguf_file is None:
+        # the other files were read before
+        return f"the tokenizer of {name} can't be read ({brief(text)}); get its files again"
     if "safetensors" in text and "no file named" in text:
         if directory.is_dir() and not any(p.suffix in _PICKLED for p in directory.iterdir()):
             return f"{name} holds no weights; get its model.safetensors too, or all parts of it"

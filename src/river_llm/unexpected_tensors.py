@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # What older checkpoints hold of what a model computes itself: rotary frequencies, causal masks.
 _BUFFERS = re.compile(
-    r"(^|[._])(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias|causal_mask))$"
+    r"(^|[._])(inv_freq|position_ids)$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$"
 )
 # Beside the language model: towers of other inputs and outputs, heads that predict further tokens
 # or judge a text.
@@ -53,11 +53,9 @@ def check_unexpected(
         )
     unknown = [key for key in left if not _is_apart(config, key)]
     if unknown:
-        _log.warning(
-            "%s: %s belong to no part of the model and are left out", name, _count(unknown)
-        )
+        _log.warning("%s: no part of the model takes %s", name, _count(unknown))
     elif left:
-        _log.info("%s: %s are of other parts than the language model", name, _count(left))
+        _log.info("%s: beside the language model there are %s", name, _count(left))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     text = model.config.get_text_config(decoder=True)
     is_tied = text.tie_word_embeddings and model._tied_weights_keys and head is not None
@@ -75,8 +73,10 @@ def _count(keys: list[str]) -> str:
 def _changes_the_answer(model: PreTrainedModel, config: PretrainedConfig, key: str) -> bool:
     """Whether a tensor stands in a decoder layer, in a layer too many, or in another part that the
     model has."""
-    module: nn.Module = model
+    base = getattr(model, model.base_model_prefix, model)
     parts = key.split(".")
+    # names may leave out the prefix of the base model
+    module: nn.Module = base if parts[0] in base._modules else model
     while parts and (child := module._modules.get(parts[0])) is not None:
         module = child
         del parts[0]
@@ -86,8 +86,7 @@ def _changes_the_answer(model: PreTrainedModel, config: PretrainedConfig, key: s
         return int(parts[0]) >= len(module) + (getattr(text, "num_nextn_predict_layers", 0) or 0)
     if module is model:
         return False
-    is_base = module is getattr(model, model.base_model_prefix, None)
-    return not is_base or not _is_apart(config, key)
+    return module is not base or not _is_apart(config, key)
 
 
 def _is_apart(config: PretrainedConfig, key: str) -> bool:

@@ -1,0 +1,31 @@
+"""A damaged file of a model folder gives a model or one line, and no crash; see `loader_fuzz`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import loader_fuzz
+import pytest
+
+# A hundred inputs take two seconds.
+COUNT = int(os.environ.get("RIVER_LLM_FUZZ_INPUTS", "20000"))
+PROGRAM = Path(loader_fuzz.__file__)
+
+
+def test_damaged_files_give_a_model_or_one_line(tmp_path: Path) -> None:
+    whole = loader_fuzz.whole_folder(tmp_path)
+    outcomes = {loader_fuzz.outcome(whole, seed) for seed in range(200)}
+    assert "loaded" in outcomes
+    assert len(outcomes) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_many_damaged_files_give_a_model_or_one_line(part: int) -> None:
+    count = COUNT // 4
+    arguments = [sys.executable, str(PROGRAM), str(1000 + part * count), str(count)]
+    done = subprocess.run(arguments, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr[-2000:]
