@@ -66,6 +66,7 @@ _SANDWICH_NORM = {
     "input_layernorm": "attn_norm",
     "pre_feedforward_layernorm": "ffn_norm",
 }
+_PERMUTED = ("llama", "mistral3", "smollm3", "granite")
 _GGUF_NORMS = {"olmo2": _POST_NORM, "gemma2": _SANDWICH_NORM, "gemma3": _SANDWICH_NORM}
 
 
@@ -219,7 +220,7 @@ def _gguf_tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.nda
             name = name.replace(own, of_gguf)
         weight = tensor.float().numpy()
         part = name.split(".")[-2]
-        if architecture in ("llama", "mistral3") and part in ("attn_q", "attn_k"):
+        if architecture in _PERMUTED and part in ("attn_q", "attn_k"):
             # llama.cpp's order of the rows, for rotations of neighbours
             heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
             rows = weight.reshape(heads, 2, -1, *weight.shape[1:])

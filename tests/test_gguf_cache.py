@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_gguf import write_tiny_gguf
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from river_llm import gguf_cache
 from river_llm.cache import (
@@ -18,6 +19,7 @@ from river_llm.cache import (
     cache_directory,
     cached_folders,
 )
+from river_llm.gguf_model import load_gguf
 from river_llm.loading import load_backbone
 
 
@@ -43,14 +45,12 @@ def _same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
 def _count_parses(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """A list that grows with every load of a GGUF file itself."""
     parsed: list[object] = []
-    load = AutoModelForCausalLM.from_pretrained
 
-    def counted(*args: object, **options: object) -> object:
-        if "gguf_file" in options:
-            parsed.append(args)
-        return load(*args, **options)
+    def counted(*args: Any) -> Any:
+        parsed.append(args)
+        return load_gguf(*args)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    monkeypatch.setattr("river_llm.loading.load_gguf", counted)
     return parsed
 
 

@@ -14,8 +14,9 @@ from river_llm.checkpoint_files import DESCRIPTIONS, check_description, check_we
 from river_llm.errors import ConfigError, ModelLoadError
 from river_llm.file_tokenizer import with_its_own_file
 from river_llm.gguf_cache import copy_of, keep_copy, read_copy
+from river_llm.gguf_model import load_gguf, load_gguf_config
 from river_llm.load_errors import check_has_tokenizer, one_clear_line
-from river_llm.model_source import resolve
+from river_llm.model_source import gguf_parts, resolve
 from river_llm.unexpected_tensors import check_unexpected
 
 if TYPE_CHECKING:
@@ -65,15 +66,15 @@ def load_backbone(
     source, gguf_file = resolve(name_or_path)
     with one_clear_line(str(name_or_path), gguf_file):
         copy = None
-        if gguf_file is not None and not trust_remote_code:  # code is read at its source only
+        if gguf_file is not None:
             copy = copy_of(Path(source, gguf_file), dtype)
         loaded = read_copy(copy) if copy else None
         if loaded is None:
             if gguf_file is not None:
-                loaded = _load_gguf(source, gguf_file, dtype, trust_remote_code)
+                loaded = load_gguf(gguf_parts(Path(source, gguf_file)), dtype)
             else:
                 loaded = _load_checkpoint(source, str(name_or_path), dtype, trust_remote_code)
-            check_kind(loaded[0].config, type(loaded[0]))  # a GGUF file's config takes seconds
+            check_kind(loaded[0].config, type(loaded[0]))
             if copy:
                 keep_copy(copy, *loaded)
         model, tokenizer = loaded
@@ -89,11 +90,9 @@ def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> Pr
     """
     source, gguf_file = resolve(name_or_path)
     with one_clear_line(str(name_or_path), gguf_file):
-        from transformers import AutoConfig
-
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if gguf_file is not None:
-            config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
+            config = load_gguf_config(gguf_parts(Path(source, gguf_file)))
         else:
             config = _read_config(source, str(name_or_path), **options)
         return _text_config(config) or config.get_text_config(decoder=True)
@@ -228,28 +227,4 @@ def _load_checkpoint(
         check_weights(fetched, name)
     check_unexpected(name, model, config, info["unexpected_keys"])
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
-    return model, tokenizer
-
-
-def _load_gguf(
-    directory: str, gguf_file: str, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        output_loading_info=True,
-        quantization_config=GgufConfig(gguf_file=gguf_file, dequantize=True),
-        **options,
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelLoadError(
-            f"{Path(directory, gguf_file)} lacks {len(missing)} of the model's tensors, "
-            f"{missing[0]} among them; get the whole set of files"
-        )
     return model, tokenizer

@@ -18,16 +18,8 @@ _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _BESIDE = re.compile("mmproj|imatrix", re.IGNORECASE)  # GGUF files that go with a model's
 _LFS_POINTER = b"version https://git-lfs"
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
-# What transformers reads beside a GGUF file, where it is there.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+# What is read beside a GGUF file, where it is there.
+COMPANIONS = ("generation_config.json", "chat_template.jinja")
 
 
 def smollm2_path() -> Path:
@@ -200,7 +192,7 @@ def _check_hub_id(name: str) -> None:
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=10)
+        files = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
     except hub_errors.GatedRepoError as error:
         raise ModelLoadError(
             f"{name} asks for its terms to be accepted; do so on its page in the Hub, then log in "
@@ -216,11 +208,18 @@ def _check_hub_id(name: str) -> None:
             f"there is no model {name}: no such file or directory, and the Hub can't be asked "
             f"({brief(' '.join(str(error).split()))}); check the name, or give a local directory"
         ) from error
+    suffixes = {Path(file.rfilename).suffix for file in files}
+    if ".gguf" in suffixes and ".safetensors" not in suffixes:
+        raise ModelLoadError(
+            f"{name} holds GGUF files; download one of them (hf download {name} FILE.gguf) and give "
+            "its path"
+        )
 
 
 def _shown(name: str) -> str:
     """A name as a message has it: on one line, and not too long."""
-    return brief(name if name.strip() and name.isprintable() else repr(name))
+    name = name if name.strip() and name.isprintable() else repr(name)
+    return name if len(name) <= 200 else name[:200] + "..."
 
 
 def _way_out(name: str) -> str:

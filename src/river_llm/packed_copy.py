@@ -44,8 +44,8 @@ from river_llm.river import River
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Goes up with every change of what is packed, of the quantisers too.
-FORMAT_VERSION = 2
+# Goes up with every change of what is packed, of the quantisers and of how files are read too.
+FORMAT_VERSION = 3
 _WEIGHTS, _EMBEDDING = "weights.bin", "embedding.bin"
 _PARTS, _DESCRIPTION = "parts.safetensors", "packed.json"
 _READ_BYTES = 16 << 20  # that a thread reads at a time

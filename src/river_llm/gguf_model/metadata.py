@@ -1,0 +1,145 @@
+"""The metadata of a GGUF file, taken key by key, so that what nobody took can be told."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from river_llm.errors import ModelLoadError
+
+# What only says where a file comes from and how it was made.
+_PROVENANCE = ("general.", "split.", "quantize.", "imatrix.", "mradermacher.")
+# Values with which a setting does nothing, where an architecture doesn't have it.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "router_logit_softcapping": (0,),
+    "embedding_scale": (1,),
+    "residual_scale": (1,),
+    "logit_scale": (1,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "use_parallel_residual": (False,),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.finetuned": (True, False),  # whether it was trained with its scaling
+    "rope.scaling.yarn_ext_factor": (1,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+_MISSING: Any = object()
+
+
+class Metadata:
+    """Metadata of one architecture.
+
+    Attributes:
+        architecture: as the file names it.
+    """
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        """
+        Raises:
+            ModelLoadError: it holds no model, but an adapter or a projector, or names no
+                architecture.
+        """
+        self._path = path
+        self._values = values
+        self._taken: set[str] = set()
+        kind = values.get("general.type", "model")
+        if kind != "model":
+            raise ModelLoadError(f"{path} holds no model, its type is {kind!r}; give the model's")
+        architecture = values.get("general.architecture")
+        if not isinstance(architecture, str) or not architecture:
+            raise ModelLoadError(f"{path} names no architecture; get the file again")
+        self.architecture = architecture
+
+    def refusal(self, reason: str) -> ModelLoadError:
+        """That the file can't be used."""
+        return ModelLoadError(f"{self._path} {reason}")
+
+    def take(self, key: str, default: Any = _MISSING) -> Any:
+        """The value of a key of the architecture, `attention.head_count`; of layers that have one
+        each, the one that all share.
+
+        Raises:
+            ModelLoadError: it isn't there and there is no default, or layers differ.
+        """
+        full = f"{self.architecture}.{key}"
+        self._taken.add(full)
+        value = self._values.get(full, default)
+        if value is _MISSING:
+            raise self.refusal(f"lacks {full}; it is damaged, or was made by an old converter")
+        if isinstance(value, list):
+            if not value or any(other != value[0] for other in value):
+                raise self.refusal(f"has layers that differ in {full}, which isn't supported")
+            return value[0]
+        return value
+
+    def take_list(self, key: str) -> list[Any] | None:
+        """The same of a key that may have a value for each layer; None where it isn't there or has
+        one value."""
+        value = self._values.get(f"{self.architecture}.{key}")
+        if not isinstance(value, list):
+            return None
+        self._taken.add(f"{self.architecture}.{key}")
+        return value
+
+    def count(self, key: str, default: Any = _MISSING) -> Any:
+        """A whole number above 0, or the default.
+
+        Raises:
+            ModelLoadError: it is something else.
+        """
+        value = self.take(key, default)
+        if value is default:
+            return value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
+        return value
+
+    def number(self, key: str, default: Any = _MISSING) -> Any:
+        """A finite number above 0, or the default, which 0 stands for too.
+
+        Raises:
+            ModelLoadError: it is something else.
+        """
+        value = self.take(key, default)
+        if value is default:
+            return value
+        if value == 0 and default is not _MISSING:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
+        if not 0 < value < math.inf:
+            raise self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
+        return float(value)
+
+    def check_all_taken(self, known: frozenset[str] = frozenset()) -> None:
+        """Refuse a key that nobody took and that may change what the model computes; `known` are
+        further ones.
+
+        Raises:
+            ModelLoadError: there is one.
+        """
+        prefix = f"{self.architecture}."
+        for key, value in self._values.items():
+            if key in self._taken or key in known or key.startswith(_PROVENANCE):
+                continue
+            neutral = _NEUTRAL.get(key.removeprefix(prefix), ()) if key.startswith(prefix) else ()
+            if not isinstance(value, list) and value in neutral:
+                continue
+            shown = "an array" if isinstance(value, list) else repr(value)[:60]
+            raise self.refusal(
+                f"has {key} = {shown}, which isn't known here and may change its answers; take "
+                "another file of the model, or, if you know that it does nothing: "
+                f"gguf-new-metadata --remove-metadata {key}"
+            )

@@ -1,0 +1,341 @@
+"""The tokenizer of a GGUF file: the one that its model was trained with, with the file's own ids.
+
+Two kinds of vocabulary are known: BPE with merges ("gpt2", "gemma4"), whose text is cut before by
+the rule that `tokenizer.ggml.pre` names, and SentencePiece's BPE with scores ("llama").
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from gguf import TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+
+from river_llm.errors import ModelLoadError
+from river_llm.gguf_model.file import GGUFContent
+from river_llm.gguf_model.pre_tokenizers import KINDS, PreTokenization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BPE_KINDS = ("gpt2", "gemma4")
+_SENTENCEPIECE = "llama"
+_BLANK = "▁"  # SentencePiece's
+_PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+_TEMPLATE_FILE = "chat_template.jinja"  # beside a file that has none itself
+# Ends of a turn, or of a text, that some files mark as ordinary tokens.
+_ALWAYS_CONTROL = frozenset(
+    (
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "<end_of_utterance>",
+        "<turn|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    )
+)
+# By the key that holds their id; those that a text can't do without if the file names them.
+_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "cls")
+_NEEDED_IDS = ("bos", "eos", "eot", "eom")
+_KNOWN = frozenset(
+    f"{_PREFIX}{key}"
+    for key in (
+        "model",
+        "pre",
+        "tokens",
+        "token_type",
+        "token_type_count",
+        "scores",
+        "merges",
+        "add_bos_token",
+        "add_eos_token",
+        "add_sep_token",
+        "add_space_prefix",
+        *(f"{name}_token_id" for name in _IDS),
+        # infilling, which nothing here does
+        *(f"fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
+        *(f"{part}_token_id" for part in ("prefix", "suffix", "middle")),
+    )
+) | {"tokenizer.huggingface.json", "tokenizer.chat_templates", _TEMPLATE}
+
+_log = logging.getLogger(__name__)
+
+
+class GGUFTokenizer:
+    """What a GGUF file says of its tokenizer.
+
+    Attributes:
+        known_keys: of the metadata, that are honoured here.
+        bos_id: of the token that begins a text; None: there is none.
+        end_ids: of the tokens that end a text or a turn.
+    """
+
+    def __init__(self, content: GGUFContent) -> None:
+        """
+        Raises:
+            ModelLoadError: there is no vocabulary, it is damaged, or of a kind that isn't known.
+        """
+        self._content = content
+        self._metadata = content.metadata
+        kind = self._get("model")
+        if kind not in (*_BPE_KINDS, _SENTENCEPIECE):
+            raise self._refusal(
+                f"has a tokenizer of the kind {kind!r}, which isn't known here (gpt2, llama and "
+                "gemma4 are)"
+                if kind
+                else "has no tokenizer"
+            )
+        self._is_bpe = kind in _BPE_KINDS
+        self._tokens = self._vocabulary()
+        self._types = self._token_types()
+        self._cutting = self._pre_tokenization(kind) if self._is_bpe else None
+        self._ids = {name: self._token_id(name) for name in _IDS}
+        if not self._is_bpe:  # as SentencePiece numbers them
+            for name, default in (("unknown", 0), ("bos", 1), ("eos", 2)):
+                if self._ids[name] is None and default < len(self._tokens):
+                    self._ids[name] = default
+        templates = {key for key in content.metadata if key.startswith(f"{_TEMPLATE}.")}
+        self.known_keys = _KNOWN | templates
+        self.bos_id = self._ids["bos"]
+        ends = (self._ids[name] for name in ("eos", "eot", "eom"))
+        self.end_ids = [end for end in dict.fromkeys(ends) if end is not None]
+
+    def token_settings(self) -> dict[str, int | None]:
+        """Ids of special tokens for a model's configuration."""
+        return {
+            f"{name}_token_id": self._ids[key]
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        }
+
+    def check_fits(self, num_embeddings: int) -> None:
+        """Validate that each token has an embedding.
+
+        Raises:
+            ModelLoadError: some have none.
+        """
+        if len(self._tokens) > num_embeddings:
+            raise self._refusal(
+                f"has {len(self._tokens)} tokens and embeddings of {num_embeddings}; it is damaged"
+            )
+
+    def build(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of `transformers`.
+
+        Raises:
+            ModelLoadError: its merges or scores can't be read.
+        """
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(self._bpe() if self._is_bpe else self._sentencepiece())
+        if self._cutting is not None:
+            tokenizer.pre_tokenizer = self._cutting.pre_tokenizer()
+        if self._cutting is None or self._cutting.is_sentencepiece:
+            has_prefix = self._cutting is None and self._flag("add_space_prefix", True)
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Prepend(_BLANK)] * has_prefix + [normalizers.Replace(" ", _BLANK)]
+            )
+            tokenizer.decoder = decoders.Sequence(
+                [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+                + [decoders.Strip(" ", 1, 0)] * has_prefix
+            )
+        else:
+            tokenizer.decoder = decoders.ByteLevel()
+        self._add_whole_tokens(tokenizer)
+        self._add_ends(tokenizer)
+        names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+        special = {
+            f"{name}_token": self._tokens[index]
+            for key, name in names.items()
+            if (index := self._ids[key]) is not None
+        }
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            clean_up_tokenization_spaces=False,
+            chat_template=self._chat_template(),
+            **special,
+        )
+
+    # ---- reading ----
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(f"{_PREFIX}{key}", default)
+
+    def _flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._refusal(f"has {_PREFIX}{key} = {value!r}; it is damaged")
+        return value
+
+    def _refusal(self, reason: str) -> ModelLoadError:
+        return ModelLoadError(f"{self._content.path} {reason}")
+
+    def _strings(self, key: str) -> list[str]:
+        values = self._get(key)
+        if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+            raise self._refusal(f"has no {_PREFIX}{key}; it is damaged, or has no vocabulary")
+        return values
+
+    def _vocabulary(self) -> list[str]:
+        tokens = self._strings("tokens")
+        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+        if len(set(tokens)) != len(tokens):
+            seen: set[str] = set()
+            twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+            raise self._refusal(f"has the token {twice!r} twice in its vocabulary; it is damaged")
+        return tokens
+
+    def _token_types(self) -> list[int]:
+        types = self._get("token_type")
+        if types is None:
+            types = [TokenType.NORMAL] * len(self._tokens)
+        if not isinstance(types, list) or len(types) != len(self._tokens):
+            raise self._refusal("doesn't say of each token which type it has; it is damaged")
+        return [
+            TokenType.CONTROL if token in _ALWAYS_CONTROL and kind == TokenType.NORMAL else kind
+            for token, kind in zip(self._tokens, types, strict=True)
+        ]
+
+    def _token_id(self, name: str) -> int | None:
+        index = self._get(f"{name}_token_id")
+        if index is None:
+            return None
+        if isinstance(index, int) and 0 <= index < len(self._tokens):
+            return index
+        if name in _NEEDED_IDS:
+            raise self._refusal(
+                f"has {_PREFIX}{name}_token_id = {index!r}, of {len(self._tokens)} tokens; "
+                "it is damaged"
+            )
+        _log.warning(
+            "%s has %s%s_token_id = %r, and %d tokens; it is taken for none",
+            self._content.path,
+            _PREFIX,
+            name,
+            index,
+            len(self._tokens),
+        )
+        return None
+
+    def _pre_tokenization(self, kind: str) -> PreTokenization:
+        name = "gemma4" if kind == "gemma4" else self._get("pre")
+        if name in KINDS:
+            return KINDS[name]
+        known = f"which is {name!r} and isn't known here" if name else "which is missing"
+        _log.warning(
+            "%s: how text is cut before it becomes tokens stands in %spre, %s; a common way is "
+            "taken, and answers may be worse; take a file from a newer converter",
+            self._content.path,
+            _PREFIX,
+            known,
+        )
+        return KINDS["default"]
+
+    # ---- building ----
+
+    def _bpe(self) -> BPE:
+        assert self._cutting is not None
+        vocabulary = {token: index for index, token in enumerate(self._tokens)}
+        merges = []
+        for merge in self._strings("merges"):
+            first, _, second = merge[1:].partition(" ")  # the first may begin with a blank
+            first = merge[:1] + first
+            if first in vocabulary and second in vocabulary and first + second in vocabulary:
+                merges.append((first, second))
+        return BPE(
+            vocabulary,
+            merges,
+            ignore_merges=self._cutting.ignore_merges,
+            byte_fallback=self._cutting.is_sentencepiece,
+            fuse_unk=False,
+        )
+
+    def _sentencepiece(self) -> BPE:
+        """SentencePiece joins the neighbours whose whole has the best score: merges in that order,
+        each token split wherever both parts are tokens."""
+        scores = self._get("scores")
+        if not isinstance(scores, list) or len(scores) != len(self._tokens):
+            raise self._refusal("has no score for each token; it is damaged")
+        vocabulary = {token: index for index, token in enumerate(self._tokens)}
+        left_out = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.BYTE)
+        parts = {
+            token
+            for token, kind in zip(self._tokens, self._types, strict=True)
+            if kind not in left_out
+        }
+        merges = [
+            (-scores[vocabulary[token]], vocabulary[token], token[:end], token[end:])
+            for token in parts
+            for end in range(1, len(token))
+            if token[:end] in parts and token[end:] in parts
+        ]
+        merges.sort(key=lambda one: (*one[:2], len(one[2])))
+        unknown = self._ids["unknown"]
+        return BPE(
+            vocabulary,
+            [(first, second) for _, _, first, second in merges],
+            unk_token=None if unknown is None else self._tokens[unknown],
+            byte_fallback=True,
+            fuse_unk=False,
+        )
+
+    def _add_whole_tokens(self, tokenizer: Tokenizer) -> None:
+        """Control tokens and those that a user has defined are found in the text before anything
+        else."""
+        name = str(self._metadata.get("general.name", "")).lower()
+        strips = "phi-3" in name or "phi3" in name  # its own tokenizer takes blanks behind them
+        keeps_blanks = ("<unk>", "<s>", "<|endoftext|>")
+        special = {self._ids[key] for key in ("bos", "eos", "unknown", "padding")}
+        for index, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
+            is_control = kind in (TokenType.CONTROL, TokenType.UNKNOWN) or index in special
+            if is_control or kind == TokenType.USER_DEFINED:
+                added = AddedToken(
+                    token,
+                    special=is_control,
+                    normalized=False,
+                    rstrip=strips and token not in keeps_blanks,
+                )
+                if is_control:
+                    tokenizer.add_special_tokens([added])
+                else:
+                    tokenizer.add_tokens([added])
+
+    def _add_ends(self, tokenizer: Tokenizer) -> None:
+        """A raw text's BOS and EOS, as the file or its kind says."""
+        has_bos = True if self._cutting is None else self._cutting.add_bos
+        bos, eos = self._ids["bos"], self._ids["eos"]
+        around = [
+            bos if self._flag("add_bos_token", has_bos) else None,
+            eos if self._flag("add_eos_token", False) else None,
+        ]
+        if around == [None, None]:
+            return
+        before, after = ([] if one is None else [self._tokens[one]] for one in around)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B:1", *after],
+            special_tokens=[(self._tokens[one], one) for one in {*around} if one is not None],
+        )
+
+    def _chat_template(self) -> str | dict[str, str] | None:
+        default = self._metadata.get(_TEMPLATE)
+        named = {
+            key.removeprefix(f"{_TEMPLATE}."): value
+            for key, value in self._metadata.items()
+            if key.startswith(f"{_TEMPLATE}.")
+        }
+        beside = self._content.path.with_name(_TEMPLATE_FILE)
+        if default is None and beside.is_file():
+            default = beside.read_text(encoding="utf-8")
+        if not named:
+            return default
+        return named if default is None else {"default": default, **named}

@@ -1,0 +1,419 @@
+"""GGUF files are used whole, or refused: each setting and each tensor changes the logits as it does
+in the model that the file was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from byte_models import IDS, byte_model, save_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from river_llm.errors import ModelLoadError, UnsupportedModelError
+from river_llm.gguf_model import load_gguf
+from river_llm.gguf_model.file import read_gguf
+
+_HALF = np.linspace(1, 4, 8).tolist()  # divisors of the 8 frequencies of a head
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([IDS[:200]])).logits
+    return logits
+
+
+def _model(architecture: str = "Llama", **settings: Any) -> PreTrainedModel:
+    """A random model whose biases and norms count."""
+    model = byte_model(architecture, dtype=torch.float32, **settings)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+        elif name.endswith("norm.weight"):
+            torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.2)
+    return model
+
+
+def _rope(kind: str, theta: float = 1e4, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
+
+
+def _llama3_divisors(low: float, high: float, factor: float, original: int) -> list[float]:
+    """As llama.cpp's converter writes them."""
+    divisors = []
+    for place in range(0, 16, 2):
+        wave = 2 * math.pi * 1e4 ** (place / 16)
+        smooth = (original / wave - low) / (high - low)
+        divisors.append(1 / ((1 - min(max(smooth, 0), 1)) / factor + min(max(smooth, 0), 1)))
+    return divisors
+
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LONG = {"long_factor": _HALF, "short_factor": [2.0, *_HALF[1:]]}
+_FACTORS = {
+    "rope_factors_long.weight": _LONG["long_factor"],
+    "rope_factors_short.weight": _LONG["short_factor"],
+}
+_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+_GEMMA_ROPES = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+    }
+}
+_GEMMA = {"head_dim": 16, "sliding_window": 8, "tie_word_embeddings": True}
+_GEMMA2 = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 3.0}
+_GRANITE = {
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.5,
+}
+
+# name: (GGUF architecture, transformers', its settings, further metadata, further tensors)
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", "Llama", {}, {}, {}),
+    "a tied head": ("llama", "Llama", {"tie_word_embeddings": True}, {}, {}),
+    "wide heads": ("llama", "Llama", {"head_dim": 32}, {}, {}),
+    "biases": ("llama", "Llama", {"attention_bias": True}, {}, {}),
+    "biases of the MLP": ("llama", "Llama", {"mlp_bias": True}, {}, {}),
+    "epsilon": ("llama", "Llama", {"rms_norm_eps": 0.3}, {}, {}),
+    "a window": (
+        "llama",
+        "Mistral",
+        {"sliding_window": 8},
+        {"attention.sliding_window": 8},
+        {},
+    ),
+    "linear": (
+        "llama",
+        "Llama",
+        _rope("linear", factor=4.0),
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {},
+    ),
+    "linear, by its old key": (
+        "llama",
+        "Llama",
+        _rope("linear", factor=4.0),
+        {"rope.scale_linear": 4.0},
+        {},
+    ),
+    "Llama 3's divisors": (
+        "llama",
+        "Llama",
+        _rope("llama3", 5e5, **_LLAMA3, original_max_position_embeddings=8192),
+        {},
+        {},  # filled in below
+    ),
+    "divisors of another original context": (
+        "llama",
+        "Llama",
+        _rope("llama3", **_LLAMA3, original_max_position_embeddings=64),
+        {},
+        {"rope_freqs.weight": _llama3_divisors(1, 4, 8, 64)},
+    ),
+    "yarn": (
+        "qwen2",
+        "Qwen2",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=128),
+        {**_YARN, "rope.scaling.original_context_length": 128},
+        {},
+    ),
+    "yarn with all it has": (
+        "qwen3",
+        "Qwen3",
+        {
+            "head_dim": 16,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=128,
+                beta_fast=4.0,
+                beta_slow=0.5,
+                attention_factor=1.3,
+            ),
+        },
+        {
+            **_YARN,
+            "rope.scaling.original_context_length": 128,
+            "rope.scaling.yarn_beta_fast": 4.0,
+            "rope.scaling.yarn_beta_slow": 0.5,
+            "rope.scaling.yarn_attn_factor": 1.3,
+        },
+        {},
+    ),
+    "qwen3": ("qwen3", "Qwen3", {"head_dim": 32}, {}, {}),
+    "qwen3 with biases": ("qwen3", "Qwen3", {"head_dim": 16, "attention_bias": True}, {}, {}),
+    "smollm3": ("smollm3", "SmolLM3", {"pad_token_id": 0}, {}, {}),
+    "phi3": ("phi3", "Phi3", {"pad_token_id": 0}, {}, {}),
+    "partial rotation, window": (
+        "phi3",
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "sliding_window": 8,
+            **_rope("default", partial_rotary_factor=0.5),
+        },
+        {"attention.sliding_window": 8},
+        {},
+    ),
+    "longrope": (
+        "phi3",
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 128,
+            **_rope(
+                "longrope",
+                **_LONG,
+                original_max_position_embeddings=128,
+                attention_factor=1.2,
+            ),
+        },
+        {"rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.2},
+        _FACTORS,
+    ),
+    "olmo2": ("olmo2", "Olmo2", {}, {}, {}),
+    "olmo3": (
+        "olmo2",
+        "Olmo3",
+        {"sliding_window": 8, "layer_types": 2 * ["sliding_attention", "full_attention"]},
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, False, True, False],
+        },
+        {},
+    ),
+    "gemma": ("gemma", "Gemma", {"head_dim": 16, "tie_word_embeddings": True}, {}, {}),
+    "gemma2": (
+        "gemma2",
+        "Gemma2",
+        {**_GEMMA, **_GEMMA2, "query_pre_attn_scalar": 16},
+        {"attention.sliding_window": 8, **_GEMMA2},
+        {},
+    ),
+    "gemma3": (
+        "gemma3",
+        "Gemma3Text",
+        {
+            **_GEMMA,
+            **_GEMMA_ROPES,
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 16,
+            "final_logit_softcapping": 2.0,
+        },
+        {
+            "attention.sliding_window": 8,
+            "rope.freq_base_swa": 5e3,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+            "final_logit_softcapping": 2.0,
+        },
+        {},
+    ),
+    "mistral3": (
+        "mistral3",
+        "Ministral3",
+        {
+            "head_dim": 16,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=128,
+                mscale=1.0,
+                mscale_all_dim=0.5,
+                llama_4_scaling_beta=0.3,
+            ),
+        },
+        {
+            **_YARN,
+            "rope.scaling.original_context_length": 128,
+            "rope.scaling.yarn_log_multiplier": 0.5,
+            "attention.temperature_scale": 0.3,
+        },
+        {},
+    ),
+    "granite": (
+        "granite",
+        "Granite",
+        _GRANITE,
+        {
+            "logit_scale": 0.5,
+            "residual_scale": 0.3,
+            "embedding_scale": 3.0,
+            "attention.scale": 0.5,
+        },
+        {},
+    ),
+}
+
+
+def _of_llama3() -> list[float]:
+    divisors = []
+    for place in range(0, 16, 2):
+        wave = 2 * math.pi * 5e5 ** (place / 16)
+        smooth = min(max((8192 / wave - 1) / 3, 0), 1)
+        divisors.append(1 / ((1 - smooth) / 8 + smooth))
+    return divisors
+
+
+CASES["Llama 3's divisors"][4]["rope_freqs.weight"] = _of_llama3()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_gives_the_logits_of_the_model_that_it_was_made_from(
+    name: str, tmp_path: Path
+) -> None:
+    architecture, of_transformers, model_settings, metadata, tensors = CASES[name]
+    model = _model(of_transformers, **model_settings)
+    metadata = {f"{architecture}.{key}": value for key, value in metadata.items()}
+    file = save_gguf(tmp_path / "model.gguf", model, architecture, metadata, tensors, pre="gpt-2")
+    own = _logits(model)
+    read, _ = load_gguf([file], torch.float32)
+    assert torch.allclose(_logits(read), own, atol=1e-4 * float(own.abs().max()))
+    # each of them counts: without it the answer is another one, or none; scaling is linear anyway
+    for key in metadata.keys() - {"llama.rope.scaling.type", "gemma3.rope.scaling.type"}:
+        rest = {other: value for other, value in metadata.items() if other != key}
+        _check_differs(file, model, architecture, rest, tensors, own)
+    for key in tensors:
+        rest = {other: value for other, value in tensors.items() if other != key}
+        _check_differs(file, model, architecture, metadata, rest, own)
+
+
+def _check_differs(
+    file: Path,
+    model: PreTrainedModel,
+    architecture: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, Any],
+    own: torch.Tensor,
+) -> None:
+    save_gguf(file, model, architecture, metadata, tensors, pre="gpt-2")
+    try:
+        other = _logits(load_gguf([file], torch.float32)[0])
+    except ModelLoadError:
+        return
+    assert not torch.allclose(other, own, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_queries_keys_and_values_may_stand_in_one_tensor_or_in_three(
+    is_fused: bool, tmp_path: Path
+) -> None:
+    model = _model("Llama" if is_fused else "Phi3", **({} if is_fused else {"pad_token_id": 0}))
+    architecture = "llama" if is_fused else "phi3"
+    file = save_gguf(tmp_path / "model.gguf", model, architecture, pre="gpt-2")
+    read = load_gguf([file], torch.float32)[0]
+    tensors = {
+        name: one.read(torch.float32).numpy() for name, one in read_gguf([file]).tensors.items()
+    }
+    extra = {}
+    for layer in range(4):
+        names = [f"blk.{layer}.attn_{part}.weight" for part in "qkv"]
+        whole = f"blk.{layer}.attn_qkv.weight"
+        if is_fused:
+            extra[whole] = np.concatenate([tensors.pop(name) for name in names])
+        else:
+            extra.update(zip(names, np.split(tensors.pop(whole), [64, 96]), strict=True))
+    other = save_gguf(
+        tmp_path / "other.gguf",
+        model,
+        architecture,
+        tensors=extra,
+        pre="gpt-2",
+        only=lambda name: name in tensors,
+    )
+    assert torch.equal(_logits(load_gguf([other], torch.float32)[0]), _logits(read))
+
+
+def test_parts_are_one_file(tmp_path: Path) -> None:
+    model = _model()
+
+    def save(name: str, number: int, count: int, only: Callable[[str], bool]) -> Path:
+        metadata = {"split.no": number, "split.count": count}
+        return save_gguf(tmp_path / name, model, metadata=metadata, only=only, pre="gpt-2")
+
+    parts = [
+        save("a.gguf", 0, 2, lambda name: not name.startswith("blk.2.")),
+        save("b.gguf", 1, 2, lambda name: name.startswith("blk.2.")),
+    ]
+    assert torch.equal(_logits(load_gguf(parts, torch.float32)[0]), _logits(model))
+    with pytest.raises(ModelLoadError, match="is one of 2 parts, and 1 were found"):
+        load_gguf(parts[:1], torch.float32)
+    with pytest.raises(ModelLoadError, match="is not part 1"):
+        load_gguf(parts[::-1], torch.float32)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a scale of logits": ({"llama.logit_scale": 0.5}, {}, r"llama\.logit_scale = 0\.5"),
+    "a cap": ({"llama.attn_logit_softcapping": 50.0}, {}, "attn_logit_softcapping"),
+    "a key of no architecture": ({"x.y": 1}, {}, r"has x\.y = 1, which isn't known"),
+    "a key of the tokenizer": ({"tokenizer.ggml.foo": True}, {}, r"tokenizer\.ggml\.foo"),
+    "an array": ({"llama.layer_scales": [1.0, 2.0]}, {}, "layer_scales = an array"),
+    "layers that differ": (
+        {"llama.feed_forward_length": [128, 128, 128, 64]},
+        {},
+        "layers that differ in llama.feed_forward_length",
+    ),
+    "partial rotation": ({"llama.rope.dimension_count": 8}, {}, "rotates 8 of 16 dimensions"),
+    "an unknown scaling": ({"llama.rope.scaling.type": "su2"}, {}, "'su2', which isn't known"),
+    "ntk's alpha": ({"llama.rope.scaling.alpha": 2.0}, {}, r"rope\.scaling\.alpha = 2"),
+    "q norms of Llama": ({}, {"blk.0.attn_q_norm.weight": [1.0] * 16}, "attn_q_norm.weight"),
+    "a layer too many": ({}, {"blk.4.attn_norm.weight": [1.0] * 64}, "tensors of 5 layers"),
+    "an adapter": ({"general.type": "adapter"}, {}, "its type is 'adapter'"),
+    "odd divisors": ({}, {"rope_freqs.weight": [1.0, 2.0]}, "divides no 8 frequencies"),
+    "a scaled and divided rope": (
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0},
+        {"rope_freqs.weight": _HALF},
+        "by yarn and by rope_freqs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_go_nowhere_is_refused(name: str, tmp_path: Path) -> None:
+    metadata, tensors, message = REFUSED[name]
+    with pytest.raises(ModelLoadError, match=message) as error:
+        _load_with(tmp_path, metadata, tensors)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="with 8 experts is a mixture of experts"):
+        _load_with(tmp_path, {"llama.expert_count": 8}, {})
+
+
+@cache
+def _plain() -> PreTrainedModel:
+    return _model(num_hidden_layers=4)
+
+
+def _load_with(tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    file = save_gguf(tmp_path / "model.gguf", _plain(), "llama", metadata, tensors, pre="gpt-2")
+    return load_gguf([file], torch.float32)[0]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.from_regex(r"[a-z]{2,8}(\.[a-z_]{2,12}){1,2}", fullmatch=True),
+    value=st.one_of(
+        st.booleans(), st.integers(0, 99), st.floats(0.5, 9), st.text(min_size=1, max_size=5)
+    ),
+    is_tensor=st.booleans(),
+    prefix=st.sampled_from(["", "llama.", "llama.attention.", "tokenizer.ggml.", "blk.1."]),
+)
+def test_a_random_key_or_tensor_is_never_ignored(
+    name: str, value: Any, is_tensor: bool, prefix: str, tmp_path: Path
+) -> None:
+    key = f"{prefix}{name}"
+    extra = ({}, {key: [1.0]}) if is_tensor else ({key: value}, {})
+    with pytest.raises(ModelLoadError):
+        _load_with(tmp_path, *extra)
