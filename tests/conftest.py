@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library reads it: tests fetch nothing
+os.environ["RIVER_LLM_PROGRESS"] = "off"  # what stderr has doesn't depend on the machine's speed
 
 import signal
 from collections.abc import Callable, Iterator

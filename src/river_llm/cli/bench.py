@@ -156,7 +156,7 @@ def bench(
     from river_llm.benchmark.disturbance import can_disturb, disturbed_core
     from river_llm.benchmark.environment import describe_environment, usable_cores
     from river_llm.cli.bench_table import print_results
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
 
     if random_weights is not None:
         _check_random(model, river, threshold)

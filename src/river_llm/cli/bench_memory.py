@@ -42,7 +42,7 @@ def bench_memory(
     """
     from river_llm.benchmark.environment import describe_environment
     from river_llm.benchmark.memory import keep_weights, measure_memory, memory_arms
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.engines import CpuEngine
     from river_llm.exit_policy import ExitPolicy
 

@@ -28,7 +28,8 @@ def build(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Build a model's exit river and write it to a folder."""
-    from river_llm.cli.render import LoadingProgress, stderr
+    from river_llm.cli.progress import LoadingProgress
+    from river_llm.cli.render import stderr
 
     config = new_river_config(bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:

@@ -100,7 +100,7 @@ def check_exact(
         drafts=drafts,
     )
     lm = load(loading)
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.exactness import InterruptedCheckError, check_exactness
 
     cut_short: InterruptedCheckError | None = None

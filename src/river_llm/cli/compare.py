@@ -155,7 +155,7 @@ def compare(
     first = load(loading())
     from river_llm.benchmark.bandwidth import read_bandwidth
     from river_llm.benchmark.environment import usable_cores
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.evaluation.requests import TaskSettings
     from river_llm.report.arms import BACKBONE
     from river_llm.report.compare import Plan

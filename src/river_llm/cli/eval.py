@@ -311,7 +311,7 @@ def _file_name(task: str, chat: bool | None) -> str:
 
 
 def _progress(description: str) -> Any:
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
 
     return LoadingProgress(description)
 

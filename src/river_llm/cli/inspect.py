@@ -79,8 +79,11 @@ def inspect(
     if offloading is not None:
         plan = _plan(attached, offloading, output)
     inspection = None
+    from river_llm.cli.progress import LoadingProgress
+
     if text is not None:
-        inspection, pieces = _inspect(attached, tokenizer, text, max_tokens)
+        with LoadingProgress("reading the text"):
+            inspection, pieces = _inspect(attached, tokenizer, text, max_tokens)
         output |= {
             "similarity": inspection.similarities.nanmean(1).tolist(),
             "key_cosine": inspection.key_cosine.tolist(),

@@ -62,7 +62,7 @@ def load(options: LoadOptions) -> RiverLM:
     Raises:
         RiverError: see `RiverLM.from_pretrained`.
     """
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)
@@ -137,7 +137,7 @@ def load_attached(options: LoadOptions) -> tuple[AttachedRiver, PreTrainedTokeni
     Raises:
         RiverError: see `load_with_river`.
     """
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)

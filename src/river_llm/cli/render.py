@@ -1,16 +1,13 @@
-"""What the commands show: coloured tokens, tables, progress."""
+"""What the commands show: coloured tokens, tables."""
 
 from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -140,54 +137,3 @@ def comparison_table(arms: Sequence[ArmResult], num_layers: int) -> Table:
             f"{100 * arm.agreement:.0f} %",
         )
     return table
-
-
-class LoadingProgress:
-    """A line on stderr while the model loads, a bar while its river is built."""
-
-    def __init__(self, description: str) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=stderr,
-            transient=True,
-            disable=not stderr.is_terminal,
-        )
-        self._task = self._progress.add_task(description, total=None)
-
-    def layers_built(self, done: int, total: int) -> None:
-        """The river has `done` of `total` exit layers."""
-        self._progress.update(
-            self._task, description="building the exit river", completed=done, total=total
-        )
-
-    def steps_done(self, done: int, total: int) -> None:
-        """`done` of `total` steps of whatever the description says."""
-        self._progress.update(self._task, completed=done, total=total)
-
-    def work_done(self, description: str, done: int, total: int) -> None:
-        """`done` of `total` steps of this work."""
-        self._progress.update(self._task, description=description, completed=done, total=total)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the terminal to another one meanwhile."""
-        self._progress.stop()
-        try:
-            yield
-        finally:
-            self._progress.start()
-
-    def __enter__(self) -> LoadingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()

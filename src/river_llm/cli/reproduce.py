@@ -170,7 +170,7 @@ def reproduce(
     )
     from river_llm.benchmark.bandwidth import read_bandwidth
     from river_llm.benchmark.environment import usable_cores
-    from river_llm.cli.render import LoadingProgress
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.evaluation.requests import TaskSettings
     from river_llm.report.arms import BACKBONE, Variant
     from river_llm.report.models import Models
