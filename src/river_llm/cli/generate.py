@@ -178,21 +178,28 @@ def _answer(
     settings: dict[str, Any],
 ) -> None:
     from river_llm.cli import render
+    from river_llm.cli.progress import ProgressLines
     from river_llm.generation import GenerationResult
 
     responses = []
     is_interrupted = False
+    lines = ProgressLines("answering")
+    if json_output:
+        lines.start()
     try:
         for response in lm.stream_tokens(
             token_ids, sampling, reuse_cache=cache is not None, mode=mode, drafts=drafts
         ):
             responses.append(response)
+            lines.done, lines.total = len(responses), sampling.max_new_tokens
             if cache is not None:
                 cache.note_use(response)
             if not json_output:
                 render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
         is_interrupted = True
+    finally:
+        lines.stop()
     result = GenerationResult.of(lm.engine, responses, len(token_ids), mode)
     if not json_output:
         render.stdout.print()
@@ -232,6 +239,7 @@ def _answer(
 def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[ArmResult] | None:
     """The arms along the backbone's own answer; None if it is too short."""
     from river_llm.cli import render
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.comparison import compare_arms
     from river_llm.config import SamplingConfig
     from river_llm.exit_policy import ExitPolicy
@@ -239,7 +247,6 @@ def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Arm
     river_policy = lm.policy
     assert lm.river_config is not None
     try:
-    from river_llm.cli.progress import LoadingProgress
         with LoadingProgress("comparing") as progress:
             lm.policy = ExitPolicy.never()
             greedy = SamplingConfig(max_new_tokens=max_new_tokens)
