@@ -212,6 +212,21 @@ class TestFilesThatAreNotThere:
         (folder / name).write_bytes(content)
         assert _message(folder).endswith(f"is not installed; run: pip install {packages}")
 
+    def test_a_tensor_that_is_in_two_parts_is_named(self, folder: Path) -> None:
+        shards = _in_shards(folder)
+        save_file({**load_file(shards[0]), "model.norm.weight": torch.zeros(64)}, shards[0])
+        save_file({**load_file(shards[1]), "model.norm.weight": torch.ones(64)}, shards[1])
+        assert "holds model.norm.weight in more than one file" in _message(folder)
+
+    def test_one_file_beside_an_index_is_taken_and_told(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shutil.copyfile(folder / WEIGHTS, folder / "other.safetensors")
+        _in_shards(folder)
+        (folder / "other.safetensors").rename(folder / WEIGHTS)
+        load_backbone(folder)
+        assert f"has an {INDEX} too, and {WEIGHTS} is taken" in caplog.text
+
 
 class TestAdapter:
     def test_beside_its_model_is_refused(self, folder: Path) -> None:
@@ -223,6 +238,11 @@ class TestAdapter:
         _configure(tmp_path, "adapter_config.json", **ADAPTER)
         byte_tokenizer().save_pretrained(tmp_path)
         assert re.search(r"an adapter \(LORA\) of org/base .*merge_and_unload", _message(tmp_path))
+
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapters.safetensors"])
+    def test_without_its_settings_is_refused(self, folder: Path, name: str) -> None:
+        save_file({"a": torch.zeros(1)}, folder / name)
+        assert "has an adapter (PEFT) of another model in it" in _message(folder)
 
     @pytest.mark.parametrize(
         "name",

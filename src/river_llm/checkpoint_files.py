@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_co
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type", "method")
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "nbits", "wbits")
+_ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
 _PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Tensors that only quantised checkpoints have, by the ends of their names.
@@ -35,6 +37,8 @@ _QUANTISED = re.compile(
     r"|(weight|input|activation)_(scales?|scale_inv|scale_2|packed|zero_point))$"
 )
 _ADAPTER = re.compile(r"^base_model\.model\.|\.base_layer\.|(^|[._])lora_(A|B|embedding)")
+_log = logging.getLogger(__name__)
+
 _MERGE = (
     "merge it into its model with PEFT (merge_and_unload, then save_pretrained), and take the "
     "folder that this writes"
@@ -56,8 +60,9 @@ def check_description(directory: Path, name: str) -> None:
             is_spare = file.suffix != ".json" and (directory / "tokenizer.json").is_file()
             if not is_spare and is_lfs_pointer(file):
                 raise ModelLoadError(lfs_message(file))
-    if (directory / ADAPTER_CONFIG).is_file():
-        raise ModelLoadError(_adapter_message(name, read_json(directory / ADAPTER_CONFIG)))
+    if any((directory / file).is_file() for file in _ADAPTER_FILES):
+        file = directory / ADAPTER_CONFIG
+        raise ModelLoadError(_adapter_message(name, read_json(file) if file.is_file() else {}))
     for file in map(directory.joinpath, _SETTINGS):
         if file.is_file():
             read_json(file)
@@ -82,7 +87,13 @@ def check_weights(directory: Path, name: str) -> None:
     dtypes: dict[str, str] = {}
     for file in _weight_files(directory, name):
         with safe_open(file, framework="numpy") as opened:
-            dtypes |= {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+            own = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+        twice = sorted(own.keys() & dtypes.keys())
+        if twice:
+            raise ModelLoadError(
+                f"{name} holds {twice[0]} in more than one file; get all parts from one place"
+            )
+        dtypes |= own
     of_adapter = [key for key in dtypes if _ADAPTER.search(key)]
     if of_adapter:
         raise ModelLoadError(
@@ -125,11 +136,11 @@ def readable(directory: Path) -> Iterator[Path]:
     order mark or is not UTF-8, or where config.json names a dtype that PyTorch hasn't: there these
     files are written anew.
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for file in directory.glob("*.json"):
         with file.open("rb") as opened:
             if json.detect_encoding(opened.read(4)) != "utf-8":
-                changed[file.name] = read_json(file)
+                changed[file.name] = json.loads(file.read_bytes())
     if (directory / CONFIG).is_file():
         config = read_json(directory / CONFIG)
         known = _without_odd_dtypes(config)
@@ -203,14 +214,17 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
     """The files that transformers will read; none where it is to say so."""
     if (directory / WEIGHTS).is_file():
         files = [directory / WEIGHTS]
+        if (directory / INDEX).is_file():
+            _log.warning("%s has an %s too, and %s is taken", name, INDEX, WEIGHTS)
     elif (directory / INDEX).is_file():
-        places = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        shard_of = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(shard_of, dict) or not shard_of:
             raise ModelLoadError(f"{directory / INDEX} names no tensors; get it again")
-        files = [directory / str(place) for place in sorted(set(map(str, places.values())))]
+        files = [directory / shard for shard in sorted(set(map(str, shard_of.values())))]
     else:
         files = []
-    partial = [path for path in directory.rglob("*") if path.suffix in _PARTIAL]
+    places = (directory, directory / ".cache" / "huggingface" / "download")  # of `hf download`
+    partial = [p for place in places for p in place.glob("*") if p.suffix in _PARTIAL]
     unfinished = [path for path in partial if directory / path.stem in files]
     missing = [file for file in files if not file.is_file()]
     if unfinished or (partial and (missing or not files)):
