@@ -211,8 +211,7 @@ def _check_hub_id(name: str) -> None:
     suffixes = {Path(file.rfilename).suffix for file in files}
     if ".gguf" in suffixes and ".safetensors" not in suffixes:
         raise ModelLoadError(
-            f"{name} holds GGUF files; download one of them (hf download {name} FILE.gguf) and give "
-            "its path"
+            f"{name} holds GGUF files; get one (hf download {name} FILE.gguf) and give its path"
         )
 
 
