@@ -256,20 +256,33 @@ class LosslessDecoder:
             rows.append(tokens + [0] * (width - len(tokens)))
         is_ragged = any(count != width for count in counts)
         result = self._engine.verify(torch.tensor(rows), counts if is_ragged else None)
-        best = result.best_tokens.tolist() if answers[0].takes_best else []
-        verified: list[list[int]] = []
-        for i, guess in enumerate(guesses):
-            if counts[i] == 0:
-                verified.append([])
-                continue
-            tokens = _agreeing(best[i], guess.tokens) if best else []
-            verified.append(tokens or self._choose(i, result, guess.tokens))
+        try:
+            verified = self._choices(result, guesses, counts)
+        except LogitsError:
+            if width == 1:
+                raise
+            # a drafted token whose states are no numbers reaches those before it in its pass
+            self._engine.rewind(counts)
+            return self._verify([Guess()] * len(guesses))
         kept = [len(self._up_to_stop(tokens)) for tokens in verified]
         rejected = [count - length for count, length in zip(counts, kept, strict=True)]
         if any(rejected):
             self._engine.rewind(rejected)
         for i, length in enumerate(kept):
             self._cached[i] += length
+        return verified
+
+    def _choices(
+        self, result: StepResult, guesses: Sequence[Guess], counts: Sequence[int]
+    ) -> list[list[int]]:
+        """The tokens of each answer of which so many were verified; see `_choose`."""
+        best = result.best_tokens.tolist() if self._answers[0].takes_best else []
+        verified: list[list[int]] = []
+        for i, guess in enumerate(guesses):
+            tokens = _agreeing(best[i], guess.tokens) if best and counts[i] else []
+            if counts[i] and not tokens:
+                tokens = self._choose(i, result, guess.tokens)
+            verified.append(tokens)
         return verified
 
     def _choose(self, i: int, result: StepResult, drafted: Sequence[int] = ()) -> list[int]:
