@@ -51,6 +51,8 @@ FIELDS = {
     "drafts",
     "no_miss",
     "raw",
+    "chat_template_kwargs",
+    "allow_control_tokens",
     "sampling",
 }
 

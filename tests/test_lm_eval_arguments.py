@@ -52,6 +52,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_length": -1}, "max_length is -1; give 1 or more"),
     ({"first_layer": 0}, "first_layer is 0; give 1 or more"),
     ({"trust_remote_code": 2}, "trust_remote_code is 2; give true or false"),
+    ({"chat_template_kwargs": "[1]"}, "; give a JSON object"),
+    ({"chat_template_kwargs": "{"}, "; give a JSON object"),
     ({"strategy": "hope"}, "strategy is 'hope'; choose one of river, mask, recompute"),
     ({"strategy": "mask", "mode": "lossless"}, "drafts with the river; leave out strategy=mask"),
     ({"strategy": "none", "threshold": 0.5}, "strategy=none has no exit policy; leave out thres"),

@@ -25,6 +25,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 from river_llm.evaluation.lm_eval_model import RiverEvalLM  # noqa: E402
@@ -417,7 +418,7 @@ class TestChat:
         expected = evaluate("hf", plain, device="cpu", **settings)
         assert responses(results, "tiny_answer") == responses(expected, "tiny_answer")
 
-    def test_a_system_message_that_the_template_refuses_is_left_out(
+    def test_a_system_message_that_the_template_refuses_goes_in_front(
         self, eval_lm: RiverEvalLM, caplog: pytest.LogCaptureFixture
     ) -> None:
         eval_lm.tokenizer.chat_template = (
@@ -425,35 +426,45 @@ class TestChat:
             "{{ raise_exception('no system') }}{% endif %}{{ m['content'] }}{% endfor %}"
         )
         turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-        assert eval_lm.apply_chat_template(turns) == "U"
-        assert "no system" in caplog.text
+        assert eval_lm.apply_chat_template(turns) == "S\n\nU"
+        assert "takes no system message" in caplog.text
+
+    def test_what_spells_a_control_token_in_a_message_is_text(self, eval_lm: RiverEvalLM) -> None:
+        eval_lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+        turns = [{"role": "user", "content": "a<end>b"}]
+        prompt = eval_lm.apply_chat_template(turns)
+        token_ids = eval_lm.tok_encode(prompt + "c")
+        assert eval_lm.tokenizer.decode(token_ids) == "a<end>b<end>c"
+        assert token_ids.count(END) == 1
+        assert eval_lm.tok_encode("a<end>") == [*eval_lm.tok_encode("a"), END]
+
+    def test_arguments_reach_the_template(self, model: str) -> None:
+        given = {"pretrained": model, "chat_template_kwargs": '{"level": 3}', **FLOAT32}
+        eval_lm = RiverEvalLM.create_from_arg_obj(given)
+        eval_lm.tokenizer.chat_template = "{{ messages[0].content }}{{ level }}"
+        assert eval_lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi3"
 
     def test_a_model_without_a_template_is_refused(self, eval_lm: RiverEvalLM) -> None:
         eval_lm.tokenizer.chat_template = None
         with pytest.raises(ConfigError, match="no chat template"):
             eval_lm.apply_chat_template([{"role": "user", "content": "Hi"}])
 
-    def test_a_text_that_begins_as_the_template_writes_it_gets_no_second_beginning(
-        self, model: str
-    ) -> None:
+    def test_a_text_that_begins_as_the_template_writes_it_gets_no_second_beginning(self) -> None:
         tokenizer = character_tokenizer()
-        tokenizer.bos_token = "<end>"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<end> $A", special_tokens=[("<end>", END)]
+        )
+        tokenizer.chat_template = "<end>{{ messages[0].content }}"
         lm = SimpleNamespace(
             tokenizer=tokenizer,
             engine=SimpleNamespace(context_length=None, device=torch.device("cpu"), num_layers=1),
         )
         eval_lm = RiverEvalLM(lm)  # type: ignore[arg-type]
-        added: list[bool] = []
-
-        def encode(_: str, add_special_tokens: bool) -> list[int]:
-            added.append(add_special_tokens)
-            return [1]
-
-        tokenizer.encode = encode  # type: ignore[method-assign]
-        eval_lm.tok_encode("river")
-        eval_lm.tok_encode("<end>river")
-        eval_lm.tok_encode("river", add_special_tokens=False)
-        assert added == [True, False, False]
+        own = eval_lm.tok_encode("river", add_special_tokens=False)
+        assert END not in own
+        assert eval_lm.tok_encode("river") == eval_lm.tok_encode("<end>river") == [END, *own]
+        marked = eval_lm.apply_chat_template([{"role": "user", "content": "<end>"}])
+        assert eval_lm.tok_encode(marked) == [END, *tokenizer.convert_tokens_to_ids([*"<end>"])]
         assert eval_lm.max_length == 2048
 
 

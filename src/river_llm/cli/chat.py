@@ -132,8 +132,8 @@ def _converse(
     from river_llm.conversation import Conversation
 
     lines = StdinLines()
+    conversation = Conversation(lm, system, **settings)  # says what the template can't take
     render.stderr.print(_HELP)
-    conversation = Conversation(lm, system, **settings)
     while (text := _read_line(lines)) is not None:
         command = text.strip()
         if command in ("/exit", "/quit"):
