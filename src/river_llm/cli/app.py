@@ -18,6 +18,7 @@ from river_llm.cli.check_exact import check_exact
 from river_llm.cli.compare import compare
 from river_llm.cli.eval import evaluate
 from river_llm.cli.generate import generate
+from river_llm.cli.imports import let_waiting_threads_sleep
 from river_llm.cli.inspect import inspect
 from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
@@ -60,6 +61,7 @@ app.command()(cache)
 def main() -> None:
     """Run the command line; every error that a user can mend is one line on stderr."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
+    let_waiting_threads_sleep()
     replacement = Replacement()
     try:
         code = app(standalone_mode=False)

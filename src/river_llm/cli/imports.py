@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+
+_SPIN_COUNT = "1000"  # looks at a barrier; libgomp's own 300,000 take milliseconds
+_OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def let_waiting_threads_sleep() -> None:
+    """Have PyTorch's threads give their core away soon where they wait for each other, unless the
+    user's environment says how they wait. Beside other processes that compute, a thread that spins
+    takes the core that the awaited one needs; docs/performance.md has figures.
+
+    For libgomp, which reads its variables when PyTorch is imported. Not where `bench` runs
+    baselines, whose threads wait as they do by themselves.
+    """
+    has_baselines = any(argument.startswith("--peers") for argument in sys.argv)
+    if not has_baselines and not any(name in os.environ for name in _OPENMP_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
 
 
 def import_libraries() -> None:
