@@ -70,6 +70,7 @@ class TestQuantisedAlready:
             ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
             ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
             ({"quant_method": "some_new_one"}, "some_new_one"),
+            ({}, "some method"),
             (
                 {
                     "quant_method": "compressed-tensors",
@@ -285,6 +286,11 @@ class TestSettings:
         model = load_backbone(_configure(folder, **{key: value}))[0]
         assert model.config._attn_implementation == expected
 
+    def test_the_attention_is_no_matter_where_its_weights_are_wanted(self, folder: Path) -> None:
+        load_backbone(
+            _configure(folder, attn_implementation="flash_attention_2", output_attentions=True)
+        )
+
     @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
     @pytest.mark.parametrize("value", ["bf16", "auto", "torch.bfloat16", 5, ["float16"], "int8"])
     def test_the_dtype_is_the_one_asked_for(self, folder: Path, key: str, value: object) -> None:
@@ -320,6 +326,18 @@ class TestSettings:
         rope = {"rope_type": "yarn", "rope_theta": 1e4}
         message = _message(_configure(folder, rope_parameters=rope))
         assert re.search(r"the rotary settings of .*'factor'.*; correct config\.json", message)
+
+    @pytest.mark.parametrize(
+        ("settings", "cause"),
+        [
+            ({"hidden_act": "martian"}, r"what transformers doesn't know \('martian'\); upgrade"),
+            ({"num_attention_heads": "4"}, r"config\.json of .* isn't valid \(.*; correct it$"),
+        ],
+    )
+    def test_what_transformers_does_not_take_is_named(
+        self, folder: Path, settings: dict[str, Any], cause: str
+    ) -> None:
+        assert re.search(cause, _message(_configure(folder, **settings)))
 
     def test_more_layers_than_tensors_are_no_model(self, folder: Path) -> None:
         message = _message(_configure(folder, num_hidden_layers=10**9))

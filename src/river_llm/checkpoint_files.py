@@ -30,6 +30,8 @@ _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "nbits", "wbits")
 _ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
 _PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+ATTENTIONS = ("eager", "sdpa")  # of PyTorch alone
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Tensors that only quantised checkpoints have, by the ends of their names.
 _QUANTISED = re.compile(
@@ -133,8 +135,8 @@ def readable(directory: Path) -> Iterator[Path]:
     """A directory as transformers reads it.
 
     That is the directory itself, or a folder of links to its files where JSON begins with a byte
-    order mark or is not UTF-8, or where config.json names a dtype that PyTorch hasn't: there these
-    files are written anew.
+    order mark or is not UTF-8, or where config.json names a dtype that PyTorch hasn't or attention
+    that needs more than PyTorch: there these files are written anew.
     """
     changed: dict[str, Any] = {}
     for file in directory.glob("*.json"):
@@ -143,7 +145,7 @@ def readable(directory: Path) -> Iterator[Path]:
                 changed[file.name] = json.loads(file.read_bytes())
     if (directory / CONFIG).is_file():
         config = read_json(directory / CONFIG)
-        known = _without_odd_dtypes(config)
+        known = _without_odd_settings(config)
         if known != config:
             changed[CONFIG] = known
     if not changed:
@@ -158,11 +160,12 @@ def readable(directory: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _without_odd_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+def _without_odd_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_odd_dtypes(value) if isinstance(value, dict) else value
+        key: _without_odd_settings(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in ("dtype", "torch_dtype") or _is_dtype(value)
+        if (key not in ("dtype", "torch_dtype") or _is_dtype(value))
+        and (key not in _ATTENTION_KEYS or value in ATTENTIONS)
     }
 
 
@@ -184,8 +187,10 @@ def _quantisation(part: dict[str, Any]) -> str | None:
     """How a part of a configuration says that its weights are quantised; None: they aren't."""
     for key in _QUANTISATION_KEYS:
         settings = part.get(key)
-        if not isinstance(settings, dict) or not settings:
+        if settings is None or settings is False or (key == "quantization" and not settings):
             continue
+        if not isinstance(settings, dict):
+            return str(settings)
         if isinstance(settings.get("quantization"), dict):  # of ModelOpt
             settings = settings["quantization"]
             if not settings.get("quant_algo"):

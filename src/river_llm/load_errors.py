@@ -95,6 +95,13 @@ def _explain(error: BaseException, name: str, gguf_file: str | None) -> str:
         return f"the config.json of {name} names no architecture; get the model's own config.json"
     if "rope_parameters" in text:
         return f"the rotary settings of {name} can't be used ({brief(text)}); correct config.json"
+    if "alidation error for" in text:
+        return f"the config.json of {name} isn't valid ({brief(text)}); correct it"
+    if isinstance(error, KeyError):
+        return (
+            f"{name} can't be loaded: its config.json may name what transformers doesn't know "
+            f"({brief(text)}); upgrade transformers, or correct it"
+        )
     if "Couldn't instantiate the backend tokenizer" in text:
         if directory.is_dir() and not _holds(directory, _VOCABULARY_PREFIXES):
             return _no_tokenizer(name)

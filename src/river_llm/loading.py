@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.backbone import check_kind
-from river_llm.checkpoint_files import DESCRIPTIONS, check_description, check_weights, readable
+from river_llm.checkpoint_files import (
+    ATTENTIONS,
+    DESCRIPTIONS,
+    check_description,
+    check_weights,
+    readable,
+)
 from river_llm.errors import ConfigError, ModelLoadError
 from river_llm.file_tokenizer import with_its_own_file
 from river_llm.gguf_cache import copy_of, keep_copy, read_copy
@@ -127,7 +133,7 @@ def _read_config(source: str, name: str, **options: Any) -> PretrainedConfig:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
-    if config._attn_implementation not in ("eager", "sdpa"):
+    if config._attn_implementation not in ATTENTIONS:
         config._attn_implementation = None  # another may need a package, or a GPU
     text = config.get_text_config(decoder=True)
     rotary = getattr(text, "rope_parameters", None) or {}
