@@ -75,6 +75,12 @@ def model_settings(metadata: Metadata, tensors: Tensors) -> tuple[Architecture, 
             f"{metadata.architecture} with {experts} experts is a mixture of experts; the river "
             "needs layers that run all of their weights for every token"
         )
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    if len(layers) != metadata.count("block_count"):
+        raise metadata.refusal(
+            f"has tensors of {len(layers)} layers where its settings say "
+            f"{metadata.take('block_count')}; get the whole file, or all parts of it"
+        )
     hidden_size = metadata.count("embedding_length")
     heads = metadata.count("attention.head_count")
     kv_heads = metadata.count("attention.head_count_kv", heads)
@@ -104,7 +110,7 @@ def model_settings(metadata: Metadata, tensors: Tensors) -> tuple[Architecture, 
         rope = {"full_attention": rope, "sliding_attention": sliding_rope}
     return architecture, {
         "hidden_size": hidden_size,
-        "num_hidden_layers": metadata.count("block_count"),
+        "num_hidden_layers": len(layers),
         "intermediate_size": metadata.count("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -244,7 +250,7 @@ def _sliding_layers(metadata: Metadata, every: int, window: int | None = None) -
     pattern = metadata.take_list("attention.sliding_window_pattern")
     if pattern is None:
         every = metadata.count("attention.sliding_window_pattern", every)
-        pattern = [(layer + 1) % every != 0 for layer in range(min(layers, 10_000))]
+        pattern = [(layer + 1) % every != 0 for layer in range(layers)]
     if len(pattern) < layers:
         raise metadata.refusal(f"says of {len(pattern)} of {layers} layers which have a window")
     kinds = ("full_attention", "sliding_attention")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from river_llm.errors import ModelLoadError
 from river_llm.gguf_model.architectures import ARCHITECTURES, model_settings
 from river_llm.gguf_model.by_transformers import check_architecture, load_by_transformers
 from river_llm.gguf_model.file import GGUFContent, read_gguf
@@ -90,12 +89,6 @@ def _load_here(
 
     architecture, settings = model_settings(metadata, content.tensors)
     metadata.check_all_taken(tokenizer.known_keys)
-    layers = {name.split(".")[1] for name in content.tensors if name.startswith("blk.")}
-    if len(layers) != settings["num_hidden_layers"]:
-        raise ModelLoadError(
-            f"{content.path} has tensors of {len(layers)} layers where its settings say "
-            f"{settings['num_hidden_layers']}; get the whole file, or all parts of it"
-        )
     settings |= tokenizer.token_settings()
     config = _config(settings)
     with torch.device("meta"):
