@@ -185,18 +185,6 @@ class TestGenerate:
         static = _generate(attached, PROMPT, max_new_tokens=12, cache_implementation="static")
         assert torch.equal(static, expected)
 
-    def test_without_a_cache_runs_the_backbone(self, attached: AttachedRiver) -> None:
-        tokens = _generate(attached, PROMPT, use_cache=False, max_new_tokens=8)
-        assert int(attached.exit_counts.sum()) == 0
-        attached.detach()
-        expected = attached.model.generate(PROMPT, max_new_tokens=8, do_sample=False)
-        assert torch.equal(tokens, expected)
-
-    def test_verifies_several_looked_up_tokens_at_once(self, attached: AttachedRiver) -> None:
-        repeated = PROMPT.repeat(1, 3)
-        tokens = _generate(attached, repeated, prompt_lookup_num_tokens=3, max_new_tokens=8)
-        assert tokens.shape[1] == repeated.shape[1] + 8
-
 
 class TestBatch:
     def test_a_padded_row_is_the_row_alone(self, attached: AttachedRiver) -> None:
