@@ -25,6 +25,7 @@ from river_llm.strategies import make_strategy_engine
 
 PROMPT, OTHER = "Hello, river", "y"
 SAMPLED = {"temperature": 1.0, "seed": 3}
+FILTERED = {**SAMPLED, "top_k": 1, "top_p": 0.5, "min_p": 0.9}
 NO_NUMBERS = "^the logits are no numbers: "
 LOSSLESS = {"mode": "lossless", "drafts": DraftConfig(tokens=3, exit_layer=4)}  # all are accepted
 
@@ -154,14 +155,16 @@ def _divide(token_ids: Tensor, logits: Tensor) -> Tensor:
     return logits * nan
 
 
-@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("settings", [{}, SAMPLED, FILTERED], ids=["greedy", "sampled", "filtered"])
 class TestSampler:
     @no_numbers
     def test_refuses_logits_that_are_no_numbers(
         self, settings: dict[str, Any], logits: list[float]
     ) -> None:
-        with pytest.raises(LogitsError, match=NO_NUMBERS):
-            Sampler(SamplingConfig(**settings)).choose([1], torch.tensor(logits), 0)
+        banned = SuppressTokensLogitsProcessor([0, 1])  # NaN may be among them
+        for more in ({}, {"repetition_penalty": 1.5}, {"processors": (banned,)}):
+            with pytest.raises(LogitsError, match=NO_NUMBERS):
+                Sampler(SamplingConfig(**settings, **more)).choose([1], torch.tensor(logits), 0)
 
     @pytest.mark.parametrize("processor", [_ban, _divide])
     def test_names_processors_that_leave_no_token(

@@ -82,10 +82,12 @@ class Sampler:
         """
         self._vocabulary = len(logits)
         with _one_thread():
-            check_logits(logits, self._whose)
+            if self._takes_all:  # which may hide them
+                check_logits(logits, self._whose)
             scores = self._scores(token_ids, logits, place)
-            token = int(scores.argmax())
+            token = int(scores.argmax())  # that of NaN, if there is one
             if not math.isfinite(scores[token]):
+                check_logits(logits, self._whose)
                 raise LogitsError(
                     f"{self._whose}the logits processors leave no token to choose from: all are "
                     "banned, or their logits are no numbers; take one of the processors away"
