@@ -1,0 +1,64 @@
+"""Tokens that the model's embedding has no row for: the same line on every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lossless_lm import lm_on
+from tiny_lm import character_tokenizer
+from tiny_models import VOCABULARY, tiny_model
+
+from river_llm import ExitPolicy, RiverError, RiverLM
+from river_llm.engines import DraftRule
+from river_llm.strategies import make_strategy_engine
+
+ABOVE = (
+    rf"^there is no token {VOCABULARY}: the model's embedding has {VOCABULARY} rows, .* take the "
+    r"model's own tokenizer, or resize the embedding \(resize_token_embeddings\)$"
+)
+BELOW = rf"^there is no token -1; token ids are 0 to {VOCABULARY - 1}$"
+
+
+@pytest.fixture(params=["torch", "cpu", "strategy"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    if request.param != "strategy":
+        return lm_on(request.param).engine
+    return make_strategy_engine(tiny_model("Llama"), "mask", ExitPolicy.fixed(2))
+
+
+@pytest.mark.parametrize(("token", "message"), [(VOCABULARY, ABOVE), (-1, BELOW)])
+@pytest.mark.parametrize("verb", ["prefill", "decode", "score", "verify", "draft"])
+def test_are_refused_and_the_cache_stays(engine: Any, verb: str, token: int, message: str) -> None:
+    if engine.strategy != "river" and verb in ("verify", "draft"):
+        pytest.skip("nothing drafts without a river")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "decode": (torch.tensor([token]),),
+        "draft": ([token], [2], DraftRule()),
+    }
+    engine.prefill(torch.tensor([[5, 6, 7]]))
+    with pytest.raises(RiverError, match=message):
+        getattr(engine, verb)(*arguments.get(verb, (torch.tensor([[8, token, 9]]),)))
+    assert engine.length == 3
+    found = engine.decode(torch.tensor([8])).logits
+    engine.truncate(0)
+    engine.prefill(torch.tensor([[5, 6, 7]]))
+    assert torch.equal(engine.decode(torch.tensor([8])).logits, found)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (1, 1, 1)])
+def test_of_a_wrong_shape_or_type_are_refused(engine: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(RiverError, match=r"token ids are \[.*\]; give \[batch, tokens\]"):
+        engine.prefill(torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(RiverError, match="token ids are whole numbers, not float32"):
+        engine.decode(torch.tensor([5.0]))
+
+
+def test_come_from_a_tokenizer_that_is_larger_than_the_embedding(engine: Any) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    lm = RiverLM(engine, tokenizer, None)
+    with pytest.raises(RiverError, match=ABOVE):
+        lm.generate("Hi <|user|> there", raw=True, max_new_tokens=3)
+    assert len(lm.generate("Hi there", raw=True, max_new_tokens=3).tokens) == 3
