@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +115,24 @@ class TestLines:
 
 
 @pytest.mark.usefixtures("often")
+def test_lm_eval_has_its_own_bars_and_lines_where_they_stand_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings: list[str | None] = []
+
+    def cli_evaluate() -> None:
+        settings.extend(os.environ.get(f"TQDM_{name}") for name in ("DISABLE", "DELAY"))
+        time.sleep(0.3)
+
+    command = SimpleNamespace(cli_evaluate=cli_evaluate)
+    monkeypatch.setattr("river_llm.evaluation.extras.import_extra", lambda *names: command)
+    monkeypatch.setitem(sys.modules, "river_llm.evaluation.lm_eval_model", ModuleType("model"))
+    outcome = run("lm-eval", "--tasks", "none")
+    assert settings == [None, "0.05"]  # seconds
+    assert re.search(r"^river-llm: running lm-eval, \d+ s$", outcome.stderr, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("often")
 class TestCommand:
     """Every phase that takes its time says what it is."""
 
@@ -145,8 +166,8 @@ class TestCommand:
             ("inspect MODEL --text-file TEXT", [BUILDING]),
             ("check-exact MODEL -n 64 --prompts TEXT", [BUILDING, r"answering \d+ of 12"]),
             (
-                "bench -m MODEL --prompt-tokens 0 --new-tokens 32 --rounds 2",
-                [BUILDING, r"timing .* \d of 6"],
+                "bench -m MODEL --prompt-tokens 0 --new-tokens 32 --rounds 1",
+                [BUILDING, r"timing .* \d of 4"],
             ),
             ("eval kld -m MODEL --window 32 --text TEXT", [BUILDING, r"kld, .* \d+ of \d+"]),
         ],
