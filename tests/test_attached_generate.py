@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lossless_lm import lm_on
 from tiny_lm import sharpened, tiny_lm
 from tiny_models import tiny_model
 from torch import Tensor
@@ -93,6 +94,14 @@ class TestModesThatMixPromptAndAnswer:
             model.generation_config = config
         with pytest.raises(RiverError, match=rf"^generate\({mode}="):
             model.generate(PROMPT, None if own else config)
+
+    def test_are_refused_where_sequences_share_their_passes(self, model: PreTrainedModel) -> None:
+        settings = {"generation_config": GenerationConfig(max_new_tokens=2, eos_token_id=-1)}
+        attach_river(model, CONFIG, policy=APART["fixed"])
+        with pytest.raises(RiverError, match="continuous batching"):
+            model.generate_batch(PROMPT.tolist(), **settings)
+        with pytest.raises(RiverError, match="continuous batching"):
+            model.generate(PROMPT, cache_implementation="paged")
 
     def test_are_refused_where_nobody_knows_their_name(self, model: PreTrainedModel) -> None:
         def in_pairs(model: PreTrainedModel, input_ids: Tensor, **settings: Any) -> None:
@@ -192,6 +201,15 @@ def test_a_model_with_an_exit_strategy_is_not_copied_either(model: PreTrainedMod
     make_strategy_engine(model, "mask", APART["fixed"])
     with pytest.raises(RiverError, match="can't be copied"):
         copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+@pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps])
+def test_an_engine_is_not_copied(kind: str, make: Callable[[object], object]) -> None:
+    lm = lm_on(kind)
+    for one in (lm, lm.engine):
+        with pytest.raises(RiverError, match="can't be copied or pickled; load another one"):
+            make(one)
 
 
 def test_weights_are_saved_as_ever(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -23,20 +23,25 @@ from river_llm.backbone import (
     DecoderLayer,
     check_plain_decoder,
     decoder_layers,
-    linear_weight,
     text_decoder,
 )
-from river_llm.checked_generate import checked_generate, marked_prefill, refuse_mixed_pass
+from river_llm.checked_generate import (
+    checked_batching,
+    checked_generate,
+    marked_prefill,
+    refuse_mixed_pass,
+)
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
 from river_llm.exit_router import ExitRouter, Phase, Route
-from river_llm.kernels import Kernel, KernelChoice, make_kernel
+from river_llm.kernels import KernelChoice, make_kernel
 from river_llm.offloading import EvictedLayers
 from river_llm.ownership import NotCopied, OwnProcess
 from river_llm.quantization import QuantizedMatrix
 from river_llm.residency import OffloadStatistics
 from river_llm.river import Progress, River
+from river_llm.routed_forward import RoutedForward, device_and_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,12 +91,12 @@ class AttachedRiver(NotCopied):
         self._linears = [linear for layer in layers for linear in layer.linears.values()]
         self._hooks: list[RemovableHandle] = []
         self._kernels = [
-            make_kernel(matrix, *_device_and_dtype(linear), kernel)
+            make_kernel(matrix, *device_and_dtype(linear), kernel)
             for layer, exit_layer in zip(layers, river.exit_layers, strict=True)
             for linear, matrix in zip(layer.linears.values(), exit_layer.values(), strict=True)
         ]
         forwards = [
-            _RoutedForward(linear, kernel, self.router)
+            RoutedForward(linear, kernel, self.router)
             for linear, kernel in zip(self._linears, self._kernels, strict=True)
         ]
         for linear, forward in zip(self._linears, forwards, strict=True):
@@ -108,10 +113,15 @@ class AttachedRiver(NotCopied):
             decoder.register_forward_hook(self._after_pass),
             model.register_state_dict_pre_hook(self._before_state_dict),
         ]
-        self._own_methods = {name: model.__dict__.get(name) for name in ("generate", "_prefill")}
+        checked: dict[str, Callable[..., Any]] = {}
         if hasattr(model, "generate"):
-            model.generate = checked_generate(model, self._treats_alike, self._generating)
-            model._prefill = marked_prefill(model, self._reading_prompt)
+            checked["generate"] = checked_generate(model, self._treats_alike, self._generating)
+            checked["_prefill"] = marked_prefill(model, self._reading_prompt)
+        if hasattr(model, "init_continuous_batching"):
+            checked["init_continuous_batching"] = checked_batching(model, self._treats_alike)
+        self._own_methods = {name: model.__dict__.get(name) for name in checked}
+        for name, method in checked.items():
+            setattr(model, name, method)
 
     @property
     def policy(self) -> ExitPolicy:
@@ -363,44 +373,3 @@ def detach_river(model: PreTrainedModel) -> None:
     attached = getattr(model, ATTACHED, None)
     if attached is not None:
         attached.detach()
-
-
-class _RoutedForward(NotCopied):
-    """The forward of a linear layer that takes each row's weights where the router says."""
-
-    def __init__(self, linear: nn.Module, kernel: Kernel, router: ExitRouter) -> None:
-        self._backbone: Callable[[Tensor], Tensor] = linear.forward
-        self._kernel, self._router = kernel, router
-        self._bias = linear.bias
-        self._device, self._dtype = _device_and_dtype(linear)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        router = self._router
-        if router.route is Route.BACKBONE:
-            return self._backbone(inputs)
-        if router.route is Route.RIVER:
-            return self._river(inputs)
-        rows = inputs.reshape(-1, inputs.shape[-1])  # [B * T, in_features]
-        backbone_rows = router.backbone_rows.to(rows.device)
-        river_rows = router.river_rows.to(rows.device)
-        backbone_output = self._backbone(rows[backbone_rows])
-        output = backbone_output.new_empty(rows.shape[0], backbone_output.shape[-1])
-        output[backbone_rows] = backbone_output
-        output[river_rows] = self._river(rows[river_rows])
-        return output.view(*inputs.shape[:-1], output.shape[-1])
-
-    def _river(self, inputs: Tensor) -> Tensor:
-        if inputs.device != self._device or inputs.dtype != self._dtype:
-            raise RiverError(
-                f"the river was attached for {self._dtype} on {self._device}, but the inputs are "
-                f"{inputs.dtype} on {inputs.device}; detach it, move the model, attach it again"
-            )
-        output = self._kernel(inputs.reshape(-1, inputs.shape[-1]))
-        if isinstance(self._bias, Tensor):
-            output = output + self._bias
-        return output.view(*inputs.shape[:-1], output.shape[-1])
-
-
-def _device_and_dtype(linear: nn.Module) -> tuple[torch.device, torch.dtype]:
-    weight = linear_weight(linear)
-    return weight.device, weight.dtype

@@ -54,6 +54,31 @@ def checked_generate(
     return checked
 
 
+def checked_batching(
+    model: PreTrainedModel, treats_alike: Callable[[], bool]
+) -> Callable[..., Any]:
+    """What the model's continuous batching begins with, whose passes hold tokens of all sequences.
+
+    Args:
+        treats_alike: see `checked_generate`.
+
+    Raises (when called):
+        RiverError: the policy doesn't treat them alike.
+    """
+    begin = model.init_continuous_batching
+
+    @wraps(begin)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not treats_alike():
+            raise RiverError(
+                "continuous batching (generate_batch of transformers) runs tokens of prompts and "
+                f"answers in one pass; take RiverLM.generate_batch, or {_WAY_OUT}"
+            )
+        return begin(*args, **kwargs)
+
+    return checked
+
+
 def _check_settings(settings: dict[str, Any], *configs: Any) -> None:
     def value_of(name: str) -> Any:
         values = [settings.get(name), *(getattr(config, name, None) for config in configs)]

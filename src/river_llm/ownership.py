@@ -40,7 +40,31 @@ class OwnProcess:
             )
 
 
-class ProcessLock:
+class NotCopied:
+    """What belongs to one model, thread or process: a copy of it would run the original's."""
+
+    why_not_copied = (
+        "a model can't be copied or pickled with a river or an exit strategy on it; call "
+        "detach_river(model) first, and attach the river to the copy"
+    )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise RiverError(self.why_not_copied)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise RiverError(self.why_not_copied)
+
+
+class NotCopiedEngine(NotCopied):
+    """An engine, or what holds one."""
+
+    why_not_copied = (
+        "a RiverLM and its engine can't be copied or pickled; load another one, and one in each "
+        "process"
+    )
+
+
+class ProcessLock(NotCopiedEngine):
     """A lock of the threads of one process; whoever holds it may take it again."""
 
     def __init__(self) -> None:
@@ -66,19 +90,3 @@ class ProcessLock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-class NotCopied:
-    """What refers to the modules of one model: a copy of it would run the original's."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self._refuse()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise RiverError(
-            "a model can't be copied or pickled with a river or an exit strategy on it; call "
-            "detach_river(model) first, and attach the river to the copy"
-        )

@@ -37,6 +37,7 @@ from river_llm.engines.weight_packer import (
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import check_depth_limit
+from river_llm.ownership import NotCopiedEngine
 from river_llm.residency import OffloadStatistics
 from river_llm.river import River
 
@@ -72,7 +73,7 @@ def _in_turn(
     return guarded
 
 
-class CpuEngine:
+class CpuEngine(NotCopiedEngine):
     """Decoding in C++ with packed weights; see `Engine` for the verbs.
 
     Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 4, 6 or 8

@@ -33,14 +33,14 @@ from river_llm.engines.llama_family import angle_limit
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import Phase
-from river_llm.ownership import OwnProcess
+from river_llm.ownership import NotCopiedEngine, OwnProcess
 from river_llm.residency import OffloadStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TorchEngine:
+class TorchEngine(NotCopiedEngine):
     """Decoding with a model that has a river attached; see `Engine` for the verbs.
 
     The cache keeps every token of every layer, also where a layer's attention only looks back over

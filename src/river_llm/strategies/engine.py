@@ -22,7 +22,7 @@ from river_llm.engines.llama_family import angle_limit
 from river_llm.engines.torch_engine import embedding_rows, padded_inputs
 from river_llm.exit_policy import ExitPolicy
 from river_llm.exit_router import ExitRouter, Phase
-from river_llm.ownership import OwnProcess
+from river_llm.ownership import NotCopiedEngine, OwnProcess
 from river_llm.strategies.hooked_decoder import HookedDecoder, LayerCall
 from river_llm.strategies.kv_strategy import CacheState, KVStrategy, kept_where
 from river_llm.strategies.running_pass import RunningPass
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class StrategyEngine(WithoutRiver):
+class StrategyEngine(WithoutRiver, NotCopiedEngine):
     """Decoding with early exits by which the rest of the backbone is not run; see `Engine`.
 
     A token that leaves goes from where it is to the final norm and the LM head; the strategy says
