@@ -158,13 +158,16 @@ class TestJson:
         for name in ("text", "tokens", "exit_layers", "prompt_tokens", "policy"):
             assert output[name] == getattr(expected, name)
 
-    def test_keeps_letters_readable(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_has_letters_in_ascii_escapes(
+        self, model: str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         letter = next(t for t in range(49152) if tokenizer.decode([t]) == "é")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("river_llm.sampling.Sampler.choose", lambda *_: letter)
             outcome = run("generate", PROMPT, "-m", model, "-n", 3, "--json", "--temperature", 1)
         assert outcome.json["text"] == "ééé"
-        assert "ééé" in outcome.stdout
+        assert r"\u00e9\u00e9\u00e9" in outcome.stdout
+        assert outcome.stdout.isascii()
 
 
 class TestPrompt:
