@@ -24,6 +24,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 DESCRIPTIONS = (CONFIG, ADAPTER_CONFIG, INDEX, "hf_quant_config.json", "quantize_config.json")
 # transformers goes on without one of these, and without a word, where it is damaged.
 _SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_JSON = (CONFIG, INDEX, *_SETTINGS, "tokenizer.json", "added_tokens.json", "vocab.json")
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type", "method")
@@ -57,11 +58,12 @@ def check_description(directory: Path, name: str) -> None:
         ModelLoadError: it is an adapter, it is quantised already, a file is a Git LFS pointer or
             no JSON, or its tokenizer needs a package that is not installed.
     """
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".json", ".model", ".tiktoken") and file.is_file():
-            is_spare = file.suffix != ".json" and (directory / "tokenizer.json").is_file()
-            if not is_spare and is_lfs_pointer(file):
-                raise ModelLoadError(lfs_message(file))
+    read = [directory / name for name in _JSON]
+    if not (directory / "tokenizer.json").is_file():
+        read += [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]
+    for file in read:
+        if file.is_file() and is_lfs_pointer(file):
+            raise ModelLoadError(lfs_message(file))
     if any((directory / file).is_file() for file in _ADAPTER_FILES):
         file = directory / ADAPTER_CONFIG
         raise ModelLoadError(_adapter_message(name, read_json(file) if file.is_file() else {}))
@@ -139,7 +141,7 @@ def readable(directory: Path) -> Iterator[Path]:
     that needs more than PyTorch: there these files are written anew.
     """
     changed: dict[str, Any] = {}
-    for file in directory.glob("*.json"):
+    for file in [directory / name for name in _JSON if (directory / name).is_file()]:
         with file.open("rb") as opened:
             if json.detect_encoding(opened.read(4)) != "utf-8":
                 changed[file.name] = json.loads(file.read_bytes())
