@@ -289,7 +289,11 @@ def check_token_ids(token_ids: Tensor, dims: int, rows: int) -> tuple[int, ...]:
         raise RiverError(f"token ids are whole numbers, not {dtype}")
     least, most = (int(value) for value in token_ids.aminmax())
     if least < 0:
-        raise RiverError(f"there is no token {least}; token ids are 0 to {rows - 1}")
+        of_logits = f" ({NO_TOKEN} comes from logits that are no numbers)"
+        raise RiverError(
+            f"there is no token {least}; token ids are 0 to {rows - 1}"
+            + of_logits * (least == NO_TOKEN)
+        )
     if most >= rows:
         raise RiverError(
             f"there is no token {most}: the model's embedding has {rows} rows, and a tokenizer "
