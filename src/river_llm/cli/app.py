@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -58,9 +59,18 @@ app.command()(reproduce)
 app.command()(cache)
 
 
+class _Warnings(logging.Handler):
+    """What the library warns of, as the program's own lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it on stderr."""
+        print(f"river-llm: {record.getMessage()}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; every error that a user can mend is one line on stderr."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
+    logging.getLogger("river_llm").handlers = [_Warnings(logging.WARNING)]
     let_waiting_threads_sleep()
     replacement = Replacement()
     try:
