@@ -133,7 +133,9 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    generated: Tensor = model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False)
+    generated: Tensor = model.generate(  # MPT's own config keeps no cache
+        tokens, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
+    )
     return generated
 
 

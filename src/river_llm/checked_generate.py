@@ -94,7 +94,7 @@ def _check_settings(settings: dict[str, Any], *configs: Any) -> None:
     if value_of("use_cache") is False:
         raise RiverError(
             "generate(use_cache=False) runs the whole text again for every token, so that none "
-            f"leaves as an answer's tokens do; leave it out, or {_WAY_OUT}"
+            f"leaves as an answer's tokens do; take use_cache=True, or {_WAY_OUT}"
         )
 
 
