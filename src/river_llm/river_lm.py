@@ -24,7 +24,7 @@ from river_llm.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
-from river_llm.text import Message, Prompt, encode_prompt
+from river_llm.text import Message, Prompt, encode_prompt, warn_of_unusable_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ class RiverLM:
         residency: ResidencyPlan | None = None,
     ) -> None:
         """`river_directory` is where the river is saved and what is learnt about drafts is kept."""
+        warn_of_unusable_tokens(tokenizer, engine.draft_vocabularies[-1])
         self.engine = engine
         self.tokenizer = tokenizer
         self.river_config = river_config

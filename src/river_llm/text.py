@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,16 @@ __all__ = [
     "behind_front",
     "encode_prompt",
     "encode_text",
+    "warn_of_unusable_tokens",
 ]
 
 Prompt = str | Sequence[Message]
 
+_OF_OTHER_INPUTS = re.compile(r"image|img|vision|video|audio|speech", re.IGNORECASE)
 _UNFINISHED = "\ufffd"  # what a tokeniser decodes the first bytes of a character to
 _FIRST_HIDDEN = 0xD800  # lone surrogates, which no decoded text has
+
+_log = logging.getLogger(__name__)
 
 
 def encode_prompt(
@@ -102,6 +108,25 @@ def _check_is_prompt(prompt: object) -> None:
         raise ConfigError(
             "the prompt is a list of token ids; give its text, or give them to stream_tokens"
         )
+
+
+def warn_of_unusable_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Say in one line that a tokenizer has tokens which the model has no embedding for; those that
+    stand for images and sounds are none of a text's."""
+    if len(tokenizer) <= vocab_size:
+        return
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda token: token[1])
+    beyond = [token for token, index in added if index >= vocab_size]
+    if beyond and all(map(_OF_OTHER_INPUTS.search, beyond)):
+        return
+    _log.warning(
+        "the tokenizer has %d tokens and the model's embedding %d rows: a text with one of the "
+        "others%s can't be read; take the model's own tokenizer, or resize the embedding "
+        "(resize_token_embeddings)",
+        len(tokenizer),
+        vocab_size,
+        f" ({beyond[0]})" if beyond else "",
+    )
 
 
 class IncrementalDecoder:
