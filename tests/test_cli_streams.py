@@ -38,6 +38,8 @@ NO_TEXT = {
     "UTF-32": (TEXT.encode("utf-32"), "is UTF-32 text"),
     "Latin-1": (TEXT.encode("latin-1"), "is no UTF-8 text (at byte 2); convert it"),
     "a NUL byte": (b"one\0two three", "has NUL bytes"),
+    "a NUL byte at the end": (b"Hi\0", "has NUL bytes"),
+    "NUL bytes after words": (b"abc\0x\0", "has NUL bytes"),
 }
 of_forms = pytest.mark.parametrize("content", FORMS.values(), ids=FORMS.keys())
 of_no_text = pytest.mark.parametrize(("content", "part"), NO_TEXT.values(), ids=NO_TEXT.keys())

@@ -74,4 +74,4 @@ def check_encoding(content: bytes, name: str) -> None:
 def _is_utf16(content: bytes) -> bool:
     """Whether every other byte of most of it is zero, as in European text without a mark."""
     halves = content[::2].count(0), content[1::2].count(0)
-    return min(halves) == 0 and 4 * max(halves) > len(content)
+    return len(content) > 3 and min(halves) == 0 and 8 * max(halves) > 3 * len(content)
