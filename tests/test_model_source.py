@@ -71,6 +71,13 @@ class TestFolder:
         _write(tmp_path, "model.gguf", *others)
         assert resolve(tmp_path) == (str(tmp_path), "model.gguf")
 
+    @pytest.mark.parametrize("name", ["model.GGUF", "m-00001-of-00001.GGUF"])
+    def test_of_a_suffix_in_capitals_is_that_file(self, tmp_path: Path, name: str) -> None:
+        _write(tmp_path, name)
+        (tmp_path / name).write_bytes(GGUF)
+        assert resolve(tmp_path) == (str(tmp_path), name)
+        assert gguf_parts(tmp_path / name) == [tmp_path / name]
+
     @pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors"])
     def test_of_safetensors_too_is_what_config_json_speaks_of(
         self, tmp_path: Path, weights: str
@@ -102,6 +109,21 @@ class TestGgufOfAnotherKind:
         (tmp_path / "model.gguf").write_bytes(POINTER)
         for name in (tmp_path, tmp_path / "model.gguf"):
             assert "git lfs pull" in _message(name)
+
+    @pytest.mark.parametrize(
+        ("name", "pieces"),
+        [
+            ("m.gguf.part1of2", "m.gguf.part*"),
+            ("m.gguf-split-a", "m.gguf-split*"),
+            ("m.gguf.part-aa", "m.gguf.part*"),
+        ],
+    )
+    def test_a_piece_of_a_file_says_how_to_make_it_whole(
+        self, tmp_path: Path, name: str, pieces: str
+    ) -> None:
+        (tmp_path / name).write_bytes(GGUF)
+        for given in (tmp_path, tmp_path / name):
+            assert f"(cat {pieces} > m.gguf)" in _message(given)
 
 
 class TestName:
@@ -135,10 +157,11 @@ class TestName:
         shown = name if name.strip() and name.isprintable() else repr(name)
         assert message.startswith(f"there is no model {shown}: ")
 
-    def test_with_a_quantisation_says_how_to_get_the_file(self) -> None:
-        assert _message("org/name-GGUF:Q4_K_M") == (
-            "there is no model org/name-GGUF:Q4_K_M: no such file or directory, and that can be no "
-            "Hub name; download the GGUF file (hf download org/name-GGUF --include "
+    @pytest.mark.parametrize("before", ["", "hf.co/", "https://huggingface.co/", "ollama://hf.co/"])
+    def test_with_a_quantisation_says_how_to_get_the_file(self, before: str) -> None:
+        assert _message(f"{before}org/name-GGUF:Q4_K_M") == (
+            f"there is no model {before}org/name-GGUF:Q4_K_M: no such file or directory, and that "
+            "can be no Hub name; download the GGUF file (hf download org/name-GGUF --include "
             "'*Q4_K_M*.gguf') and give its path"
         )
 
@@ -147,6 +170,19 @@ class TestName:
     )
     def test_of_no_path_is_told_so(self, name: str) -> None:
         assert len(_message(name)) < 400
+
+    @pytest.mark.parametrize(
+        ("name", "hub_id"),
+        [
+            ("https://huggingface.co/org/model", "org/model"),
+            ("https://huggingface.co/org/model/tree/main?x=1", "org/model"),
+            ("hf.co/org/model", "org/model"),
+            ("hf://org/model", "org/model"),
+            ("ollama://model", "org/name"),
+        ],
+    )
+    def test_that_is_an_address_says_which_id_to_give(self, name: str, hub_id: str) -> None:
+        assert _message(name).endswith(f"; give the model's id in the Hub ({hub_id}), or a path")
 
     def test_of_gguf_files_in_the_hub_says_how_to_get_one(
         self, monkeypatch: pytest.MonkeyPatch

