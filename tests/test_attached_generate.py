@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,20 @@ class TestModesThatDoNot:
                 expected.append(int((2 * (wanted - other) + other).argmax()))
                 inputs = [torch.tensor([expected[-1:]])] * 2
         assert answer(model, guidance_scale=2, negative_prompt_ids=negative) == expected
+
+
+def test_threads_take_turns(model: PreTrainedModel) -> None:
+    attach_river(model, CONFIG, policy=APART["similarity"])
+    prompts = [PROMPT, PROMPT[:, 3:], PROMPT[:, :4]]
+
+    def answer_of(prompt: Tensor) -> list[int]:
+        settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+        tokens: list[int] = model.generate(prompt, max_new_tokens=20, **settings)[0].tolist()
+        return tokens
+
+    alone = [answer_of(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(answer_of, prompts * 3)) == alone * 3
 
 
 class TestDetaching:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +86,7 @@ class AttachedRiver(NotCopied):
         self.is_real: Tensor | None = None
         self._process = OwnProcess()
         self._generates = self._reads_prompt = False
+        self._turn = RLock()
         self.clear_counts()
         self._evicted = EvictedLayers(model, layers)
         self._is_river_in_memory = False
@@ -227,11 +229,13 @@ class AttachedRiver(NotCopied):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        before, self._generates = self._generates, True
-        try:
-            yield
-        finally:
-            self._generates = before
+        self._process.check("river")  # a fork would wait for ever for a thread that it hasn't
+        with self._turn:
+            before, self._generates = self._generates, True
+            try:
+                yield
+            finally:
+                self._generates = before
 
     @contextmanager
     def _reading_prompt(self) -> Iterator[None]:
@@ -314,8 +318,9 @@ def attach_river(
 ) -> AttachedRiver:
     """Let `model` run with an exit river until `detach_river(model)`.
 
-    The model's `forward` and `generate` then follow `policy`. Move the model to its device and
-    dtype before; afterwards its weights may not be moved.
+    The model's `forward` and `generate` then follow `policy`. `generate` may be called by several
+    threads, which take turns; passes of the model itself are for one thread at a time. Move the
+    model to its device and dtype before; afterwards its weights may not be moved.
 
     Args:
         river: the folder of a river that was saved, a river built or loaded before, or how to

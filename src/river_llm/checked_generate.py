@@ -35,7 +35,7 @@ def checked_generate(
     Args:
         treats_alike: whether the exit policy does so with prompt and answer; then all modes are
             right.
-        marked: a context that says that it runs.
+        marked: a context that says that it runs, and lets one thread in at a time.
 
     Raises (when called):
         RiverError: the arguments, their `generation_config` or the model's ask for such a mode.
