@@ -213,6 +213,19 @@ class TestTextThatGoesOut:
         output, _ = run_in("ascii", *command, errors="xmlcharrefreplace")
         assert output == b"&#65533;\n"
 
+    def test_has_a_place_to_go(self, speaker: str, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = ["river-llm", "generate", "-m", speaker, "Hi"]
+        with (
+            mock.patch.object(sys, "argv", argv),
+            mock.patch.object(sys, "stdout", None),
+            mock.patch.object(RiverLM, "from_pretrained", side_effect=AssertionError),
+            pytest.raises(SystemExit) as ended,
+        ):
+            main()
+        told = capsys.readouterr().err
+        assert told == "river-llm: standard output is closed; there is nowhere to write to\n"
+        assert ended.value.code == 1
+
     def test_has_the_bytes_of_file_names(self) -> None:
         output = io.BytesIO()
         stdout = io.TextIOWrapper(output, "utf-8", "strict")

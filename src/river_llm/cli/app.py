@@ -72,13 +72,14 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
     logging.getLogger("river_llm").handlers = [_Warnings(logging.WARNING)]
     let_waiting_threads_sleep()
+    if sys.stdout is None:
+        _fail("standard output is closed; there is nowhere to write to")
     replacement = Replacement()
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
-        if sys.stdout is not None:
-            sys.stdout.flush()  # while an error can still be told
+        sys.stdout.flush()  # while an error can still be told
         if replacement.was_needed:
             print(
                 f"river-llm: ? stands for characters that {sys.stdout.encoding}, the encoding of "
