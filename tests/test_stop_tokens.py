@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from river_llm import RiverLM
 from river_llm.stop_tokens import stop_tokens
-from river_llm.text import IncrementalDecoder
+from river_llm.text import IncrementalDecoder, encode_prompt
 
 EOS, FIRST = 1, 259  # of a byte tokenizer: </s>, the first token that is added
 CHATML = (
@@ -32,6 +32,11 @@ IN_PARTS = (
     "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}"
     "<|turn|>{{ part.text }}<|over|>{% endif %}{% endfor %}{% endfor %}"
 )
+TURNS = "{% for m in messages %}<|turn|>{{ m.content }}<|over|>{% endfor %}"
+NO_LAST_ANSWER = (
+    "{% if messages[-1].role != 'user' %}{{ raise_exception('ask') }}{% endif %}" + TURNS
+)
+ONE_ANSWER = "{% if messages | length > 2 %}{{ raise_exception('ask once') }}{% endif %}" + TURNS
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +63,39 @@ class TestStopTokens:
             "<end_of_turn>",
             "<｜end▁of▁sentence｜>",  # noqa: RUF001
             "_<EOT>",
+            "<|file_sep|>",
+            "<|tool_response>",
+            "[e~[",
         ],
     )
     def test_are_special_tokens_of_such_a_name(self, model: PreTrainedModel, name: str) -> None:
         tokenizer = byte_tokenizer([name, "<|im_start|>"], chat_template=None)
         assert stop_tokens(model, tokenizer) == {EOS, FIRST}
         tokenizer = byte_tokenizer(chat_template=None)
-        tokenizer.add_tokens([name])  # a word like others
+        tokenizer.add_tokens([name])  # some files don't mark them
+        assert stop_tokens(model, tokenizer) == {EOS, FIRST}
+
+    @pytest.mark.parametrize("name", ["<eos>", "[EOS]", "<|im_start|>"])
+    def test_are_no_other_added_tokens(self, model: PreTrainedModel, name: str) -> None:
+        tokenizer = byte_tokenizer(chat_template=None)
+        tokenizer.add_tokens([name])
         assert stop_tokens(model, tokenizer) == {EOS}
+
+    @pytest.mark.parametrize("wrong", ["</s>", -1, 10**9, 270, 1.0, True])
+    def test_are_tokens_of_the_model(
+        self,
+        model: PreTrainedModel,
+        wrong: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        tokenizer = byte_tokenizer(chat_template=None)
+        for configured, expected in ((wrong, {EOS}), ([5, wrong], {EOS, 5})):
+            monkeypatch.setattr(model.generation_config, "eos_token_id", configured)
+            caplog.clear()
+            assert stop_tokens(model, tokenizer) == expected
+            (record,) = caplog.records
+            assert f"no token of the model ({wrong!r});" in record.getMessage()
 
     @pytest.mark.parametrize(
         ("tokens", "template", "expected"),
@@ -86,6 +116,8 @@ class TestStopTokens:
             ),
             (["<|user|>"], "{% for m in messages %}{{ m.content }}\n{% endfor %}", []),
             (["<|user|>"], "{{ raise_exception('no') }}<|user|>", []),
+            (["<|turn|>", "<|over|>"], NO_LAST_ANSWER, ["<|over|>"]),
+            (["<|turn|>", "<|over|>"], ONE_ANSWER, ["<|over|>"]),
             (["<|user|>"], "{% if %}", []),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -103,9 +135,17 @@ class TestStopTokens:
         if not special:
             tokenizer.add_tokens(tokens)
         ids = set(tokenizer.convert_tokens_to_ids(expected))
-        if template == HARMONY and not special:  # <|call|> is known by its name alone
-            ids = {tokenizer.convert_tokens_to_ids("<|return|>")}
         assert stop_tokens(model, tokenizer) == {EOS} | ids
+
+    @pytest.mark.parametrize("word", ["###", "User", "```"])
+    def test_are_no_words_that_stand_behind_an_answer(
+        self, model: PreTrainedModel, word: str
+    ) -> None:
+        template = f"{{% for m in messages %}}{word} {{{{ m.content }}}}\n{{% endfor %}}"
+        tokenizer = byte_tokenizer(chat_template=template)
+        tokenizer.add_tokens([word])
+        assert stop_tokens(model, tokenizer) == {EOS}
+        assert encode_prompt(tokenizer, word).count(FIRST) == 2  # a user's too
 
 
 def test_an_answer_ends_with_its_turn(model: PreTrainedModel, tmp_path: Path) -> None:

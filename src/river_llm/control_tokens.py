@@ -44,7 +44,7 @@ class ControlTokens:
             if token.content.strip() and not _BYTE_TOKEN.fullmatch(token.content)
         ]
         special = {token.content for token in added if token.special}
-        further = {token.content for token in added if _is_bracketed(token.content)}
+        further = {token.content for token in added if is_bracketed(token.content)}
         texts = special | {text for text in further if text in literals}
         nonce = secrets.token_hex(8)  # nobody can type what the copy spells them by
         self._spellings = {text: f"[{nonce}.{i}]" for i, text in enumerate(sorted(texts))}
@@ -149,9 +149,9 @@ def _literal_text(chat_template: object) -> str:
     return "\0".join(written)
 
 
-def _is_bracketed(text: str) -> bool:
-    """Whether it is no word that a template may write as well."""
-    return len(text) > 2 and not text[0].isalnum() and not text[-1].isalnum()
+def is_bracketed(text: str) -> bool:
+    """Whether it is no word or sign that a template may write as well."""
+    return any(map(str.isalnum, text)) and not text[0].isalnum() and not text[-1].isalnum()
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
