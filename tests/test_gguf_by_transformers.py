@@ -33,6 +33,9 @@ def _save(
 ) -> Any:
     """Write a random model of the class, and return it."""
     model = byte_model(class_name, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # biases and norms count
+            torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.2)
     writer = gguf.GGUFWriter(str(path), architecture)
     adders = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
     for key, value in {**_METADATA, **metadata}.items():

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -200,6 +201,32 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]
         {"attention.sliding_window": 8, **_GEMMA2},
         {},
     ),
+    "gemma2 without its caps": (
+        "gemma2",
+        "Gemma2",
+        {**_GEMMA, "query_pre_attn_scalar": 16},
+        {"attention.sliding_window": 8},
+        {},
+    ),
+    "gemma3 by Ollama's names": (
+        "gemma3",
+        "Gemma3Text",
+        {
+            **_GEMMA,
+            "query_pre_attn_scalar": 16,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": 2,
+            "rope.local.freq_base": 5e3,
+        },
+        {},
+    ),
     "gemma3": (
         "gemma3",
         "Gemma3Text",
@@ -387,7 +414,7 @@ def test_what_would_go_nowhere_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="with 8 experts is a mixture of experts"):
+    with pytest.raises(UnsupportedModelError, match="is a mixture of experts"):
         _load_with(tmp_path, {"llama.expert_count": 8}, {})
 
 
@@ -399,6 +426,43 @@ def _plain() -> PreTrainedModel:
 def _load_with(tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> Any:
     file = save_gguf(tmp_path / "model.gguf", _plain(), "llama", metadata, tensors, pre="gpt-2")
     return load_gguf([file], torch.float32)[0]
+
+
+_KEYS = sorted(
+    {
+        value.removeprefix("{arch}.")
+        for part in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope)
+        for value in vars(part).values()
+        if isinstance(value, str) and value.startswith("{arch}.")
+    }
+)
+# They say how long a text may be, what the tensors say too, or something of a scaling.
+_WITHOUT_EFFECT = {
+    "context_length",
+    "vocab_size",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite"])
+@pytest.mark.parametrize("value", [3, 0.7])
+def test_every_key_that_gguf_knows_counts_or_is_refused(
+    architecture: str, value: float, tmp_path: Path
+) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 32}
+    granite = {"logits_scaling": 2.0} if architecture == "granite" else {}
+    base = {"granite.logit_scale": 2.0} if granite else {}
+    model = _model(architecture.capitalize(), **sizes, **granite)
+    own = _logits(model)
+    for key in set(_KEYS) - _WITHOUT_EFFECT:
+        metadata = {**base, f"{architecture}.{key}": value}
+        file = save_gguf(tmp_path / "model.gguf", model, architecture, metadata, pre="gpt-2")
+        try:
+            read = load_gguf([file], torch.float32)[0]
+        except (ModelLoadError, UnsupportedModelError):
+            continue
+        assert not torch.allclose(_logits(read), own, atol=1e-4), key
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from byte_models import BYTES, TOKENS, TYPES, byte_lm, byte_model, save_gguf, speaks_only
+from byte_models import BYTES, TOKENS, TYPES, byte_id, byte_lm, byte_model, save_gguf, speaks_only
 from gguf_vocabularies import (
     APPROXIMATED,
     STORED,
@@ -182,20 +182,80 @@ def test_an_answer_ends_at_the_files_ends_and_at_those_beside_it(tmp_path: Path)
         assert load_backbone(file)[0].generation_config.eos_token_id == [1, 7, 8, 9]
 
 
-def test_an_end_of_turn_that_is_marked_as_a_normal_token_ends_an_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [1, 4])
+def test_an_end_of_turn_that_is_not_marked_as_a_control_token_ends_an_answer(
+    kind: int, tmp_path: Path
+) -> None:
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOKENS[3:]]
     model = speaks_only(byte_model(), 2)
     file = save_gguf(
-        tmp_path / "model.gguf", model, tokens=tokens, types=[1] * 260, bos=1, eos=0, pre="gpt-2"
+        tmp_path / "model.gguf",
+        model,
+        tokens=tokens,
+        types=[3, kind, kind, *TYPES[3:]],
+        bos=1,
+        eos=0,
+        pre="gpt-2",
     )
     result = byte_lm(file).generate("Hi", max_new_tokens=8)
     assert (result.tokens, result.finish_reason) == ([2], "stop")
 
 
+def test_an_ordinary_token_that_is_named_for_padding_stays_one(tmp_path: Path) -> None:
+    metadata = {"padding": byte_id("!"), "eot": 2**32 - 1}  # the second says that there is none
+    file = save_gguf(
+        tmp_path / "model.gguf",
+        byte_model(vocab_size=261),
+        metadata={f"tokenizer.ggml.{name}_token_id": index for name, index in metadata.items()},
+        tokens=[*TOKENS, "!!"],
+        types=[*TYPES, 1],
+        merges=["a b", "! !"],
+        pre="gpt-2",
+    )
+    tokenizer = load_gguf([file], torch.float32)[1]
+    ids = tokenizer("Hi!! a!b").input_ids
+    assert 260 in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Hi!! a!b"
+
+
+def test_equal_scores_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "bc"]
+    file = save_gguf(
+        tmp_path / "model.gguf",
+        byte_model(vocab_size=8),
+        tokens=tokens,
+        types=[2, 3, 3, 1, 1, 1, 1, 1],
+        tokenizer="llama",
+        scores=[-1000.0] * 8,
+        bos=1,
+        eos=2,
+    )
+    load_gguf([file], torch.float32)
+    assert "1 tokens with the score of another one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", b"{"),
+        ("generation_config.json", b'{"eos_token_id": ["a"]}'),
+        ("chat_template.jinja", b"\xe9"),
+    ],
+)
+def test_a_file_beside_it_that_cannot_be_read_is_named(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    file = save_gguf(tmp_path / "model.gguf", byte_model(), chat_template=None, pre="gpt-2")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelLoadError, match=name.replace(".", r"\.") + "|end of an answer"):
+        load_gguf([file], torch.float32)
+
+
 @pytest.mark.parametrize(
     ("metadata", "tokens", "message"),
     [
-        ({"tokenizer.ggml.eot_token_id": 260}, TOKENS, "eot_token_id = 260, of 260 tokens"),
+        ({"tokenizer.ggml.eos_token_ids": [1, 260]}, TOKENS, "names 260 as the end"),
+        ({"tokenizer.ggml.add_sep_token": True}, TOKENS, "add_sep_token = true"),
         ({}, [*TOKENS, "more"], "has 261 tokens and embeddings of 260"),
         ({}, [*TOKENS[:-1], "<s>"], "has the token '<s>' twice"),
         ({"tokenizer.ggml.add_bos_token": "no"}, TOKENS, "add_bos_token = 'no'"),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from river_llm.errors import UnsupportedModelError
 from river_llm.gguf_model.file import GGUFTensor
 from river_llm.gguf_model.metadata import Metadata
 from river_llm.gguf_model.rope import rope_parameters
@@ -65,16 +64,9 @@ def model_settings(metadata: Metadata, tensors: Tensors) -> tuple[Architecture, 
 
     Raises:
         ModelLoadError: a setting is missing, out of its range or not for the architecture.
-        UnsupportedModelError: it is a mixture of experts.
         KeyError: the architecture isn't described here.
     """
     architecture = ARCHITECTURES[metadata.architecture]
-    experts = metadata.take("expert_count", 0)
-    if experts:
-        raise UnsupportedModelError(
-            f"{metadata.architecture} with {experts} experts is a mixture of experts; the river "
-            "needs layers that run all of their weights for every token"
-        )
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if len(layers) != metadata.count("block_count"):
         raise metadata.refusal(
@@ -85,13 +77,20 @@ def model_settings(metadata: Metadata, tensors: Tensors) -> tuple[Architecture, 
     heads = metadata.count("attention.head_count")
     kv_heads = metadata.count("attention.head_count_kv", heads)
     head_dim = metadata.count("attention.key_length", hidden_size // heads)
-    if heads % kv_heads or head_dim != metadata.count("attention.value_length", head_dim):
+    if (
+        heads % kv_heads
+        or head_dim == 0
+        or head_dim != metadata.count("attention.value_length", head_dim)
+    ):
         raise metadata.refusal(
             f"has {heads} heads, {kv_heads} of keys, of dimensions that differ, which isn't "
             "supported; it may be damaged"
         )
     context = metadata.count("context_length")
     rotary_dims = metadata.count("rope.dimension_count", head_dim)
+    metadata.take_same("attention.key_length_swa", head_dim)
+    metadata.take_same("attention.value_length_swa", head_dim)
+    metadata.take_same("rope.dimension_count_swa", rotary_dims)
     vocab_size = _vocab_size(metadata, tensors)
     settings = architecture.settings(metadata, tensors, head_dim)
     rope = rope_parameters(metadata, tensors, rotary_dims, context)
@@ -142,16 +141,20 @@ def _has(tensors: Tensors, *parts: str) -> bool:
     return any(name.split(".", 2)[-1] in parts for name in tensors if name.startswith("blk."))
 
 
-def _llama(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
+def _biases(tensors: Tensors) -> Settings:
     attention = tuple(f"attn_{part}.bias" for part in ("q", "k", "v", "qkv", "output"))
     mlp = tuple(f"ffn_{part}.bias" for part in ("gate", "up", "down"))
-    has_biases = {"attention_bias": _has(tensors, *attention), "mlp_bias": _has(tensors, *mlp)}
-    window = metadata.number("attention.sliding_window", None)
+    return {"attention_bias": _has(tensors, *attention), "mlp_bias": _has(tensors, *mlp)}
+
+
+def _llama(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
+    has_biases = _biases(tensors)
+    window = _window(metadata)
     if window is None:
         return {"model_type": "llama", **has_biases}
     if any(has_biases.values()):
         raise metadata.refusal("has biases and a sliding window, which isn't supported together")
-    return {"model_type": "mistral", "sliding_window": int(window)}
+    return {"model_type": "mistral", "sliding_window": window}
 
 
 def _mistral3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
@@ -174,8 +177,10 @@ def _smollm3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
 
 
 def _phi3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
-    window = metadata.number("attention.sliding_window", None)
-    return {"model_type": "phi3", "sliding_window": None if window is None else int(window)}
+    kind = metadata.take("rope.scaling.type", "longrope")
+    if kind in ("linear", "yarn") and metadata.number("rope.scaling.factor", 1.0) != 1:
+        raise metadata.refusal(f"scales its rotary angles by {kind}, which Phi-3 doesn't know here")
+    return {"model_type": "phi3", "sliding_window": _window(metadata)}
 
 
 def _olmo2(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
@@ -200,9 +205,9 @@ def _gemma2(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     return {
         "model_type": "gemma2",
         **sliding,
-        "query_pre_attn_scalar": round(1 / scale**2),
-        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", None),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping", None),
+        "query_pre_attn_scalar": _inverse_square(metadata, scale),
+        "attn_logit_softcapping": _cap(metadata, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _cap(metadata, "final_logit_softcapping", 30.0),
     }
 
 
@@ -216,8 +221,8 @@ def _gemma3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     return {
         "model_type": "gemma3_text",
         **sliding,
-        "query_pre_attn_scalar": round(1 / scale**2),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping", None),
+        "query_pre_attn_scalar": _inverse_square(metadata, scale),
+        "final_logit_softcapping": _cap(metadata, "final_logit_softcapping", None),
         "sliding_rope": _sliding_rope(metadata, 10_000.0),
     }
 
@@ -228,11 +233,25 @@ def _gemma_scale(metadata: Metadata, head_dim: int, layers_of_27b: int) -> float
     return math.sqrt(metadata.count("attention.head_count") / metadata.count("embedding_length"))
 
 
+def _inverse_square(metadata: Metadata, scale: float) -> int:
+    """What attention is scaled by the inverse root of, as Gemma's configuration has it."""
+    scalar = round(1 / scale**2)
+    if not math.isclose(scalar * scale**2, 1, rel_tol=1e-4):
+        raise metadata.refusal(f"scales attention by {scale}, which is no inverse root here")
+    return scalar
+
+
+def _cap(metadata: Metadata, key: str, default: float | None) -> float | None:
+    """Of logits; None where the file says 0."""
+    cap: float | None = None if metadata.take(key, default) == 0 else metadata.number(key, default)
+    return cap
+
+
 def _granite(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     if metadata.take("rope.scaling.finetuned", True) is False:
         raise metadata.refusal("has no rotary embedding, which isn't supported")
     return {
-        **_llama(metadata, tensors, head_dim),
+        **_biases(tensors),
         "model_type": "granite",
         "logits_scaling": metadata.number("logit_scale"),
         "residual_multiplier": metadata.number("residual_scale", 1.0),
@@ -241,9 +260,16 @@ def _granite(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     }
 
 
+def _window(metadata: Metadata, default: int | None = None) -> int | None:
+    """How many tokens attention looks back over; None: all."""
+    key = "attention.sliding_window"
+    window: int | None = None if metadata.take(key, default) == 0 else metadata.count(key, default)
+    return window
+
+
 def _sliding_layers(metadata: Metadata, every: int, window: int | None = None) -> Settings | None:
     """Which layers look back over a window; by default all but every so many-th. None: none do."""
-    given = metadata.number("attention.sliding_window", window)
+    given = _window(metadata, window)
     if given is None:
         return None
     layers = metadata.count("block_count")
@@ -255,13 +281,14 @@ def _sliding_layers(metadata: Metadata, every: int, window: int | None = None) -
         raise metadata.refusal(f"says of {len(pattern)} of {layers} layers which have a window")
     kinds = ("full_attention", "sliding_attention")
     return {
-        "sliding_window": int(given),
+        "sliding_window": given,
         "layer_types": [kinds[bool(slides)] for slides in pattern[:layers]],
     }
 
 
 def _sliding_rope(metadata: Metadata, theta: float) -> Settings:
-    return {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", theta)}
+    given = metadata.number("rope.local.freq_base", theta)  # Ollama's name
+    return {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", given)}
 
 
 ARCHITECTURES = {

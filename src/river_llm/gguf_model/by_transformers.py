@@ -25,7 +25,12 @@ _SAME_AS = {
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
     "attention.sliding_window": ("sliding_window",),
-    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+    "attention.layer_norm_epsilon": (
+        "layer_norm_epsilon",
+        "layer_norm_eps",
+        "norm_epsilon",
+        "norm_eps",
+    ),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "feed_forward_length": ("intermediate_size", "n_inner", "ffn_hidden_size"),
     "final_logit_softcapping": ("final_logit_softcapping",),

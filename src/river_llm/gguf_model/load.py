@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from river_llm.errors import ModelLoadError
 from river_llm.gguf_model.architectures import ARCHITECTURES, model_settings
 from river_llm.gguf_model.by_transformers import check_architecture, load_by_transformers
 from river_llm.gguf_model.file import GGUFContent, read_gguf
@@ -109,9 +110,13 @@ def _set_ends(model: PreTrainedModel, tokenizer: GGUFTokenizer, beside: Path) ->
 
     ends = list(tokenizer.end_ids)
     if beside.is_file():
-        listed = GenerationConfig.from_pretrained(beside.parent).eos_token_id
-        ends += listed if isinstance(listed, list) else [listed]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
+        try:
+            listed = GenerationConfig.from_pretrained(beside.parent).eos_token_id
+            listed = listed if isinstance(listed, list) else [listed]
+            ends += [end for end in map(tokenizer.check_id, listed) if end is not None]
+        except (OSError, TypeError, ValueError) as error:
+            raise ModelLoadError(f"{beside} can't be read; correct it, or take it away") from error
+    ends = list(dict.fromkeys(ends))
     if model.generation_config is None:
         model.generation_config = GenerationConfig()
     model.generation_config.bos_token_id = tokenizer.bos_id

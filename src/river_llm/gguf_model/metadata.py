@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from river_llm.errors import ModelLoadError
+from river_llm.errors import ModelLoadError, UnsupportedModelError
 
 # What only says where a file comes from and how it was made.
-_PROVENANCE = ("general.", "split.", "quantize.", "imatrix.", "mradermacher.")
+_PROVENANCE = ("general.", "split.", "quantize.", "imatrix.", "mradermacher.", "unsloth.")
 # Values with which a setting does nothing, where an architecture doesn't have it.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -30,6 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "pooling_type": (0,),
     "use_parallel_residual": (False,),
+    "rope.dimension_sections": (0,),
     "rope.scaling.alpha": (0,),
     "rope.scaling.finetuned": (True, False),  # whether it was trained with its scaling
     "rope.scaling.yarn_ext_factor": (1,),
@@ -50,6 +51,7 @@ class Metadata:
         Raises:
             ModelLoadError: it holds no model, but an adapter or a projector, or names no
                 architecture.
+            UnsupportedModelError: it is a mixture of experts.
         """
         self._path = path
         self._values = values
@@ -61,6 +63,16 @@ class Metadata:
         if not isinstance(architecture, str) or not architecture:
             raise ModelLoadError(f"{path} names no architecture; get the file again")
         self.architecture = architecture
+        experts = values.get(f"{architecture}.expert_count")
+        if isinstance(experts, int) and experts > 0:
+            raise UnsupportedModelError(
+                f"{path} is a mixture of experts ({architecture} with {experts}); the river needs "
+                "layers that run all of their weights for every token"
+            )
+        if architecture == "clip":
+            raise ModelLoadError(
+                f"{path} holds no model, but a projector of images; give the model's"
+            )
 
     def refusal(self, reason: str) -> ModelLoadError:
         """That the file can't be used."""
@@ -83,6 +95,11 @@ class Metadata:
                 raise self.refusal(f"has layers that differ in {full}, which isn't supported")
             return value[0]
         return value
+
+    def take_same(self, key: str, value: int) -> None:
+        """Take a key that may be there if it says what is so anyway."""
+        if self._values.get(f"{self.architecture}.{key}") == value:
+            self._taken.add(f"{self.architecture}.{key}")
 
     def take_list(self, key: str) -> list[Any] | None:
         """The same of a key that may have a value for each layer; None where it isn't there or has
@@ -135,11 +152,12 @@ class Metadata:
             if key in self._taken or key in known or key.startswith(_PROVENANCE):
                 continue
             neutral = _NEUTRAL.get(key.removeprefix(prefix), ()) if key.startswith(prefix) else ()
-            if not isinstance(value, list) and value in neutral:
+            values = value if isinstance(value, list) else [value]
+            if neutral and all(one in neutral for one in values):
                 continue
             shown = "an array" if isinstance(value, list) else repr(value)[:60]
             raise self.refusal(
                 f"has {key} = {shown}, which isn't known here and may change its answers; take "
-                "another file of the model, or, if you know that it does nothing: "
-                f"gguf-new-metadata --remove-metadata {key}"
+                "another file of the model, or, if you know that it does nothing, remove it: "
+                f"gguf-new-metadata OLD NEW --remove-metadata {key}"
             )

@@ -27,15 +27,20 @@ def rope_parameters(
     Raises:
         ModelLoadError: the scaling isn't known, or lacks a part.
     """
-    theta = metadata.number("rope.freq_base", 10_000.0)
+    theta = metadata.number("rope.global.freq_base", 10_000.0)  # Ollama's name, of Gemma 3
+    theta = metadata.number("rope.freq_base", theta)
     kind = metadata.take("rope.scaling.type", "linear")
     factor = metadata.number("rope.scaling.factor", None)
     factor = factor or metadata.number("rope.scale_linear", 1.0)
     original = metadata.count("rope.scaling.original_context_length", context)
     attention = metadata.number("rope.scaling.attn_factor", 1.0)
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    betas = {
+        "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
     if kind == "yarn" and factor != 1:
-        parameters |= _yarn(metadata, factor, original, attention)
+        parameters |= betas | _yarn(metadata, factor, original, attention)
     elif kind == "longrope" or LONG_DIVISORS in tensors or SHORT_DIVISORS in tensors:
         long, short = (
             _divisors(metadata, tensors, name, rotary_dims)
@@ -54,12 +59,16 @@ def rope_parameters(
             "longrope are)"
         )
     else:
+        if kind != "yarn" and (betas["beta_fast"], betas["beta_slow"]) != (32, 1):
+            raise metadata.refusal("has settings of yarn without it")
         if attention != 1:
             raise metadata.refusal("scales rotary cosines without yarn or longrope")
         if kind == "linear" and factor != 1:
             parameters |= {"rope_type": "linear", "factor": factor}
-    beta = metadata.number("attention.temperature_scale", None)
-    if beta is not None and metadata.architecture == "mistral3":
+    beta = None
+    if metadata.architecture == "mistral3":
+        beta = metadata.number("attention.temperature_scale", None)
+    if beta is not None:
         parameters |= {
             "llama_4_scaling_beta": beta,
             "original_max_position_embeddings": original,
@@ -78,8 +87,6 @@ def _yarn(metadata: Metadata, factor: float, original: int, attention: float) ->
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
     }
     all_dims = metadata.number("rope.scaling.yarn_log_multiplier", None)
     given = metadata.number("rope.scaling.yarn_attn_factor", None)

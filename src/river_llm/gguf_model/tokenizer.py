@@ -44,9 +44,9 @@ _ALWAYS_CONTROL = frozenset(
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     )
 )
-# By the key that holds their id; those that a text can't do without if the file names them.
+# By the key that holds their id.
 _IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "cls")
-_NEEDED_IDS = ("bos", "eos", "eot", "eom")
+_NO_ID = 2**32 - 1  # -1, as some write that there is none
 _KNOWN = frozenset(
     f"{_PREFIX}{key}"
     for key in (
@@ -61,6 +61,8 @@ _KNOWN = frozenset(
         "add_eos_token",
         "add_sep_token",
         "add_space_prefix",
+        "remove_extra_whitespaces",
+        "eos_token_ids",
         *(f"{name}_token_id" for name in _IDS),
         # infilling, which nothing here does
         *(f"fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
@@ -107,7 +109,12 @@ class GGUFTokenizer:
         templates = {key for key in content.metadata if key.startswith(f"{_TEMPLATE}.")}
         self.known_keys = _KNOWN | templates
         self.bos_id = self._ids["bos"]
-        ends = (self._ids[name] for name in ("eos", "eot", "eom"))
+        more = self._get("eos_token_ids", [])  # Ollama's
+        ends = [self._ids[name] for name in ("eos", "eot", "eom")]
+        ends += [self.check_id(end) for end in (more if isinstance(more, list) else [more])]
+        for key in ("add_sep_token", "remove_extra_whitespaces"):
+            if self._flag(key, False):
+                raise self._refusal(f"has {_PREFIX}{key} = true, which isn't known here")
         self.end_ids = [end for end in dict.fromkeys(ends) if end is not None]
 
     def token_settings(self) -> dict[str, int | None]:
@@ -156,7 +163,7 @@ class GGUFTokenizer:
         special = {
             f"{name}_token": self._tokens[index]
             for key, name in names.items()
-            if (index := self._ids[key]) is not None
+            if (index := self._ids[key]) is not None and self._is_control(index)
         }
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -200,18 +207,36 @@ class GGUFTokenizer:
             types = [TokenType.NORMAL] * len(self._tokens)
         if not isinstance(types, list) or len(types) != len(self._tokens):
             raise self._refusal("doesn't say of each token which type it has; it is damaged")
+        changed = (TokenType.NORMAL, TokenType.USER_DEFINED)
         return [
-            TokenType.CONTROL if token in _ALWAYS_CONTROL and kind == TokenType.NORMAL else kind
+            TokenType.CONTROL if token in _ALWAYS_CONTROL and kind in changed else kind
             for token, kind in zip(self._tokens, types, strict=True)
         ]
 
+    def _is_control(self, index: int) -> bool:
+        """Whether a token is more than a piece of text: some files name an ordinary one, such as
+        "!", as the token that pads."""
+        kind, token = self._types[index], self._tokens[index]
+        is_bracketed = token[:1] + token[-1:] in ("<>", "[]") and len(token) > 2
+        return kind in (TokenType.CONTROL, TokenType.UNKNOWN) or is_bracketed
+
+    def check_id(self, index: Any) -> int | None:
+        """An id that a list of ends holds; None stays None.
+
+        Raises:
+            ModelLoadError: it is no token.
+        """
+        if index is None or (type(index) is int and 0 <= index < len(self._tokens)):
+            return index
+        raise self._refusal(f"names {index!r} as the end of an answer, which is no token of it")
+
     def _token_id(self, name: str) -> int | None:
         index = self._get(f"{name}_token_id")
-        if index is None:
+        if index is None or index == _NO_ID:
             return None
         if isinstance(index, int) and 0 <= index < len(self._tokens):
             return index
-        if name in _NEEDED_IDS:
+        if name == "eos":
             raise self._refusal(
                 f"has {_PREFIX}{name}_token_id = {index!r}, of {len(self._tokens)} tokens; "
                 "it is damaged"
@@ -279,6 +304,7 @@ class GGUFTokenizer:
             if token[:end] in parts and token[end:] in parts
         ]
         merges.sort(key=lambda one: (*one[:2], len(one[2])))
+        self._tell_equal_scores(merges)
         unknown = self._ids["unknown"]
         return BPE(
             vocabulary,
@@ -288,26 +314,43 @@ class GGUFTokenizer:
             fuse_unk=False,
         )
 
+    def _tell_equal_scores(self, merges: list[tuple[float, int, str, str]]) -> None:
+        """SentencePiece takes the leftmost of equally good pairs, which no order of merges says."""
+        normal = [one for one in merges if self._types[one[1]] == TokenType.NORMAL]
+        scores = {(score, index) for score, index, _, _ in normal}
+        equal = len(scores) - len({score for score, _ in scores})
+        if equal:
+            _log.warning(
+                "%s has %d tokens with the score of another one, so that some texts may become "
+                "other tokens than the model was trained on; take a file from a newer converter",
+                self._content.path,
+                equal,
+            )
+
     def _add_whole_tokens(self, tokenizer: Tokenizer) -> None:
         """Control tokens and those that a user has defined are found in the text before anything
         else."""
         name = str(self._metadata.get("general.name", "")).lower()
         strips = "phi-3" in name or "phi3" in name  # its own tokenizer takes blanks behind them
         keeps_blanks = ("<unk>", "<s>", "<|endoftext|>")
-        special = {self._ids[key] for key in ("bos", "eos", "unknown", "padding")}
+        named = {self._ids[key] for key in ("bos", "eos", "unknown", "padding")}
+        control: list[AddedToken] = []
+        others: list[AddedToken] = []
         for index, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
-            is_control = kind in (TokenType.CONTROL, TokenType.UNKNOWN) or index in special
+            is_control = kind in (TokenType.CONTROL, TokenType.UNKNOWN)
+            is_control |= index in named and self._is_control(index)
             if is_control or kind == TokenType.USER_DEFINED:
-                added = AddedToken(
-                    token,
-                    special=is_control,
-                    normalized=False,
-                    rstrip=strips and token not in keeps_blanks,
+                (control if is_control else others).append(
+                    AddedToken(
+                        token,
+                        special=is_control,
+                        normalized=False,
+                        rstrip=strips and token not in keeps_blanks,
+                    )
                 )
-                if is_control:
-                    tokenizer.add_special_tokens([added])
-                else:
-                    tokenizer.add_tokens([added])
+        # at once: each call goes through all that were added before
+        tokenizer.add_special_tokens(control)
+        tokenizer.add_tokens(others)
 
     def _add_ends(self, tokenizer: Tokenizer) -> None:
         """A raw text's BOS and EOS, as the file or its kind says."""
@@ -335,7 +378,13 @@ class GGUFTokenizer:
         }
         beside = self._content.path.with_name(_TEMPLATE_FILE)
         if default is None and beside.is_file():
-            default = beside.read_text(encoding="utf-8")
+            try:
+                default = beside.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ModelLoadError(f"{beside} is no UTF-8 text; convert it") from error
+        given = [*named.values(), *([] if default is None else [default])]
+        if not all(isinstance(template, str) for template in given):
+            raise self._refusal("has a chat template that is no text; it is damaged")
         if not named:
             return default
         return named if default is None else {"default": default, **named}
