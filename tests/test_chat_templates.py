@@ -84,15 +84,20 @@ class TestControlTokensInMessages:
         assert eos == tokenizer.eos_token_id
         assert eos not in encode_prompt(tokenizer, "a</s>")
 
-    def test_stay_in_an_answers_reasoning(self) -> None:
+    def test_that_an_answer_shows_stay_in_it(self) -> None:
         template = (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
         )
         tokenizer = byte_tokenizer(SPECIAL, template)
-        answer = {"role": "assistant", "content": "<think>long</think>short<|im_end|>"}
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<tool_call>"]}, replace_extra_special_tokens=False
+        )
+        answer = {"role": "assistant", "content": "<think>long</think>short<|im_end|><tool_call>"}
         token_ids = encode_messages(tokenizer, [answer, _user("a</think>b")])
-        assert tokenizer.decode(token_ids) == ("short<|im_end|><|im_end|>a</think>b<|im_end|>")
-        assert [token for token in token_ids if token >= 259] == [260, 260]
+        assert tokenizer.decode(token_ids) == (
+            "short<|im_end|><tool_call><|im_end|>a</think>b<|im_end|>"
+        )
+        assert [token for token in token_ids if token >= 259] == [263, 260, 260]
 
     @pytest.mark.parametrize("allow", [False, True])
     def test_are_control_tokens_for_those_who_want_them(self, allow: bool) -> None:

@@ -210,6 +210,28 @@ class TestSpecialTokensInStopStrings:
         text = "".join(decoder.add(byte_id(character)) for character in "ab<|stop|>")
         assert (text, decoder.stopped) == ("ab", True)
 
+    @pytest.mark.parametrize(
+        ("stop", "expected"),
+        [
+            ((), "<think>ab</think>c[TOOL_CALLS]d"),
+            (["</think>"], "<think>ab"),
+            (["b</thi"], "<think>a"),  # a marker is text
+            (["<|stop|></think>"], "<think>ab"),
+            (["<|stop|>"], "<think>ab"),
+        ],
+    )
+    def test_markers_of_reasoning_and_of_tools_are_shown(
+        self, stop: list[str], expected: str
+    ) -> None:
+        tokenizer = byte_tokenizer(["<think>", "</think>", "[TOOL_CALLS]", "<|stop|>"])
+        decoder = IncrementalDecoder(tokenizer, stop)
+        text = ""
+        for token in tokenizer("<think>ab<|stop|></think>c[TOOL_CALLS]d").input_ids:
+            text += decoder.add(token)
+            if decoder.stopped:
+                break
+        assert text + decoder.finish() == expected
+
     def test_leave_other_text_as_it_is(self) -> None:
         """Half a character before the token, and a false beginning after it."""
         tokenizer = byte_tokenizer(["<|stop|>"])

@@ -26,15 +26,20 @@ if TYPE_CHECKING:
 
 # Unicode's noncharacters, which no text for others has
 MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-# Of a model's reasoning: templates look for them in an answer, where the model wrote them.
-_REASONING = re.compile(r"think|thought|reason", re.IGNORECASE)
+# Of a model's reasoning and its use of tools: an answer's text shows them, and templates look for
+# them there.
+_MARKER = re.compile(r"think|thought|reason|tool|function|call|python_tag", re.IGNORECASE)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _NONE = re.compile(r"(?!)")  # matches nowhere
 
 
 class ControlTokens:
     """What a tokenizer takes for control tokens: its special tokens, and further added tokens that
-    the chat template writes itself, as DeepSeek's openings of a turn are."""
+    the chat template writes itself, as DeepSeek's openings of a turn are.
+
+    Attributes:
+        markers: the special tokens that an answer's text shows, with their spelling.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         literals = _literal_text(tokenizer.chat_template)
@@ -51,8 +56,13 @@ class ControlTokens:
         self._any = _any_of(texts)
         self._beginnings = _beginning_of_any(texts)
         # An answer's text shows added tokens that aren't special ones: there they were tokens.
-        answered = {text for text in special if not _REASONING.search(text)}
+        answered = {text for text in special if not _MARKER.search(text)}
         self._beginnings_in_answers = _beginning_of_any(answered)
+        self.markers = {
+            token_id: token.content
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.content in special - answered
+        }
         self._copy: Tokenizer | None = None
 
     @classmethod
@@ -66,7 +76,7 @@ class ControlTokens:
 
     def mark(self, value: Any, mark: str, is_answer: bool = False) -> Any:
         """A text, or all texts in lists and dicts, with a mark in whatever spells a control token;
-        of an answer of the model, markers of its reasoning stay whole."""
+        of an answer of the model, the markers that it shows stay whole."""
         if isinstance(value, str):
             beginnings = self._beginnings_in_answers if is_answer else self._beginnings
             return beginnings.sub(lambda found: found.group() + mark, value)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from river_llm.chat_template import Message, check_encodable, encode_messages
 from river_llm.config import is_whole_number
+from river_llm.control_tokens import ControlTokens
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,14 +135,17 @@ class IncrementalDecoder:
 
     Held back are the first bytes of a character that isn't whole, and whatever may turn out to be
     the beginning of a stop string. Once a stop string is whole, `stopped` is true and the text ends
-    before it. Special tokens give no text, but stop strings that spell them are found.
+    before it. Special tokens give no text, but stop strings that spell them are found; markers of
+    reasoning and of tools (`ControlTokens.markers`) give their own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
-        # a special token stands as one character that is taken out of the text again
-        spelled = _special_tokens_in(tokenizer, stop)
+        self._markers = ControlTokens.of(tokenizer).markers
+        # any other special token stands as one character that is taken out of the text again
+        special = _special_tokens_in(tokenizer, stop)
+        spelled = {text: token for text, token in special.items() if token not in self._markers}
         self._hidden = {token: chr(_FIRST_HIDDEN + i) for i, token in enumerate(spelled.values())}
         hidden_stops = [_replaced(text, spelled, self._hidden) for text in stop]
         self._stop = tuple(dict.fromkeys([*stop, *hidden_stops]))
@@ -152,8 +156,9 @@ class IncrementalDecoder:
 
     def add(self, token: int) -> str:
         """The text that is certain now that `token` has come; may be empty."""
-        if token in self._hidden:
-            return self._release(self._undecoded() + self._hidden[token])
+        spelling = self._markers.get(token) or self._hidden.get(token)
+        if spelling is not None:
+            return self._release(self._undecoded() + spelling)
         self._token_ids.append(token)
         # A token's text depends on its neighbours, so decode with the last ones before it.
         before = self._decode(self._token_ids[self._context_start : self._decoded_end])
