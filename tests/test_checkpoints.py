@@ -132,7 +132,11 @@ class TestQuantisedAlready:
 
 class TestFilesThatAreNotThere:
     @pytest.mark.parametrize(
-        "name", [WEIGHTS, "tokenizer.json", "config.json", "tokenizer_config.json"]
+        "name",
+        [
+            *(WEIGHTS, "tokenizer.json", "config.json", "tokenizer_config.json"),
+            *("chat_template.jinja", "chat_template.json"),
+        ],
     )
     def test_a_git_lfs_pointer_is_named(self, folder: Path, name: str) -> None:
         (folder / name).write_text(POINTER)
@@ -446,6 +450,42 @@ class TestTokenizer:
         _configure(folder, "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
         assert type(load_backbone(folder)[1]).__name__ == "Qwen2Tokenizer"
+
+    @pytest.mark.parametrize("of_class", ["LlamaTokenizerFast", "GemmaTokenizer", "Qwen2Tokenizer"])
+    def test_adds_what_its_class_adds_by_the_flags_of_its_settings(
+        self, folder: Path, of_class: str
+    ) -> None:
+        settings = {"tokenizer_class": of_class, "add_bos_token": True, "add_eos_token": True}
+        before = load_backbone(folder)[1]("Hi").input_ids
+        _configure(folder, "tokenizer_config.json", **settings)
+        has_flags = of_class != "Qwen2Tokenizer"
+        expected = [0, *before, 1] if has_flags else before
+        assert load_backbone(folder)[1]("Hi").input_ids == expected
+        _configure(folder, "tokenizer_config.json", add_bos_token=False)
+        assert load_backbone(folder)[1]("Hi").input_ids == expected[has_flags:]
+
+    @pytest.mark.parametrize(
+        "template", ["X{{ 1 }}", [{"name": "default", "template": "\ufeffX{{ 1 }}"}]]
+    )
+    def test_takes_the_template_of_an_old_processor_where_it_has_none(
+        self, folder: Path, template: object
+    ) -> None:
+        _configure(folder, "chat_template.json", chat_template=template)
+        assert load_backbone(folder)[1].chat_template == byte_tokenizer().chat_template
+        (folder / "chat_template.jinja").unlink()
+        assert load_backbone(folder)[1].get_chat_template() == "X{{ 1 }}"
+
+    def test_has_no_byte_order_mark_in_its_template(self, folder: Path) -> None:
+        file = folder / "chat_template.jinja"
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+        assert load_backbone(folder)[1].chat_template == byte_tokenizer().chat_template
+
+    @pytest.mark.parametrize(
+        ("encoding", "cause"), [("utf-16", "is UTF-16 text"), ("latin-1", "is no UTF-8 text")]
+    )
+    def test_has_a_template_in_utf_8(self, folder: Path, encoding: str, cause: str) -> None:
+        (folder / "chat_template.jinja").write_text("Grüße", encoding=encoding)
+        assert _message(folder).startswith(f"{folder / 'chat_template.jinja'} {cause}")
 
     def test_is_the_same_from_a_packed_copy(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

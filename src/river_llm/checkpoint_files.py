@@ -16,14 +16,22 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from river_llm.errors import ModelLoadError
+from river_llm.errors import DataError, ModelLoadError
 from river_llm.model_source import ADAPTER_CONFIG, is_lfs_pointer, lfs_message
+from river_llm.utf8 import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Of a repository: what decides whether it can be loaded at all.
-DESCRIPTIONS = (CONFIG, ADAPTER_CONFIG, INDEX, "hf_quant_config.json", "quantize_config.json")
+_OLD_TEMPLATE = "chat_template.json"  # of processors
+DESCRIPTIONS = (
+    *(CONFIG, ADAPTER_CONFIG, INDEX, _OLD_TEMPLATE),
+    *("hf_quant_config.json", "quantize_config.json"),
+)
 # transformers goes on without one of these, and without a word, where it is damaged.
-_SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_SETTINGS = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    _OLD_TEMPLATE,
+)
 _JSON = (CONFIG, INDEX, *_SETTINGS, "tokenizer.json", "added_tokens.json", "vocab.json")
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -55,15 +63,25 @@ def check_description(directory: Path, name: str) -> None:
         name: of the model, as the user gave it.
 
     Raises:
-        ModelLoadError: it is an adapter, it is quantised already, a file is a Git LFS pointer or
-            no JSON, or its tokenizer needs a package that is not installed.
+        ModelLoadError: it is an adapter, it is quantised already, a file is a Git LFS pointer, no
+            JSON or no UTF-8, or its tokenizer needs a package that is not installed.
     """
-    read = [directory / name for name in _JSON]
+    texts = [
+        directory / "chat_template.jinja",
+        *directory.glob("additional_chat_templates/*.jinja"),
+    ]
+    models = []
     if not (directory / "tokenizer.json").is_file():
-        read += [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]
-    for file in read:
+        texts += [directory / "merges.txt", directory / "vocab.txt"]
+        models = [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]
+    for file in [*(directory / name for name in _JSON), *texts, *models]:
         if file.is_file() and is_lfs_pointer(file):
             raise ModelLoadError(lfs_message(file))
+    try:
+        for file in filter(Path.is_file, texts):
+            read_text(file)
+    except DataError as error:
+        raise ModelLoadError(str(error)) from error
     if any((directory / file).is_file() for file in _ADAPTER_FILES):
         file = directory / ADAPTER_CONFIG
         raise ModelLoadError(_adapter_message(name, read_json(file) if file.is_file() else {}))

@@ -1,6 +1,6 @@
-"""The tokenizer of a folder's own tokenizer.json.
+"""The tokenizer of a folder's own files, where transformers leaves something of them out.
 
-Some tokenizer classes of transformers take the vocabulary from that file and build the rest
+Some tokenizer classes of transformers take the vocabulary from tokenizer.json and build the rest
 (normaliser, pre-tokenizer, options of the merges) as their own model has it. Where the file says
 otherwise, digits, blanks and line breaks would become other tokens than the model was trained on.
 """
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 
+from river_llm.checkpoint_files import read_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -25,18 +27,70 @@ _MODEL_OPTIONS = (
     "byte_fallback",
     "ignore_merges",
 )
+# Those that set BOS and EOS by the flags of tokenizer_config.json in transformers 4, whatever
+# tokenizer.json says; transformers 5 drops the flags.
+_CLASSES_WITH_FLAGS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _TOKEN_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized")
+_MARK = "\ufeff"  # byte order mark
 
 _log = logging.getLogger(__name__)
 
 
-def with_its_own_file(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, or where tokenizer.json splits text otherwise, one that is read from it.
-
-    Takes milliseconds where they agree: the vocabulary isn't read.
+def with_its_files(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer as tokenizer.json, tokenizer_config.json and chat_template.json have it.
 
     Args:
         source: the directory or Hub id that the tokenizer was loaded from.
+
+    Raises:
+        ModelLoadError: chat_template.json is no JSON.
+    """
+    own = _with_its_own_file(tokenizer, source)
+    _set_flags(own, source)
+    _set_chat_template(own, source)
+    return own
+
+
+def _file(source: str, name: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source, name)
+    return Path(str(huggingface_hub.try_to_load_from_cache(source, name)))
+
+
+def _set_flags(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Let the tokenizer add BOS and EOS as its class did by `add_bos_token`, `add_eos_token`."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = _file(source, "tokenizer_config.json")
+    if not file.is_file() or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    settings = read_json(file)
+    of_class = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if of_class in _CLASSES_WITH_FLAGS and settings.keys() & {"add_bos_token", "add_eos_token"}:
+        tokenizer.add_bos_token = bool(settings.get("add_bos_token", True))
+        tokenizer.add_eos_token = bool(settings.get("add_eos_token", False))
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Take a template from chat_template.json, which older processors have, where there is no
+    other, and byte order marks off."""
+    template = tokenizer.chat_template
+    file = _file(source, "chat_template.json")
+    if not template and file.is_file():
+        template = read_json(file).get("chat_template")
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}
+    if isinstance(template, dict):
+        template = {name: text.removeprefix(_MARK) for name, text in template.items()}
+    tokenizer.chat_template = (
+        template.removeprefix(_MARK) if isinstance(template, str) else template
+    )
+
+
+def _with_its_own_file(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, or where tokenizer.json splits text otherwise, one that is read from it.
+
+    Takes milliseconds where they agree: the vocabulary isn't read.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -45,9 +99,7 @@ def with_its_own_file(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTra
         return tokenizer
     if of_class is PreTrainedTokenizerFast or not of_class.__module__.startswith("transformers."):
         return tokenizer
-    file = Path(source, "tokenizer.json")
-    if not Path(source).is_dir():
-        file = Path(str(huggingface_hub.try_to_load_from_cache(source, "tokenizer.json")))
+    file = _file(source, "tokenizer.json")
     if not file.is_file() or _agree(tokenizer, _settings(file)):
         return tokenizer
     _log.info("%s splits text otherwise than tokenizer.json, which is taken", of_class.__name__)

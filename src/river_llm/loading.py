@@ -18,7 +18,7 @@ from river_llm.checkpoint_files import (
     readable,
 )
 from river_llm.errors import ConfigError, ModelLoadError
-from river_llm.file_tokenizer import with_its_own_file
+from river_llm.file_tokenizer import with_its_files
 from river_llm.gguf_cache import copy_of, keep_copy, read_copy
 from river_llm.gguf_model import load_gguf, load_gguf_config
 from river_llm.load_errors import check_has_tokenizer, one_clear_line
@@ -221,7 +221,7 @@ def _load_checkpoint(
             **code,
             **options,
         )
-        tokenizer = with_its_own_file(tokenizer, folder)
+        tokenizer = with_its_files(tokenizer, folder)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelLoadError(
