@@ -280,7 +280,7 @@ class TestAnotherRun:
         save(lm_with("cpu"), path)
         with monkeypatch.context() as patched:
             patched.setattr("river_llm.__version__", "0.0.9")
-            check_refused(lm_with("cpu"), path, "river-llm 0.1.0, this run has 0.0.9")
+            check_refused(lm_with("cpu"), path, "this run has 0.0.9")
         monkeypatch.setattr("river_llm.prompt_cache.FORMAT_VERSION", 9)
         check_refused(
             lm_with("cpu"), path, f"format version {FORMAT_VERSION}, this release reads 9"

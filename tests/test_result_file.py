@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_llm import ResultFileError
-from river_llm.evaluation.result_file import ResultWriter, read_result
+from river_llm.evaluation.result_file import FORMAT_VERSION, ResultWriter, read_result
 
 RUN = {"task": "sums", "policy": {"kind": "similarity", "threshold": 0.97}, "data": "sha256:1"}
 
@@ -109,7 +109,7 @@ def line(**fields: object) -> bytes:
     return json.dumps(fields).encode() + b"\n"
 
 
-FIRST = line(kind="run", format_version=1)
+FIRST = line(kind="run", format_version=FORMAT_VERSION)
 
 
 class TestDamage:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from river_llm.river import River
     from river_llm.river_lm import RiverLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttachedRiver",

@@ -21,7 +21,7 @@ from typing import Any
 
 from river_llm.errors import ResultFileError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BEGINNING = b'{"kind": "run"'
 
 
@@ -72,7 +72,7 @@ def read_result(path: Path) -> Result:
             if entry.get("format_version") != FORMAT_VERSION:
                 raise ResultFileError(
                     f"{path} has format version {entry.get('format_version')}; "
-                    f"this program knows {FORMAT_VERSION}"
+                    f"this program knows {FORMAT_VERSION}; begin anew with --restart"
                 )
             result = Result(path, entry, end=end)
         else:
