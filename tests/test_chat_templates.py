@@ -159,6 +159,7 @@ WANTS_PARTS = (
     "{% endfor %}"
 )
 PLAIN = "{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content }}\n{% endfor %}"
+WANTS_ONE_PART = PLAIN.replace("m.content", "m.content[0]['text']")
 ANSWER: Message = {"role": "assistant", "content": "yes"}
 
 
@@ -196,7 +197,7 @@ class TestForms:
         assert _rendered(PLAIN, [_system("S"), _user("a")]) == "s:S\nu:a\n"
         assert not caplog.records
 
-    @pytest.mark.parametrize("template", [PLAIN, WANTS_PARTS])
+    @pytest.mark.parametrize("template", [PLAIN, WANTS_PARTS, WANTS_ONE_PART])
     @pytest.mark.parametrize(
         "content", ["a b", [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]]
     )
@@ -225,6 +226,7 @@ class TestForms:
             ),
             ("{{ messages[-1].content }}", [_user("a"), _user("b")], "message 1 of 2"),
             ("{{ messages[0].contents }}", [_user("a")], r"leaves out message 1 of 1"),
+            ("{{ messages[-1].content[0].text }}", [_user("a"), _user("b")], "message 1 of 2"),
             ("{{ 1 // 0 }}", [_user("a")], "zero"),
             ("{{ messages[0].x.y }}", [_user("a")], "no attribute 'x'"),
             ("{% for m in messages %}{{ m.content }}", [_user("a")], "broken .*line 1"),

@@ -28,7 +28,7 @@ Message = dict[str, Any]  # {"role": "user", "content": "..."}
 WANTED_MESSAGES = 'messages must be a list of {"role": ..., "content": ...}, both of them strings'
 _OWN_VARIABLES = {"messages", "add_generation_prompt"}
 _Rank = tuple[bool, bool, bool]
-# (the system's text goes in front of the first user message, contents are lists of parts)
+# (the system's text goes in front of the first user message, contents are lists of one part)
 _FORMS = ((False, False), (False, True), (True, False), (True, True))
 
 _log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class _Template:
             moved = _system_moved(messages) if moves_system else messages
             if moved is None:
                 continue
-            chat = [_with_content(one, _parts(one) if in_parts else _text(one)) for one in moved]
+            chat = [_with_content(one, _content(_text(one), in_parts)) for one in moved]
             try:
                 rendering = self._render(chat)
                 lost = self._without_trace(chat)
@@ -140,7 +140,7 @@ class _Template:
         for place in lost:  # a template may look at a content and write something else
             others = [
                 *chat[:place],
-                _with_content(chat[place], "something else"),
+                _with_text(chat[place], "something else"),
                 *chat[place + 1 :],
             ]
             if self._render(others) == rendering:
@@ -155,13 +155,8 @@ class _Template:
         """The places of messages whose contents can't be found in the rendering."""
         first, second = MARKS[-2:]
         probes = [f"{first}{place}{second}" for place in range(len(messages))]
-        probed = []
-        for message, probe in zip(messages, probes, strict=True):
-            content = message["content"]
-            in_parts = not isinstance(content, str)
-            longer = [*content, *_text_part(probe)] if in_parts else content + probe
-            probed.append(_with_content(message, longer))
-        rendering = self._render(probed)
+        pairs = zip(messages, probes, strict=True)
+        rendering = self._render([_with_text(one, _text(one) + probe) for one, probe in pairs])
         return [
             place
             for place, probe in enumerate(probes)
@@ -278,13 +273,13 @@ def _text(message: Message) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _parts(message: Message) -> list[Message]:
-    content = message["content"]
-    return list(content) if isinstance(content, list) else _text_part(content)
+def _content(text: str, in_parts: bool) -> str | list[Message]:
+    return [{"type": "text", "text": text}] if in_parts else text
 
 
-def _text_part(text: str) -> list[Message]:
-    return [{"type": "text", "text": text}]
+def _with_text(message: Message, text: str) -> Message:
+    """The message with another text, in the form of its content."""
+    return _with_content(message, _content(text, isinstance(message["content"], list)))
 
 
 def _system_moved(messages: Sequence[Message]) -> list[Message] | None:
