@@ -194,7 +194,10 @@ BROKEN: dict[str, tuple[Callable[[Path], str | Path], str]] = {
         "has no safetensors weights; convert pickled weights to safetensors first",
     ),
     "lost weights": (_lost_weights, "saved holds no weights"),
-    "weights of another name": (_weights_of_another_name, "saved holds no weights"),
+    "weights of another name": (
+        _weights_of_another_name,
+        r"holds weights\.safetensors and no model\.safetensors",
+    ),
     "the weights' file": (_one_file(WEIGHTS), "is one file of a model; give its folder, .*saved$"),
     "the config's file": (
         _one_file("config.json"),

@@ -70,7 +70,7 @@ class TestQuantisedAlready:
             ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
             ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
             ({"quant_method": "some_new_one"}, "some_new_one"),
-            ({}, "some method"),
+            ({"bits": 4}, "some method, 4 bits"),
             (
                 {
                     "quant_method": "compressed-tensors",
@@ -127,7 +127,8 @@ class TestQuantisedAlready:
     def test_a_quantised_kv_cache_is_none_of_the_weights(self, folder: Path) -> None:
         algorithms = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
         _configure(folder, "hf_quant_config.json", quantization=algorithms)
-        load_backbone(_configure(folder, quantization_config=None))
+        for nothing in (None, {}):
+            load_backbone(_configure(folder, quantization_config=nothing))
 
 
 class TestFilesThatAreNotThere:
@@ -195,6 +196,39 @@ class TestFilesThatAreNotThere:
         (folder / WEIGHTS).unlink()
         (folder / INDEX).write_text(json.dumps(contents))
         assert f"{INDEX} names no tensors" in _message(folder)
+
+    @pytest.mark.parametrize("metadata", [{}, {"metadata": None}])
+    def test_an_index_without_metadata_is_enough(
+        self, folder: Path, metadata: dict[str, Any]
+    ) -> None:
+        _in_shards(folder)
+        places = json.loads((folder / INDEX).read_text())["weight_map"]
+        (folder / INDEX).write_text(json.dumps({"weight_map": places, **metadata}))
+        load_backbone(folder)
+
+    @pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors"])
+    def test_weights_under_another_name_are_named(self, folder: Path, name: str) -> None:
+        (folder / WEIGHTS).rename(folder / name)
+        assert f"holds {name} and no {WEIGHTS}, which is what is read; get it" in _message(folder)
+
+    @pytest.mark.parametrize(
+        ("pattern", "replacement"),
+        [
+            ("^", "module."),
+            ("^", "_orig_mod."),
+            ("^", "pretrained_model."),
+            (r"^model\.", "model._orig_mod."),
+            (r"(?=self_attn|mlp|model)", "_fsdp_wrapped_module."),
+            ("^", "module._orig_mod."),
+        ],
+    )
+    def test_weights_with_the_names_of_a_wrapper_are_told(
+        self, folder: Path, pattern: str, replacement: str
+    ) -> None:
+        weights = load_file(folder / WEIGHTS)
+        named = {re.sub(pattern, replacement, name): one for name, one in weights.items()}
+        save_file(named, folder / WEIGHTS, {"format": "pt"})
+        assert "was wrapped in names it; save the model itself" in _message(folder)
 
     @pytest.mark.parametrize(
         ("name", "content", "packages"),
@@ -302,6 +336,15 @@ class TestSettings:
         assert model.dtype == torch.bfloat16
         assert model.name_or_path == str(folder)
 
+    @pytest.mark.parametrize(
+        "settings", [{"pad_token_id": 272}, {"pad_token_id": -273}, {"return_dict": False}]
+    )
+    def test_what_changes_no_answer_stops_no_load(
+        self, folder: Path, settings: dict[str, Any]
+    ) -> None:
+        model = load_backbone(_configure(folder, **settings))[0]
+        assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 272)
+
     @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
     def test_byte_order_marks_are_no_matter(self, folder: Path, encoding: str) -> None:
         expected = load_backbone(folder)[1]("Hi 12").input_ids
@@ -361,7 +404,7 @@ class TestTensorsWithoutAPlace:
             "layers.2.mlp.up_proj.weight",
             "model.layers.0.self_attn.q_proj.bias",
             "model.layers.0.self_attn.q_norm.weight",
-            "model.layers.0.self_attn.k_scale",
+            "model.layers.0.self_attn.k_norm_scale",
             "model.layers.0.self_attn.bias",
             "model.norm.bias",
             "model.embed_norm.weight",
@@ -376,6 +419,11 @@ class TestTensorsWithoutAPlace:
         "name",
         [
             "model.layers.0.self_attn.rotary_emb.inv_freq",
+            "model.layers.0.self_attn.rotary_emb.cos_cached",
+            "model.rotary_emb.original_inv_freq",
+            "model.layers.0.self_attn.k_scale",
+            "model.layers.0.self_attn.v_proj.v_scale",
+            "model.layers.0.self_attn.k_proj.output_scale",
             "vision_tower.layers.0.mlp.weight",
             "model.visual.blocks.0.weight",
             "mtp.layers.0.mlp.weight",

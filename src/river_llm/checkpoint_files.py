@@ -155,8 +155,9 @@ def readable(directory: Path) -> Iterator[Path]:
     """A directory as transformers reads it.
 
     That is the directory itself, or a folder of links to its files where JSON begins with a byte
-    order mark or is not UTF-8, or where config.json names a dtype that PyTorch hasn't or attention
-    that needs more than PyTorch: there these files are written anew.
+    order mark or is not UTF-8, where config.json names a dtype that PyTorch hasn't or attention
+    that needs more than PyTorch, or where the index lacks its metadata: there these files are
+    written anew.
     """
     changed: dict[str, Any] = {}
     for file in [directory / name for name in _JSON if (directory / name).is_file()]:
@@ -168,6 +169,10 @@ def readable(directory: Path) -> Iterator[Path]:
         known = _without_odd_settings(config)
         if known != config:
             changed[CONFIG] = known
+    if (directory / INDEX).is_file():
+        index = read_json(directory / INDEX)
+        if not isinstance(index.get("metadata"), dict):  # of which nothing is needed
+            changed[INDEX] = {**index, "metadata": {}}
     if not changed:
         yield directory
         return
@@ -207,7 +212,7 @@ def _quantisation(part: dict[str, Any]) -> str | None:
     """How a part of a configuration says that its weights are quantised; None: they aren't."""
     for key in _QUANTISATION_KEYS:
         settings = part.get(key)
-        if settings is None or settings is False or (key == "quantization" and not settings):
+        if not settings:
             continue
         if not isinstance(settings, dict):
             return str(settings)
@@ -264,6 +269,12 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
         raise ModelLoadError(
             f"{name} holds {len(shards)} parts of weights, {shards[0].name} among them, without "
             f"their {INDEX}; get it too"
+        )
+    others = sorted(directory.glob("*.safetensors"))
+    if not files and others:
+        raise ModelLoadError(
+            f"{name} holds {others[0].name} and no {WEIGHTS}, which is what is read; get it too, "
+            "or give the file that name if it has the tensors' names of transformers"
         )
     for file in files:
         if is_lfs_pointer(file):

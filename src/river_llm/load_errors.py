@@ -97,6 +97,11 @@ def _explain(error: BaseException, name: str, gguf_file: str | None) -> str:
         return f"the rotary settings of {name} can't be used ({brief(text)}); correct config.json"
     if "alidation error for" in text:
         return f"the config.json of {name} isn't valid ({brief(text)}); correct it"
+    if isinstance(error, KeyError) and text == "'metadata'":
+        return (
+            f"the model.safetensors.index.json of {name} has no metadata; download the model (hf "
+            f"download {name}) and give its folder, where that is no matter"
+        )
     if isinstance(error, KeyError):
         return (
             f"{name} can't be loaded: its config.json may name what transformers doesn't know "

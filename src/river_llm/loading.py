@@ -23,7 +23,7 @@ from river_llm.gguf_cache import copy_of, keep_copy, read_copy
 from river_llm.gguf_model import load_gguf, load_gguf_config
 from river_llm.load_errors import check_has_tokenizer, one_clear_line
 from river_llm.model_source import gguf_parts, resolve
-from river_llm.unexpected_tensors import check_unexpected
+from river_llm.unexpected_tensors import check_unexpected, check_wrapper
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -128,14 +128,16 @@ def empty_model(
 
 
 def _read_config(source: str, name: str, **options: Any) -> PretrainedConfig:
-    """The configuration of a checkpoint, for the attention of PyTorch."""
+    """The configuration of a checkpoint, for the attention of PyTorch and outputs by name."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     if config._attn_implementation not in ATTENTIONS:
         config._attn_implementation = None  # another may need a package, or a GPU
-    text = config.get_text_config(decoder=True)
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    for one in (config, text):
+        _take_off_what_stops_a_load(one)
     rotary = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in rotary.values() if isinstance(value, dict)]
     for parameters in nested or [rotary]:
@@ -147,6 +149,17 @@ def _read_config(source: str, name: str, **options: Any) -> PretrainedConfig:
                 f"knows {known}; upgrade it, or correct the type"
             )
     return config
+
+
+def _take_off_what_stops_a_load(config: PretrainedConfig) -> None:
+    """None of it changes an answer: outputs as tuples, no quantisation, a row of zeros for padding
+    that the embedding hasn't."""
+    config.return_dict = True
+    if getattr(config, "quantization_config", None) == {}:
+        config.quantization_config = None
+    padding, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(padding, int) and isinstance(rows, int) and not -rows <= padding < rows:
+        config.pad_token_id = None
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig | None:
@@ -224,6 +237,7 @@ def _load_checkpoint(
         tokenizer = with_its_files(tokenizer, folder)
     missing = sorted(info["missing_keys"])
     if missing:
+        check_wrapper(name, missing, info["unexpected_keys"])
         raise ModelLoadError(
             f"{source} lacks {len(missing)} of the model's tensors, "
             f"{missing[0]} among them; get the whole set of files"

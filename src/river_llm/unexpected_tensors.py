@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 # What older checkpoints hold of what a model computes itself: rotary frequencies, causal masks.
 _BUFFERS = re.compile(
-    r"(^|[._])(inv_freq|position_ids)$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$"
+    r"(^|[._])(inv_freq|position_ids|(cos|sin)_cached?)$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$"
+)
+# Scales of a KV cache in 8 bits, which is the choice of who runs the model.
+_CACHE_SCALES = re.compile(
+    r"\.(self_attn|attn|attention|[kv]_proj|qkv_proj)\.(k|v|kv)_(scale|zero_point)$"
+    r"|\.[kv]_proj\.output_(scale|zero_point)$"
+)
+# What torch.compile, data parallel training and others put into names.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 # Beside the language model: towers of other inputs and outputs, heads that predict further tokens
 # or judge a text.
@@ -44,14 +53,15 @@ def check_unexpected(
             and the configuration says that they are one.
     """
     left = sorted(key for key in keys if not _BUFFERS.search(key))
-    lost = [key for key in left if _changes_the_answer(model, config, key)]
+    used = [key for key in left if not _CACHE_SCALES.search(key)]
+    lost = [key for key in used if _changes_the_answer(model, config, key)]
     if lost:
         raise ModelLoadError(
             f"{name} holds {_count(lost)} that {type(model).__name__} with its config.json has no "
             "place for, and the answers would be others without; get config and weights from one "
             "place, upgrade transformers, or take another model"
         )
-    unknown = [key for key in left if not _is_apart(config, key)]
+    unknown = [key for key in used if not _is_apart(config, key)]
     if unknown:
         _log.warning("%s: no part of the model takes %s", name, _count(unknown))
     elif left:
@@ -64,6 +74,25 @@ def check_unexpected(
             f"{name} holds an LM head that differs from the embedding, and its config.json says "
             'that they are one; set "tie_word_embeddings": false there, or take the head out'
         )
+
+
+def check_wrapper(name: str, missing: list[str], unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint whose tensors have the names that a wrapper of the model gave them.
+
+    Args:
+        name: of the model, as the user gave it.
+        missing, unexpected: what `from_pretrained` calls so.
+
+    Raises:
+        ModelLoadError: the first missing tensor is there under such a name.
+    """
+    for key in sorted(unexpected):
+        if f".{_WRAPPERS.sub('', key)}".endswith(f".{missing[0]}"):
+            raise ModelLoadError(
+                f"{name} holds {key} where the model has {missing[0]}, as something that the model "
+                "was wrapped in names it; save the model itself (as accelerate's unwrap_model "
+                "gives it), or rename the tensors"
+            )
 
 
 def _count(keys: list[str]) -> str:
