@@ -603,6 +603,25 @@ class TestHub:
         (snapshot / "quantize_config.json").write_text('{"bits": 4}')
         assert _message("org/name").startswith("org/name is quantised already")
 
+    def test_an_index_without_metadata_is_named(self, snapshot: Path) -> None:
+        _in_shards(snapshot)
+        places = json.loads((snapshot / INDEX).read_text())["weight_map"]
+        (snapshot / INDEX).write_text(json.dumps({"weight_map": places}))
+        assert _message("org/name").startswith(f"the {INDEX} of org/name has no metadata; download")
+
+    def test_a_model_in_its_cache_has_the_template_and_flags_of_its_files(
+        self, snapshot: Path
+    ) -> None:
+        (snapshot / "chat_template.jinja").unlink()
+        _configure(snapshot, "chat_template.json", chat_template="X")
+        settings = json.loads((snapshot / "tokenizer_config.json").read_text())
+        (snapshot / "tokenizer_config.json").unlink()  # a link to the one of all tests
+        settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        _configure(snapshot, "tokenizer_config.json", **settings)
+        tokenizer = load_backbone("org/name")[1]
+        assert tokenizer.chat_template == "X"
+        assert tokenizer("Hi").input_ids[0] == 0
+
 
 def _in_shards(folder: Path) -> list[Path]:
     """Write the weights in two files and their index."""
