@@ -114,6 +114,7 @@ class TestGgufOfAnotherKind:
         ("name", "pieces"),
         [
             ("m.gguf.part1of2", "m.gguf.part*"),
+            ("m.gguf.part2of12", "$(ls -v m.gguf.part*)"),
             ("m.gguf-split-a", "m.gguf-split*"),
             ("m.gguf.part-aa", "m.gguf.part*"),
         ],

@@ -147,9 +147,12 @@ def _gguf_source(file: Path) -> tuple[str, str]:
 def _check_gguf(file: Path) -> None:
     piece = _PIECE.fullmatch(file.name)
     if piece is not None:
+        pieces = f"{piece['whole']}{piece['mark']}*"
+        if re.search(r"of\d\d", file.name[len(piece["whole"]) :]):  # a star has 10 before 2
+            pieces = f"$(ls -v {pieces})"
         raise ModelLoadError(
-            f"{file} is a piece of a GGUF file; make it whole in its folder (cat "
-            f"{piece['whole']}{piece['mark']}* > {piece['whole']}) and give {piece['whole']}"
+            f"{file} is a piece of a GGUF file; make it whole in its folder (cat {pieces} > "
+            f"{piece['whole']}) and give {piece['whole']}"
         )
     with file.open("rb") as opened:
         head = opened.read(8)
