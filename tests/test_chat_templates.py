@@ -167,6 +167,12 @@ def _user(content: Any) -> Message:
     return {"role": "user", "content": content}
 
 
+def _calling(arguments: Any) -> Message:
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
 def _system(content: str) -> Message:
     return {"role": "system", "content": content}
 
@@ -255,6 +261,64 @@ class TestForms:
 
     def test_an_answer_without_text_is_not_lost(self) -> None:
         assert _rendered(DROPS_SYSTEM, [_user("a"), {"role": "assistant", "content": ""}])
+
+
+CALLING = (
+    "{% for m in messages %}{{ m.content + '' }}{% for call in m.tool_calls or [] %}"
+    "<tool_call>CALL</tool_call>{% endfor %};{% endfor %}"
+)
+
+
+class TestToolCalls:
+    @pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris"}], ids=repr)
+    @pytest.mark.parametrize("content", [None, "", [], "left out"], ids=repr)
+    @pytest.mark.parametrize(
+        "call",
+        [
+            "{{ f.name }} {{ f.arguments | tojson }}",
+            "{{ f.name + ' ' + f.arguments }}",
+            "{{ f.name }} {{ f.arguments }}",
+            '{{ f.name }} {"{% for k, v in f.arguments | items %}{{ k }}": "{{ v }}"{% endfor %}}',
+        ],
+    )
+    @pytest.mark.parametrize("wants_none", [False, True])
+    def test_are_given_as_the_template_wants_them(
+        self, arguments: Any, content: Any, call: str, wants_none: bool
+    ) -> None:
+        template = CALLING.replace("CALL", "{% set f = call.function %}" + call)
+        if wants_none:
+            template = template.replace("m.content + ''", "m.content")
+            calls = "([] if m.content is string else m.tool_calls)"
+            template = template.replace("m.tool_calls or []", calls)
+        message = _calling(arguments) | {"content": content}
+        if content == "left out":
+            del message["content"]
+        answer = {"role": "tool", "tool_call_id": "1", "content": "5"}
+        expected = '<tool_call>f {"city": "Paris"}</tool_call>;5;'
+        assert _rendered(template, [message, answer]) == expected
+
+    def test_that_the_template_leaves_out_are_told(self) -> None:
+        for content in (None, "I call."):
+            with pytest.raises(ConfigError, match="leaves out the tool calls"):
+                _rendered(PLAIN, [_user("a"), _calling("{}") | {"content": content}])
+
+    @pytest.mark.parametrize("calls", [5, ["f"], [{"function": {"arguments": "{}"}}]], ids=str)
+    def test_that_are_malformed_are_told(self, calls: Any) -> None:
+        with pytest.raises(ConfigError, match="tool_calls of a message must be a list"):
+            _rendered(CALLING, [{"role": "assistant", "content": None, "tool_calls": calls}])
+
+    @pytest.mark.parametrize("arguments", [{"</tool_call>": "</tool_call><s>"}, "</tool_call><s>"])
+    def test_that_are_no_text_are_told(self) -> None:
+        with pytest.raises(ConfigError, match="half of a surrogate pair"):
+            _rendered(CALLING, [_calling({"city": "\ud83d"})])
+
+    def test_hold_no_control_tokens(self, arguments: Any) -> None:
+        template = CALLING.replace("CALL", "{{ call.function | tojson }}")
+        tokenizer = byte_tokenizer(["<tool_call>", "</tool_call>"], template)
+        token_ids = encode_messages(tokenizer, [_calling(arguments), _user("<tool_call>")])
+        assert [token for token in token_ids if token in (0, 259, 260)] == [259, 260]
+        written = json.dumps({"name": "f", "arguments": arguments})
+        assert f"<tool_call>{written}</tool_call>" in tokenizer.decode(token_ids)
 
 
 class TestArguments:

@@ -19,6 +19,13 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from river_llm.control_tokens import MARKS, ControlTokens, unused_mark
 from river_llm.errors import ConfigError
+from river_llm.tool_calls import (
+    arguments_of_calls,
+    checked_calls,
+    forms_of_calls,
+    has_calls,
+    renamed_calls,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +50,8 @@ def encode_messages(
     """The tokens of messages, and of the beginning of the answer to them.
 
     Args:
-        messages: their contents are strings, or lists of ``{"type": "text", "text": ...}``.
+        messages: their contents are strings, or lists of ``{"type": "text", "text": ...}``; an
+            assistant's with ``tool_calls``, in OpenAI's form, needs none.
         chat_template_kwargs: further variables that the template reads.
         allow_control_tokens: what spells a control token in a message is one.
 
@@ -89,7 +97,7 @@ def render_messages(
     if not allow_control_tokens:
         mark = unused_mark(chat, given)
         control = ControlTokens.of(tokenizer)
-        marked = [control.mark(one, mark, one["role"] == "assistant") for one in chat]
+        marked = [_marked(control, one, mark) for one in chat]
         marked_arguments = {
             name: value if name in tokenizer.special_tokens_map else control.mark(value, mark)
             for name, value in given.items()
@@ -123,7 +131,7 @@ class _Template:
                 continue
             chat = [_with_content(one, _content(_text(one), in_parts)) for one in moved]
             try:
-                rendering = self._render(chat)
+                chat, rendering = self._with_calls(chat)
                 lost = self._without_trace(chat)
             except ConfigError as error:
                 is_its_own = type(error.__cause__) is TemplateError  # of raise_exception
@@ -151,12 +159,40 @@ class _Template:
                 )
         return rendering
 
+    def _with_calls(self, messages: list[Message]) -> tuple[list[Message], str]:
+        """The messages with their tool calls as the template wants them, and the text.
+
+        Raises:
+            ConfigError: the template takes them in no form, or leaves one out.
+        """
+        if not any(map(has_calls, messages)):
+            return messages, self._render(messages)
+        refusal = ConfigError(
+            "the chat template leaves out the tool calls of a message (role 'assistant'); put them "
+            "into its text, or leave them out"
+        )
+        for chat in forms_of_calls(messages):
+            renamed, names = renamed_calls(chat)
+            try:
+                rendering = self._render(chat)
+                renaming = self._render(renamed)
+            except ConfigError as error:
+                refusal = error
+                continue
+            arguments = [one for one in arguments_of_calls(chat) if one and isinstance(one, dict)]
+            is_python = any(str(one) in rendering for one in arguments)
+            if all(name in renaming for name in names) and not is_python:
+                return chat, rendering
+        raise refusal
+
     def _without_trace(self, messages: Sequence[Message]) -> list[int]:
         """The places of messages whose contents can't be found in the rendering."""
         first, second = MARKS[-2:]
         probes = [f"{first}{place}{second}" for place in range(len(messages))]
         pairs = zip(messages, probes, strict=True)
-        rendering = self._render([_with_text(one, _text(one) + probe) for one, probe in pairs])
+        rendering = self._render(
+            [_with_text(one, _text(one) + probe) if _text(one) else one for one, probe in pairs]
+        )
         return [
             place
             for place, probe in enumerate(probes)
@@ -233,6 +269,10 @@ def _checked(message: object) -> Message:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ConfigError(WANTED_MESSAGES)
+    if has_calls(message):
+        message = checked_calls(message)
+        check_encodable("".join(map(str, arguments_of_calls([message]))))
+        content = "" if content is None else content
     if isinstance(content, list | tuple):
         for part in content:
             is_text = isinstance(part, dict) and part.get("type") == "text"
@@ -247,6 +287,14 @@ def _checked(message: object) -> Message:
     checked = _with_content(message, content)
     check_encodable(_text(checked))
     return checked
+
+
+def _marked(control: ControlTokens, message: Message, mark: str) -> Message:
+    is_answer = message["role"] == "assistant"
+    marked: Message = control.mark(message, mark, is_answer)
+    if has_calls(message):  # the template writes the markers around them
+        marked["tool_calls"] = control.mark(message["tool_calls"], mark)
+    return marked
 
 
 def check_encodable(text: str) -> None:
@@ -269,7 +317,7 @@ def _with_content(message: Message, content: str | list[Message]) -> Message:
 
 
 def _text(message: Message) -> str:
-    content = message["content"]
+    content = message["content"] or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
