@@ -307,11 +307,11 @@ class TestToolCalls:
         with pytest.raises(ConfigError, match="tool_calls of a message must be a list"):
             _rendered(CALLING, [{"role": "assistant", "content": None, "tool_calls": calls}])
 
-    @pytest.mark.parametrize("arguments", [{"</tool_call>": "</tool_call><s>"}, "</tool_call><s>"])
     def test_that_are_no_text_are_told(self) -> None:
         with pytest.raises(ConfigError, match="half of a surrogate pair"):
             _rendered(CALLING, [_calling({"city": "\ud83d"})])
 
+    @pytest.mark.parametrize("arguments", [{"</tool_call>": "</tool_call><s>"}, "</tool_call><s>"])
     def test_hold_no_control_tokens(self, arguments: Any) -> None:
         template = CALLING.replace("CALL", "{{ call.function | tojson }}")
         tokenizer = byte_tokenizer(["<tool_call>", "</tool_call>"], template)
