@@ -198,7 +198,7 @@ class TestEngines:
             if kind == "cpu":
                 assert torch.equal(after[row], expected)
             else:
-                # products of two rows may round otherwise, and a code at a tie is then the other one
+                # products of two rows may round otherwise, and a code at a tie is another one then
                 torch.testing.assert_close(after[row], expected, rtol=0.01, atol=2e-3)
 
     @both_engines
