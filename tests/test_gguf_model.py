@@ -349,7 +349,8 @@ def test_queries_keys_and_values_may_stand_in_one_tensor_or_in_three(
         if is_fused:
             extra[whole] = np.concatenate([tensors.pop(name) for name in names])
         else:
-            extra.update(zip(names, np.split(tensors.pop(whole), [64, 96]), strict=True))
+            split = dict(zip(names, np.split(tensors.pop(whole), [64, 96]), strict=True))
+            extra.update(reversed(split.items()))  # in any order
     other = save_gguf(
         tmp_path / "other.gguf",
         model,
@@ -395,6 +396,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "ntk's alpha": ({"llama.rope.scaling.alpha": 2.0}, {}, r"rope\.scaling\.alpha = 2"),
     "q norms of Llama": ({}, {"blk.0.attn_q_norm.weight": [1.0] * 16}, "attn_q_norm.weight"),
     "a layer too many": ({}, {"blk.4.attn_norm.weight": [1.0] * 64}, "tensors of 5 layers"),
+    "queries twice": (
+        {},
+        {"blk.0.attn_qkv.weight": np.ones((128, 64))},
+        "q_proj.weight twice, in ",
+    ),
     "an adapter": ({"general.type": "adapter"}, {}, "its type is 'adapter'"),
     "odd divisors": ({}, {"rope_freqs.weight": [1.0, 2.0]}, "divides no 8 frequencies"),
     "a scaled and divided rope": (

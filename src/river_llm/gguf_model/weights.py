@@ -74,34 +74,42 @@ class WeightPlan:
             shapes: of the model's weights by their names; tied ones may stand there twice.
 
         Raises:
-            ModelLoadError: a tensor goes nowhere, a weight is missing, or one has another shape
+            ModelLoadError: a tensor goes nowhere, a weight is missing or there twice, or one has another shape
                 than the settings say.
         """
         self._metadata = metadata
         self._architecture = architecture
         self._shapes = shapes
         self._config = config
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._pieces: dict[str, dict[int, _Piece]] = {}  # by their places
         for tensor in tensors.values():
             if tensor.name in ROPE_TENSORS:
                 continue
             for place, name, piece in self._places(tensor):
                 if name not in shapes:
                     raise self._goes_nowhere(tensor)
-                pieces = self._pieces.setdefault(name, [])
-                pieces.insert(place, piece)
+                pieces = self._pieces.setdefault(name, {})
+                if place in pieces:
+                    raise metadata.refusal(
+                        f"has {name} twice, in {pieces[place].tensor.name} and in {tensor.name}"
+                    )
+                pieces[place] = piece
         self._check_shapes()
 
     def read(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights; biases that the file leaves out are 0."""
         weights = {}
         for name, shape in self._shapes.items():
-            pieces = [piece.read(dtype) for piece in self._pieces.get(name, [])]
+            pieces = [piece.read(dtype) for piece in self._of(name)]
             if pieces:
                 weights[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             elif name.endswith(".bias"):
                 weights[name] = torch.zeros(shape, dtype=dtype)
         return weights
+
+    def _of(self, name: str) -> list[_Piece]:
+        """The pieces of a weight in their order."""
+        return [piece for _, piece in sorted(self._pieces.get(name, {}).items())]
 
     def _goes_nowhere(self, tensor: GGUFTensor) -> Exception:
         return self._metadata.refusal(
@@ -172,7 +180,7 @@ class WeightPlan:
     def _check_shapes(self) -> None:
         missing = []
         for name, shape in self._shapes.items():
-            pieces = self._pieces.get(name)
+            pieces = self._of(name)
             if not pieces:
                 if not name.endswith(".bias"):
                     missing.append(name)
