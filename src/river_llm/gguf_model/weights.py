@@ -74,8 +74,8 @@ class WeightPlan:
             shapes: of the model's weights by their names; tied ones may stand there twice.
 
         Raises:
-            ModelLoadError: a tensor goes nowhere, a weight is missing or there twice, or one has another shape
-                than the settings say.
+            ModelLoadError: a tensor goes nowhere, a weight is missing or there twice, or one has
+                another shape than the settings say.
         """
         self._metadata = metadata
         self._architecture = architecture
