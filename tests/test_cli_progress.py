@@ -22,6 +22,7 @@ from rich.console import Console
 from river_llm import River, RiverLM
 from river_llm.cli import progress
 from river_llm.cli.progress import LoadingProgress, ProgressLines
+from river_llm.engines import CpuEngine
 
 WORDS = "The river runs past the mill and under the old stone bridge.\n" * 12
 BUILDING = r"building the exit river \d of 4"
@@ -138,8 +139,9 @@ class TestCommand:
 
     @pytest.fixture(autouse=True)
     def _slow(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Rivers are built, and answers computed, no faster than a layer or token in 0.1 s."""
-        build, stream = River.build, RiverLM.stream_tokens
+        """Rivers are built, answers computed and texts scored no faster than a layer, a token or
+        a window in 0.1 s."""
+        build, stream, score = River.build, RiverLM.stream_tokens, CpuEngine.score
 
         def slow_build(model: Any, config: Any, done: Callable[[int, int], None]) -> River:
             def slowly(layers: int, total: int) -> None:
@@ -153,7 +155,12 @@ class TestCommand:
                 yield response
                 time.sleep(0.1)
 
+        def slow_score(self: CpuEngine, *args: Any, **options: Any) -> Any:
+            time.sleep(0.1)
+            return score(self, *args, **options)
+
         monkeypatch.setenv("RIVER_LLM_CACHE", "off")
+        monkeypatch.setattr(CpuEngine, "score", slow_score)
         monkeypatch.setattr(River, "build", slow_build)
         monkeypatch.setattr(RiverLM, "stream_tokens", slow_stream)
 
