@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from river_llm.errors import ModelLoadError, UnsupportedModelError
 from river_llm.gguf_model import load_gguf
 from river_llm.gguf_model.file import read_gguf
+from river_llm.loading import load_backbone
 
 _HALF = np.linspace(1, 4, 8).tolist()  # divisors of the 8 frequencies of a head
 
@@ -417,6 +418,13 @@ def test_what_would_go_nowhere_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=message) as error:
         _load_with(tmp_path, metadata, tensors)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_with_line_breaks_leaves_the_error_in_one_line(tmp_path: Path) -> None:
+    file = save_gguf(tmp_path / "model.gguf", _plain(), metadata={"x.\n\x1b[2J": 1}, pre="gpt-2")
+    with pytest.raises(ModelLoadError, match=r"has x\.\?\?\[2J = 1") as error:
+        load_backbone(file)
+    assert str(error.value).isprintable()
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:

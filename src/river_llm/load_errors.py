@@ -28,7 +28,10 @@ def one_clear_line(name: str, gguf_file: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except RiverError:
+    except RiverError as error:
+        line = "".join(c if c.isprintable() else "?" for c in str(error))  # names in a file
+        if line != str(error):
+            raise type(error)(line) from error
         raise
     except BaseException as error:
         # Rust's libraries raise what is no Exception where they meet what they don't expect
