@@ -15,7 +15,7 @@ from pathlib import Path
 
 from river_llm import DraftConfig, ExitPolicy, GenerationResult, River, RiverConfig, RiverLM
 from river_llm.cli.check_exact import read_prompts
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 
 @dataclass

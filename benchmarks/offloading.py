@@ -19,7 +19,7 @@ import torch
 from river_llm import ExitPolicy, RiverConfig
 from river_llm.benchmark.random_weights import SHAPES, random_model, random_river
 from river_llm.engines import CpuEngine
-from river_llm.packed_copy import read_engine, write_engine
+from river_llm.load.repacked_weights import read_engine, write_engine
 from river_llm.residency import OffloadConfig
 
 TOKENS = 16  # of a round

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 from river_llm.benchmark.random_weights import SHAPES, random_model
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 BUILD = """
 import sys
 from river_llm import River
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 from river_llm.memory import peak_memory_bytes, resident_memory_bytes
 model = load_backbone(sys.argv[1])[0]
 weights = list(model.parameters())

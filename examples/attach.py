@@ -6,7 +6,7 @@ python examples/attach.py
 import torch
 
 from river_llm import ExitPolicy, RiverConfig, attach_river, detach_river
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 model, tokenizer = load_backbone("smollm2", torch.bfloat16)  # or AutoModelForCausalLM as usual
 inputs = tokenizer("The river runs", return_tensors="pt")

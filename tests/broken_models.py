@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-from river_llm.model_source import smollm2_path
+from river_llm.load.source import smollm2_path
 
 WEIGHTS = "model.safetensors"
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from river_llm import RiverLM
 from river_llm.engines import StepResult
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 # The workers, and the next run, read one copy of the default model in place of parsing its file.
 _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "river-llm"

@@ -13,7 +13,7 @@ from typing import Any
 from byte_models import BYTES, byte_model, save_gguf
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from river_llm.gguf_model.pre_tokenizers import KINDS
+from river_llm.load.gguf.pre_tokenizers import KINDS
 
 STORED = Path(__file__).with_suffix(".json")
 TEXTS = (

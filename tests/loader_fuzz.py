@@ -18,7 +18,7 @@ import transformers
 from byte_models import byte_model, save_folder
 
 from river_llm.errors import RiverError
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 _SECONDS = 30  # that a load may take

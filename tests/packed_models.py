@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverConfig, RiverLM
-from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.engines import CpuEngine, DraftRule
 from river_llm.engines.native_model import NativeModel
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 PROMPT = "A river's name?"
 MESSAGES = [{"role": "user", "content": PROMPT}]

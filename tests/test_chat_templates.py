@@ -16,9 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from river_llm import ConfigError
-from river_llm.chat_template import Message, encode_messages
-from river_llm.control_tokens import MARKS
-from river_llm.text import encode_prompt
+from river_llm.text.chat_template import Message, encode_messages
+from river_llm.text.control_tokens import MARKS
+from river_llm.text.prompt import encode_prompt
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<think>", "</think>"]
 CHATML = (

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from river_llm import ModelLoadError, UnsupportedModelError, attach_river
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"

@@ -12,7 +12,7 @@ from command_line import run
 from packed_models import PROMPT, save_model
 from tiny_gguf import write_tiny_gguf
 
-from river_llm.cache import (
+from river_llm.store import (
     ENVIRONMENT_VARIABLE,
     MANIFEST_NAME,
     STAGING_PREFIX,

@@ -215,7 +215,7 @@ class TestCtrlC:
         Path("prompts.txt").write_text(PROMPT)
         for name in ("loading", "bench"):
             monkeypatch.setattr(f"river_llm.cli.{name}.prepare_torch", interrupted)
-        monkeypatch.setattr("river_llm.loading.load_backbone", interrupted)
+        monkeypatch.setattr("river_llm.load.model.load_backbone", interrupted)
         outcome = run(*command, model)
         outcome.check_fails(130, "interrupted")
         assert outcome.stderr == "river-llm: interrupted\n"

@@ -14,9 +14,9 @@ from command_line import Outcome, run, run_process, start
 from transformers import AutoTokenizer
 
 from river_llm import River, RiverLM
-from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.cli.loading import check_device
 from river_llm.engines import CpuEngine, TorchEngine
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 pytest_plugins = ["cli_models"]
 
@@ -61,7 +61,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(RiverLM, "from_pretrained", load)
     monkeypatch.setattr("river_llm.pretrained.load_with_river", load)
-    monkeypatch.setattr("river_llm.loading.load_backbone", load)
+    monkeypatch.setattr("river_llm.load.model.load_backbone", load)
 
 
 @pytest.mark.usefixtures("no_loading")

@@ -8,7 +8,7 @@ import pytest
 from byte_models import byte_model, byte_tokenizer, save_folder, speaks_only
 from command_line import Outcome, run
 
-from river_llm.text import encode_prompt
+from river_llm.text.prompt import encode_prompt
 
 TEMPLATE = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

@@ -15,7 +15,7 @@ from test_cli_chat import interrupt
 from river_llm import ExitPolicy, RiverLM
 from river_llm.cached_text import common_beginning
 from river_llm.engines import CpuEngine
-from river_llm.text import encode_prompt
+from river_llm.text.prompt import encode_prompt
 
 pytest_plugins = ["cli_models"]
 

@@ -21,7 +21,7 @@ from river_llm.cli.check_exact import read_prompts
 from river_llm.cli.streams import Replacement, print_json
 from river_llm.errors import DataError
 from river_llm.evaluation.data import read_json_lines
-from river_llm.utf8 import decode_text
+from river_llm.text.utf8 import decode_text
 
 MARK = codecs.BOM_UTF8
 TEXT = "Grüße\nan alle\n"

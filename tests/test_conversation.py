@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from river_llm import ConfigError, ContextFullError, Conversation, ExitPolicy, RiverLM
 from river_llm.sampling import SamplingConfig
-from river_llm.text import Message, encode_prompt
+from river_llm.text.prompt import Message, encode_prompt
 
 QUESTIONS = ["Who are you?", "And then?", "Why so?"]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}

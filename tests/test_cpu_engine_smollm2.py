@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverLM, SamplingConfig
 from river_llm.engines import CpuEngine
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 from river_llm.sampling import Sampler
 
 PROMPT_LENGTH = 24

@@ -23,9 +23,9 @@ from river_llm import (
     RiverLM,
     UnsupportedModelError,
 )
-from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.engines import CpuEngine, EngineChoice, TorchEngine, make_engine
 from river_llm.engines.choice import check_engine_options, why_not_native
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 pytest.importorskip("river_llm._core", reason="the native engine was not built")
 pytest_plugins = ["cli_models"]

@@ -13,7 +13,7 @@ from byte_models import IDS, TOKENS, TYPES, byte_model
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from river_llm.errors import ModelLoadError
-from river_llm.gguf_model import load_gguf
+from river_llm.load.gguf import load_gguf
 
 _METADATA = {
     "context_length": 512,

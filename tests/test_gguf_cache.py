@@ -11,16 +11,16 @@ import torch
 from tiny_gguf import write_tiny_gguf
 from transformers import PreTrainedModel
 
-from river_llm import gguf_cache
-from river_llm.cache import (
+from river_llm.load import gguf_copy
+from river_llm.load.gguf import load_gguf
+from river_llm.load.model import load_backbone
+from river_llm.store import (
     ENVIRONMENT_VARIABLE,
     MANIFEST_NAME,
     CachedFolder,
     cache_directory,
     cached_folders,
 )
-from river_llm.gguf_model import load_gguf
-from river_llm.loading import load_backbone
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def _count_parses(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         parsed.append(args)
         return load_gguf(*args)
 
-    monkeypatch.setattr("river_llm.loading.load_gguf", counted)
+    monkeypatch.setattr("river_llm.load.model.load_gguf", counted)
     return parsed
 
 
@@ -116,7 +116,7 @@ def test_a_copy_that_cannot_be_read_is_removed(
 
     parsed = _count_parses(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_cache, "_read", fail)
+        patch.setattr(gguf_copy, "_read", fail)
         load_backbone(file)
     assert len(parsed) == 1
 
@@ -129,7 +129,7 @@ def test_without_a_copy_the_file_is_parsed(
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
     elif reason == "no space":
         usage = type("Usage", (), {"free": 10})
-        monkeypatch.setattr("river_llm.cache.shutil.disk_usage", lambda _: usage)
+        monkeypatch.setattr("river_llm.store.shutil.disk_usage", lambda _: usage)
     else:
         cache.write_text("a file where the folder should be")
     parsed = _count_parses(monkeypatch)

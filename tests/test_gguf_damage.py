@@ -11,9 +11,9 @@ import pytest
 import torch
 from byte_models import byte_model, save_gguf
 
-from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.errors import RiverError
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 _LONGEST = 20.0  # seconds that one file may take on a busy machine
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from river_llm.errors import ModelLoadError, UnsupportedModelError
-from river_llm.gguf_model import load_gguf
-from river_llm.gguf_model.file import read_gguf
-from river_llm.loading import load_backbone
+from river_llm.load.gguf import load_gguf
+from river_llm.load.gguf.file import read_gguf
+from river_llm.load.model import load_backbone
 
 _HALF = np.linspace(1, 4, 8).tolist()  # divisors of the 8 frequencies of a head
 

@@ -23,9 +23,9 @@ from gguf_vocabularies import (
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from river_llm.errors import ModelLoadError
-from river_llm.gguf_model import load_gguf
-from river_llm.gguf_model.pre_tokenizers import KINDS
-from river_llm.loading import load_backbone
+from river_llm.load.gguf import load_gguf
+from river_llm.load.gguf.pre_tokenizers import KINDS
+from river_llm.load.model import load_backbone
 
 _KINDS = {name: (model, metadata) for name, model, metadata in all_kinds()}
 _MERGES = json.loads(STORED.read_text(encoding="utf-8"))["merges"]
@@ -100,7 +100,7 @@ def test_smollm2_was_trained_on_single_digits(tokenizer: PreTrainedTokenizerBase
 @pytest.mark.slow
 def test_smollm2s_tokens_are_llama_cpps(tokenizer: PreTrainedTokenizerBase) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    from river_llm.model_source import smollm2_path
+    from river_llm.load.source import smollm2_path
 
     model = llama_cpp.Llama(str(smollm2_path()), vocab_only=True, verbose=False)
     for text in (*TEXTS, *(TEXTS[0] + text for text in TEXTS)):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from river_llm.gguf_model.file import read_gguf
-from river_llm.loading import load_backbone
-from river_llm.model_source import smollm2_path
+from river_llm.load.gguf.file import read_gguf
+from river_llm.load.model import load_backbone
+from river_llm.load.source import smollm2_path
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,7 @@ from river_llm import (
 )
 from river_llm.engines import CpuEngine
 from river_llm.exit_policy import DEFAULT_THRESHOLD
-from river_llm.loading import load_backbone, load_config
+from river_llm.load.model import load_backbone, load_config
 
 # Each message is "the cause; the mend", as `errors` promises.
 MEND = re.compile(

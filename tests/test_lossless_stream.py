@@ -40,7 +40,7 @@ from river_llm import (
     RiverLM,
 )
 from river_llm.engines import CpuEngine, Engine, StepResult
-from river_llm.text import Message, encode_prompt
+from river_llm.text.prompt import Message, encode_prompt
 
 
 class TestStream:

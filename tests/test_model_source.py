@@ -10,7 +10,7 @@ import pytest
 from byte_models import byte_model, save_gguf
 
 from river_llm import ModelLoadError
-from river_llm.model_source import gguf_parts, model_files, resolve
+from river_llm.load.source import gguf_parts, model_files, resolve
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 GGUF = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)

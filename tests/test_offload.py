@@ -21,11 +21,11 @@ from packed_models import PROMPT, save_model, start, start_without_cache
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverLM
-from river_llm.cache import cached_folders
 from river_llm.engines import CpuEngine, DraftRule
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.memory import resident_memory_bytes
 from river_llm.residency import OffloadConfig, OffloadStatistics
+from river_llm.store import cached_folders
 
 CASES = ["llama", "gemma3_text", "phi3, longrope", "qwen2"]
 LAYERS = 4
@@ -317,7 +317,7 @@ class TestRiverLM:
         with pytest.raises(ConfigError, match="RIVER_LLM_CACHE=off"):
             start_without_cache(model, offload="1")
         monkeypatch.setattr(
-            "river_llm.packed_copy.CachedFolder.keep",
+            "river_llm.load.repacked_weights.CachedFolder.keep",
             lambda *_: None,  # a full disk
         )
         with pytest.raises(RiverError, match="could not be written"):

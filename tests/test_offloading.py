@@ -29,11 +29,11 @@ from river_llm import (
     detach_river,
 )
 from river_llm.backbone import decoder_layers
-from river_llm.cache import ENVIRONMENT_VARIABLE
 from river_llm.engines import CpuEngine, TorchEngine
 from river_llm.engines.drafting import DraftRule
 from river_llm.offloading import evicted_layers, file_store
 from river_llm.offloading.host_store import HostStore
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 LAYERS = 4
 CONFIG = RiverConfig(group_size=32, quantizer="rtn")

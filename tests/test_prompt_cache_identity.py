@@ -33,9 +33,9 @@ from river_llm import (
     RiverLM,
     attach_river,
 )
-from river_llm.cache import ENVIRONMENT_VARIABLE, cached_folders
 from river_llm.engines import TorchEngine
 from river_llm.prompt_cache import FORMAT_VERSION
+from river_llm.store import ENVIRONMENT_VARIABLE, cached_folders
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from river_llm.evaluation.math_answer import MathVerifier
 from river_llm.evaluation.tasks import TASKS as OURS
 from river_llm.evaluation.tasks.math_examples import MATH_EXAMPLES
 from river_llm.evaluation.tasks.task import GenerationTask
-from river_llm.loading import empty_model
+from river_llm.load.model import empty_model
 from river_llm.reproduction.availability import runnable
 from river_llm.reproduction.comparison import verdict
 from river_llm.reproduction.memory import ModelSizes

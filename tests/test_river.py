@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from river_llm import river as river_module
 from river_llm.backbone import decoder_layers, fingerprint
-from river_llm.cache import file_digest
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import quantize
 from river_llm.river import MANIFEST_NAME, TENSORS_NAME, River
+from river_llm.store import file_digest
 
 LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from river_llm import ConfigError, ExitPolicy, RiverConfig, RiverLM
 from river_llm.engines import choice
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 
 CONFIG = RiverConfig(group_size=32, quantizer="rtn")
 

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from river_llm import ConfigError
-from river_llm.text import IncrementalDecoder, Prompt, encode_prompt
+from river_llm.text.prompt import IncrementalDecoder, Prompt, encode_prompt
 
 UNFINISHED = "\ufffd"
 

@@ -11,8 +11,8 @@ from packed_models import PROMPT
 from tiny_lm import character_tokenizer
 from transformers import PreTrainedModel
 
-from river_llm import RiverConfig, RiverLM, cache
-from river_llm.cache import ENVIRONMENT_VARIABLE
+from river_llm import RiverConfig, RiverLM, store
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 CONFIG = RiverConfig(group_size=32, quantizer="rtn")
 
@@ -27,7 +27,7 @@ def directory(tiny_llama: PreTrainedModel, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forgetful() -> None:
-    cache._told.clear()
+    store._told.clear()
 
 
 def _warnings(directory: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -61,7 +61,7 @@ def test_without_room_is_told(
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     usage = cache.shutil.disk_usage(tmp_path)._replace(free=1)
-    monkeypatch.setattr("river_llm.cache.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("river_llm.store.shutil.disk_usage", lambda _: usage)
     (message,) = _warnings(directory, caplog)
     assert "more than half of the space that is left" in message
 

@@ -9,7 +9,7 @@ from river_llm.config import DraftConfig, Mode, SamplingConfig
 from river_llm.errors import ConfigError
 from river_llm.generation import GenerationResponse
 from river_llm.river_lm import RiverLM
-from river_llm.text import Message, encode_prompt
+from river_llm.text.prompt import Message, encode_prompt
 
 
 class Conversation:

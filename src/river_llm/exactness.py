@@ -15,7 +15,7 @@ from river_llm.exit_policy import ExitPolicy
 from river_llm.generation import GenerationResult, check_prompt
 from river_llm.lossless.statistics import LosslessStatistics
 from river_llm.river_lm import RiverLM
-from river_llm.text import Prompt, encode_prompt
+from river_llm.text.prompt import Prompt, encode_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from river_llm.attachment import AttachedRiver, attach_river, check_is_river
-from river_llm.cache import CachedFolder
 from river_llm.config import RiverConfig, Strategy
 from river_llm.engines import (
     CpuEngine,
@@ -25,8 +24,8 @@ from river_llm.engines import (
 )
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
-from river_llm.loading import load_backbone
-from river_llm.packed_copy import (
+from river_llm.load.model import load_backbone
+from river_llm.load.repacked_weights import (
     PackedModel,
     keep_packed,
     offload_packed,
@@ -35,7 +34,8 @@ from river_llm.packed_copy import (
 )
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
-from river_llm.stop_tokens import stop_tokens
+from river_llm.store import CachedFolder
+from river_llm.text.stop_tokens import stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

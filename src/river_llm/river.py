@@ -31,10 +31,10 @@ from river_llm.backbone import (
     fingerprint,
     linear_weight,
 )
-from river_llm.cache import file_digest, file_state
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import QuantizedMatrix, quantize
+from river_llm.store import file_digest, file_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,16 +15,16 @@ from river_llm.engines import Engine, EngineChoice
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.generation import GenerationResponse, GenerationResult, generate_rows
+from river_llm.load.source import DEFAULT_MODEL
 from river_llm.lossless import LosslessDecoder, check_drafts
 from river_llm.lossless.learnt_drafts import read_learnt, write_learnt
-from river_llm.model_source import DEFAULT_MODEL
 from river_llm.ownership import ProcessLock
 from river_llm.pretrained import load_pretrained
 from river_llm.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import Progress, River
 from river_llm.sampling import SamplingConfig
-from river_llm.text import Message, Prompt, encode_prompt, warn_of_unusable_tokens
+from river_llm.text.prompt import Message, Prompt, encode_prompt, warn_of_unusable_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from packed_models import save_model
 
-from river_llm.cache import ENVIRONMENT_VARIABLE
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 
 @pytest.fixture(autouse=True)

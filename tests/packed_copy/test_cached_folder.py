@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from river_llm.cache import CachedFolder, folder_for
+from river_llm.store import CachedFolder, folder_for
 
 
 class TestCachedFolder:

@@ -22,10 +22,10 @@ from packed_models import (
 from safetensors.torch import load_file, save_file
 
 from river_llm import ExitPolicy, River, RiverConfig
-from river_llm.cache import cached_folders
 from river_llm.errors import RiverFileError
-from river_llm.loading import load_backbone
-from river_llm.packed_copy import packed_folder
+from river_llm.load.model import load_backbone
+from river_llm.load.repacked_weights import packed_folder
+from river_llm.store import cached_folders
 
 
 def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +183,8 @@ class TestAChange:
         for name, value in (
             ("river_llm.__version__", "0.0.0"),
             ("transformers.__version__", "0.0.0"),
-            ("river_llm.packed_copy.FORMAT_VERSION", 10_000),
-            ("river_llm.packed_copy.weight_layout", lambda: 10_000),
+            ("river_llm.load.repacked_weights.FORMAT_VERSION", 10_000),
+            ("river_llm.load.repacked_weights.weight_layout", lambda: 10_000),
         ):
             with monkeypatch.context() as patched:
                 patched.setattr(name, value)

@@ -23,10 +23,10 @@ from packed_models import (
 )
 
 from river_llm import ConfigError, ExitPolicy
-from river_llm import packed_copy as packed_copy_module
-from river_llm.cache import MANIFEST_NAME, cached_folders, file_digest
-from river_llm.packed_copy import read_packed
+from river_llm.load import repacked_weights as packed_copy_module
+from river_llm.load.repacked_weights import read_packed
 from river_llm.river import LEARNT_NAME
+from river_llm.store import MANIFEST_NAME, cached_folders, file_digest
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -219,7 +219,7 @@ class TestAnErrorBesideTheCopy:
         start(model)
         (folder,) = cached_folders()
         with monkeypatch.context() as patched:
-            patched.setattr(f"river_llm.packed_copy.{place}", fail)
+            patched.setattr(f"river_llm.load.repacked_weights.{place}", fail)
             with pytest.raises(type(error)):
                 start(model)
             outcome = run("generate", PROMPT, "-m", model)

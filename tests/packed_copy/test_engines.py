@@ -21,11 +21,11 @@ from tiny_lm import character_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from river_llm import ExitPolicy, RiverConfig, RiverLM
-from river_llm import packed_copy as packed_copy_module
-from river_llm.cache import folder_for
 from river_llm.config import BITS
 from river_llm.engines import CpuEngine
-from river_llm.packed_copy import PackedModel, keep_packed, read_packed
+from river_llm.load import repacked_weights as packed_copy_module
+from river_llm.load.repacked_weights import PackedModel, keep_packed, read_packed
+from river_llm.store import folder_for
 
 
 def again(engine: CpuEngine, tmp_path: Path, **options: Any) -> CpuEngine:

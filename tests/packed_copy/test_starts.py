@@ -27,9 +27,9 @@ from tiny_lm import character_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from river_llm import RiverConfig, RiverFileError
-from river_llm.cache import cached_folders
 from river_llm.errors import ModelLoadError
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
+from river_llm.store import cached_folders
 
 
 class TestAStart:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from packed_models import PROMPT, ROUNDED, start, start_without_cache, starts_from_a_copy
 
-from river_llm import packed_copy as packed_copy_module
-from river_llm.cache import ENVIRONMENT_VARIABLE, MANIFEST_NAME, STAGING_PREFIX, cached_folders
+from river_llm.load import repacked_weights as packed_copy_module
+from river_llm.store import ENVIRONMENT_VARIABLE, MANIFEST_NAME, STAGING_PREFIX, cached_folders
 
 
 class TestWithoutACache:
@@ -33,7 +33,7 @@ class TestWithoutACache:
             monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
         elif reason == "no space":
             usage = type("Usage", (), {"free": 1000})
-            monkeypatch.setattr("river_llm.cache.shutil.disk_usage", lambda _: usage)
+            monkeypatch.setattr("river_llm.store.shutil.disk_usage", lambda _: usage)
         elif reason == "no folder":
             cache.write_text("a file where the folder should be")
         elif reason == "no permission":
@@ -41,7 +41,7 @@ class TestWithoutACache:
             def refuse(*_: object, **__: object) -> str:
                 raise PermissionError(errno.EACCES, "read-only file system")
 
-            monkeypatch.setattr("river_llm.cache.tempfile.mkdtemp", refuse)
+            monkeypatch.setattr("river_llm.store.tempfile.mkdtemp", refuse)
         elif reason == "full at last":
 
             def fill(arrays: object, path: Path) -> None:
@@ -66,7 +66,7 @@ class TestWithoutACache:
         kept = cached_folders()
         usage = type("Usage", (), {"free": 1000})
         with monkeypatch.context() as patched:
-            patched.setattr("river_llm.cache.shutil.disk_usage", lambda _: usage)
+            patched.setattr("river_llm.store.shutil.disk_usage", lambda _: usage)
             start(model, ROUNDED)
         assert cached_folders() == kept
         assert starts_from_a_copy(loads, model)

@@ -23,8 +23,8 @@ from river_llm.benchmark.turns import in_turn
 from river_llm.engines import CpuEngine
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
+from river_llm.load.repacked_weights import read_engine, write_engine
 from river_llm.memory import peak_memory_bytes, resident_memory_bytes
-from river_llm.packed_copy import read_engine, write_engine
 from river_llm.residency import OffloadConfig
 
 _DESCRIPTION = "engine.json"

@@ -13,7 +13,7 @@ from river_llm.backbone import decoder_layers
 from river_llm.benchmark.random_weights import SHAPES, random_model, random_river
 from river_llm.benchmark.workload import TokenSource
 from river_llm.config import RiverConfig
-from river_llm.loading import load_backbone
+from river_llm.load.model import load_backbone
 from river_llm.river import Progress, River
 
 

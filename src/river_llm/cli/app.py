@@ -131,7 +131,7 @@ def _usage_hint(error: Exception) -> str:
 
 
 def _explain(error: Exception) -> str:
-    from river_llm.load_errors import is_out_of_memory
+    from river_llm.load.errors import is_out_of_memory
 
     if is_out_of_memory(error):
         return "not enough memory; shorten the prompt, or take a smaller model"

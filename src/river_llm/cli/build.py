@@ -34,7 +34,7 @@ def build(
     config = new_river_config(bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(threads)
-        from river_llm.loading import load_backbone
+        from river_llm.load.model import load_backbone
         from river_llm.river import River
 
         River.check_place(output)

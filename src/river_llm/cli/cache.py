@@ -14,7 +14,7 @@ from river_llm.errors import RiverError
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from river_llm.cache import CachedFolder
+    from river_llm.store import CachedFolder
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.gguf)")
 
@@ -28,8 +28,8 @@ def cache(
 ) -> None:
     """Show what is kept on disk for quicker starts: GGUF files converted, weights packed for the
     native engine. All of it may be deleted; it is made again from the models' own files."""
-    from river_llm.cache import cache_directory, cached_folders, clear_cache
     from river_llm.cli.render import stderr, stdout
+    from river_llm.store import cache_directory, cached_folders, clear_cache
 
     directory = cache_directory()
     folders = cached_folders() if model is None else _of_model(model, cached_folders())
@@ -77,7 +77,7 @@ def _of_model(name: str, folders: list[CachedFolder]) -> list[CachedFolder]:
     place = Path(name)
     if any(folder.source == place for folder in folders):  # it may be gone
         return [folder for folder in folders if folder.source == place]
-    from river_llm.model_source import DEFAULT_MODEL, model_files
+    from river_llm.load.source import DEFAULT_MODEL, model_files
 
     if name != DEFAULT_MODEL and _HUB_ID.fullmatch(name) and not place.exists():
         directory = f"models--{name.replace('/', '--')}"  # in the Hub's own cache

@@ -15,12 +15,12 @@ from river_llm.cli.settings import decoding_mode, river_config, sampling_config
 from river_llm.cli.streams import print_json
 from river_llm.cli.usage import usage_error
 from river_llm.errors import DataError
-from river_llm.utf8 import read_text
+from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.exactness import Difference, Exactness
     from river_llm.river_lm import RiverLM
-    from river_llm.text import Prompt
+    from river_llm.text.prompt import Prompt
 
 
 def check_exact(

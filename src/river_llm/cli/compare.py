@@ -14,7 +14,7 @@ from river_llm.cli.settings import river_config
 from river_llm.cli.streams import print_json
 from river_llm.cli.usage import refuse_idle, usage_error
 from river_llm.errors import ConfigError, DataError
-from river_llm.utf8 import read_text
+from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.attachment import AttachedRiver

@@ -145,7 +145,7 @@ def generate(
             "leave --chat-template-kwargs and --allow-control-tokens out"
         )
     lm = load(loading)
-    from river_llm.text import encode_prompt
+    from river_llm.text.prompt import encode_prompt
 
     token_ids = encode_prompt(
         lm.tokenizer,

@@ -16,7 +16,7 @@ from river_llm.cli.streams import print_json, read_stdin
 from river_llm.cli.usage import check_text, refuse_idle, usage_error
 from river_llm.errors import DataError
 from river_llm.sizes import format_bytes
-from river_llm.utf8 import read_text
+from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -143,7 +143,7 @@ def reproduce(
     taus = _thresholds(thresholds, reference)
     made = river_config(river, 4, group_size, quantizer)
     prepare_torch(threads)
-    from river_llm.loading import empty_model, load_config
+    from river_llm.load.model import empty_model, load_config
 
     is_reference = paper_model is not None
     config = load_config(name, trust_remote_code)

@@ -13,7 +13,7 @@ from typing import Any
 
 from river_llm.cli.usage import is_text, usage_error
 from river_llm.errors import DataError
-from river_llm.utf8 import check_encoding, decode_text
+from river_llm.text.utf8 import check_encoding, decode_text
 
 
 class Replacement:

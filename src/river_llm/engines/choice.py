@@ -19,7 +19,7 @@ from river_llm.engines.torch_engine import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.loading import check_loadable
+from river_llm.load.model import check_loadable
 from river_llm.river import River
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import huggingface_hub
 
 from river_llm.errors import DataError
 from river_llm.evaluation.extras import import_extra
-from river_llm.utf8 import decode_text
+from river_llm.text.utf8 import decode_text
 
 ENVIRONMENT_VARIABLE = "RIVER_LLM_DATA"
 _Value = TypeVar("_Value")

@@ -21,7 +21,7 @@ from river_llm.evaluation.tasks.task import GenerationTask
 from river_llm.generation import GenerationResult
 from river_llm.river_lm import RiverLM
 from river_llm.sampling import SamplingConfig
-from river_llm.text import Prompt, encode_prompt
+from river_llm.text.prompt import Prompt, encode_prompt
 
 
 class GenerationRun:

@@ -20,7 +20,7 @@ from river_llm.config import (
 )
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
-from river_llm.model_source import DEFAULT_MODEL
+from river_llm.load.source import DEFAULT_MODEL
 from river_llm.river_lm import RiverLM
 
 DEFAULT_BATCH_SIZE = 8

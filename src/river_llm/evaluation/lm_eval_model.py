@@ -24,9 +24,7 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from river_llm.chat_template import render_messages
 from river_llm.config import Mode, SamplingConfig
-from river_llm.control_tokens import ControlTokens, without_mark
 from river_llm.errors import ConfigError, DataError
 from river_llm.evaluation.likelihood import Candidate, CandidateScore, LikelihoodScorer
 from river_llm.evaluation.lm_eval_arguments import ModelArguments, sampling_config
@@ -34,7 +32,9 @@ from river_llm.evaluation.run import describe_model
 from river_llm.exit_policy import ExitPolicy
 from river_llm.generation import GenerationResult
 from river_llm.river_lm import RiverLM
-from river_llm.text import behind_front, encode_text
+from river_llm.text.chat_template import render_messages
+from river_llm.text.control_tokens import ControlTokens, without_mark
+from river_llm.text.prompt import behind_front, encode_text
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -24,7 +24,7 @@ from river_llm.evaluation.run import count_layers, describe_model, summarise_wor
 from river_llm.evaluation.statistics import mean_and_error
 from river_llm.exit_policy import ExitPolicy
 from river_llm.river_lm import RiverLM
-from river_llm.utf8 import read_text
+from river_llm.text.utf8 import read_text
 
 _COLUMNS = 128  # tokens of one pass
 _KLD_QUANTILES = (1, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from river_llm.backbone import DecoderLayer, linear_weight
-from river_llm.cache import cache_directory
 from river_llm.errors import ConfigError, RiverError
 from river_llm.memory import give_back_freed
 from river_llm.offloading.file_store import FileStore
 from river_llm.offloading.host_store import HostStore
 from river_llm.offloading.layer_store import Arrival, LayerStore
+from river_llm.store import cache_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -34,7 +34,7 @@ from river_llm.report.quality import TaskResults, run_task
 from river_llm.report.reading import read_exits, read_layers, windows_of
 from river_llm.report.saved import measurement
 from river_llm.report.speed import measure_speed
-from river_llm.utf8 import read_text
+from river_llm.text.utf8 import read_text
 
 _KIND_ORDER = ("backbone", "full", "fixed", "similarity", "random", "strategy")
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from river_llm.chat_template import Message, check_encodable, encode_messages
 from river_llm.config import is_whole_number
-from river_llm.control_tokens import ControlTokens
 from river_llm.errors import ConfigError
+from river_llm.text.chat_template import Message, check_encodable, encode_messages
+from river_llm.text.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.cache import CachedFolder, file_state, folder_for
-from river_llm.model_source import COMPANIONS, gguf_parts
+from river_llm.load.source import COMPANIONS, gguf_parts
+from river_llm.store import CachedFolder, file_state, folder_for
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from river_llm.control_tokens import MARKS, ControlTokens, unused_mark
 from river_llm.errors import ConfigError
-from river_llm.tool_calls import (
+from river_llm.text.control_tokens import MARKS, ControlTokens, unused_mark
+from river_llm.text.tool_calls import (
     arguments_of_calls,
     checked_calls,
     forms_of_calls,

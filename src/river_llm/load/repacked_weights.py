@@ -30,16 +30,16 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import river_llm
-from river_llm.cache import CachedFolder, cache_directory, file_state, folder_for
 from river_llm.config import RiverConfig
 from river_llm.engines import CpuEngine, weight_layout
 from river_llm.engines.native_core import holds_heads
 from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable, WeightFormats
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.model_source import model_files
+from river_llm.load.source import model_files
 from river_llm.residency import OffloadConfig, ResidencyPlan
 from river_llm.river import River
+from river_llm.store import CachedFolder, cache_directory, file_state, folder_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.errors import ModelLoadError
-from river_llm.gguf_model.architectures import ARCHITECTURES, model_settings
-from river_llm.gguf_model.by_transformers import check_architecture, load_by_transformers
-from river_llm.gguf_model.file import GGUFContent, read_gguf
-from river_llm.gguf_model.metadata import Metadata
-from river_llm.gguf_model.tokenizer import GGUFTokenizer
-from river_llm.gguf_model.weights import WeightPlan
+from river_llm.load.gguf.architectures import ARCHITECTURES, model_settings
+from river_llm.load.gguf.by_transformers import check_architecture, load_by_transformers
+from river_llm.load.gguf.file import GGUFContent, read_gguf
+from river_llm.load.gguf.metadata import Metadata
+from river_llm.load.gguf.tokenizer import GGUFTokenizer
+from river_llm.load.gguf.weights import WeightPlan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

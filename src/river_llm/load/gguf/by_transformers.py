@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.backbone import check_kind
-from river_llm.gguf_model.file import GGUFContent
-from river_llm.gguf_model.metadata import Metadata
+from river_llm.load.gguf.file import GGUFContent
+from river_llm.load.gguf.metadata import Metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

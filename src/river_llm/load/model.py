@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.backbone import check_kind
-from river_llm.checkpoint_files import (
+from river_llm.errors import ConfigError, ModelLoadError
+from river_llm.load.checkpoint import (
     ATTENTIONS,
     DESCRIPTIONS,
     check_description,
     check_weights,
     readable,
 )
-from river_llm.errors import ConfigError, ModelLoadError
-from river_llm.file_tokenizer import with_its_files
-from river_llm.gguf_cache import copy_of, keep_copy, read_copy
-from river_llm.gguf_model import load_gguf, load_gguf_config
-from river_llm.load_errors import check_has_tokenizer, one_clear_line
-from river_llm.model_source import gguf_parts, resolve
-from river_llm.unexpected_tensors import check_unexpected, check_wrapper
+from river_llm.load.errors import check_has_tokenizer, one_clear_line
+from river_llm.load.file_tokenizer import with_its_files
+from river_llm.load.gguf import load_gguf, load_gguf_config
+from river_llm.load.gguf_copy import copy_of, keep_copy, read_copy
+from river_llm.load.source import gguf_parts, resolve
+from river_llm.load.unexpected_tensors import check_unexpected, check_wrapper
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from river_llm.errors import ModelLoadError
-from river_llm.gguf_model.file import GGUFContent
-from river_llm.gguf_model.pre_tokenizers import KINDS, PreTokenization
+from river_llm.load.gguf.file import GGUFContent
+from river_llm.load.gguf.pre_tokenizers import KINDS, PreTokenization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 
 from river_llm.errors import DataError, ModelLoadError
-from river_llm.model_source import ADAPTER_CONFIG, is_lfs_pointer, lfs_message
-from river_llm.utf8 import read_text
+from river_llm.load.source import ADAPTER_CONFIG, is_lfs_pointer, lfs_message
+from river_llm.text.utf8 import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Of a repository: what decides whether it can be loaded at all.

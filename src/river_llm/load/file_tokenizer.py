@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 
-from river_llm.checkpoint_files import read_json
+from river_llm.load.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from river_llm.gguf_model.file import GGUFTensor
-from river_llm.gguf_model.metadata import Metadata
+from river_llm.load.gguf.file import GGUFTensor
+from river_llm.load.gguf.metadata import Metadata
 
 DIVISORS = "rope_freqs.weight"  # of the frequencies, at any length
 LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"

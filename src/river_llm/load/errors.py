@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from river_llm.errors import ModelLoadError, RiverError
-from river_llm.model_source import brief
+from river_llm.load.source import brief
 
 _VOCABULARY_PREFIXES = ("tokenizer.json", "vocab", "merges", "tekken", "encoder")
 _TOKENIZER_PREFIXES = (*_VOCABULARY_PREFIXES, "tokenizer", "special_tokens")

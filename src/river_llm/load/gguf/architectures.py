@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from river_llm.gguf_model.file import GGUFTensor
-from river_llm.gguf_model.metadata import Metadata
-from river_llm.gguf_model.rope import rope_parameters
+from river_llm.load.gguf.file import GGUFTensor
+from river_llm.load.gguf.metadata import Metadata
+from river_llm.load.gguf.rope import rope_parameters
 
 Tensors = dict[str, GGUFTensor]
 Settings = dict[str, Any]

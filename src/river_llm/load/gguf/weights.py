@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from river_llm.gguf_model.architectures import Architecture
-from river_llm.gguf_model.file import GGUFTensor
-from river_llm.gguf_model.metadata import Metadata
-from river_llm.gguf_model.rope import ROPE_TENSORS
+from river_llm.load.gguf.architectures import Architecture
+from river_llm.load.gguf.file import GGUFTensor
+from river_llm.load.gguf.metadata import Metadata
+from river_llm.load.gguf.rope import ROPE_TENSORS
 
 _OUTER = {
     "token_embd": "model.embed_tokens",

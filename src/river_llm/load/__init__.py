@@ -1,0 +1,1 @@
+"""A model of `transformers` by its name: of a folder, the Hub or a GGUF file, whole or refused."""
