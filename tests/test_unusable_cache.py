@@ -60,7 +60,7 @@ def test_without_room_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
-    usage = cache.shutil.disk_usage(tmp_path)._replace(free=1)
+    usage = store.shutil.disk_usage(tmp_path)._replace(free=1)
     monkeypatch.setattr("river_llm.store.shutil.disk_usage", lambda _: usage)
     (message,) = _warnings(directory, caplog)
     assert "more than half of the space that is left" in message
