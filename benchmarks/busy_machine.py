@@ -39,7 +39,7 @@ def beside(processes: int) -> Iterator[None]:
 
 def tokens_per_second(setting: str, model: str, tokens: int) -> float:
     """Of one answer under these environment variables, `NAME=value` with blanks between."""
-    command = [_RIVER_LLM, "generate", "--model", model, "--engine", "torch", "--strategy", "none"]
+    command = [_RIVER_LLM, "generate", "--model", model, "--engine", "torch", "--policy", "never"]
     command += ["--max-new-tokens", str(tokens), "--json", "Tell me of rivers."]
     variables = dict(part.split("=", 1) for part in setting.split())
     answer = subprocess.run(

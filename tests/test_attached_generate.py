@@ -21,7 +21,6 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from river_llm import ExitPolicy, RiverConfig, RiverError, attach_river, detach_river
 from river_llm.engines import TorchEngine
-from river_llm.strategies import make_strategy_engine
 
 CONFIG = RiverConfig(group_size=32)
 PROMPT = torch.tensor([[5, 17, 3, 88, 42, 9, 5, 17, 3, 88, 42]])
@@ -212,12 +211,6 @@ class TestCopies:
         make(model)
 
 
-def test_a_model_with_an_exit_strategy_is_not_copied_either(model: PreTrainedModel) -> None:
-    make_strategy_engine(model, "mask", APART["fixed"])
-    with pytest.raises(RiverError, match="can't be copied"):
-        copy.deepcopy(model)
-
-
 @pytest.mark.parametrize("kind", ["torch", "cpu"])
 @pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps])
 def test_an_engine_is_not_copied(kind: str, make: Callable[[object], object]) -> None:
@@ -267,14 +260,8 @@ class TestForks:
             assert in_a_fork(call).startswith(message)
         assert len(answer(model)) == 10
 
-    @pytest.mark.parametrize("strategy", ["river", "mask"])
-    def test_may_not_run_an_engine(
-        self, model: PreTrainedModel, has_run: bool, strategy: str
-    ) -> None:
-        if strategy == "river":
-            engine: Any = TorchEngine(attach_river(model, CONFIG, policy=APART["fixed"]))
-        else:
-            engine = make_strategy_engine(model, strategy, APART["fixed"])
+    def test_may_not_run_an_engine(self, model: PreTrainedModel, has_run: bool) -> None:
+        engine = TorchEngine(attach_river(model, CONFIG, policy=APART["fixed"]))
         if has_run:
             engine.prefill(PROMPT)
         message = "RiverError: this engine belongs to the process that made it; make another one"

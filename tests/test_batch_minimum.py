@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from native_engines import random_tokens, subject_of
-from strategy_models import WITH_EXITS, engine_on, model_of
 
 from river_llm import ExitPolicy
 from river_llm.engines import Engine
@@ -18,21 +16,14 @@ from river_llm.engines import Engine
 NUM_LAYERS = 4
 PROMPT_LENGTH = 4
 
-every_engine = pytest.mark.parametrize("kind", ["cpu", "torch", *WITH_EXITS])
+every_engine = pytest.mark.parametrize("kind", ["cpu", "torch"])
 
 Texts = Sequence[Sequence[int]]
 
 
-@contextmanager
-def engine_of(kind: str) -> Iterator[Any]:
-    """A river's engine, or one of a strategy."""
-    if kind == "cpu":
-        yield subject_of("llama").engine()
-    elif kind == "torch":
-        yield subject_of("llama").reference()
-    else:
-        with engine_on(model_of("Llama"), kind, ExitPolicy.never()) as engine:  # type: ignore[arg-type]
-            yield engine
+def engine_of(kind: str) -> Any:
+    subject = subject_of("llama")
+    return subject.engine() if kind == "cpu" else subject.reference()
 
 
 def similarities_alone(engine: Engine, text: Sequence[int], depths: Sequence[int]) -> list[float]:
@@ -55,7 +46,6 @@ def similarities_alone(engine: Engine, text: Sequence[int], depths: Sequence[int
 
 
 def depths_by_hand(
-    kind: str,
     engine: Engine,
     texts: Texts,
     starts: Sequence[int],
@@ -84,17 +74,11 @@ def depths_by_hand(
             row: similarities_alone(engine, texts[row][: place + 1], depths[row])
             for row, place in places.items()
         }
-        # under monotonic exit no token goes deeper than the one before it
-        limits = {
-            row: depths[row][-1] if kind == "monotonic" and depths[row] else NUM_LAYERS
-            for row in there
-        }
         together = dict.fromkeys(there, NUM_LAYERS)
         for layer in range(1, NUM_LAYERS):
             staying = [row for row in there if together[row] == NUM_LAYERS]
             if staying and min(own[row][layer - 1] for row in staying) > thresholds[layer]:
                 together |= dict.fromkeys(staying, layer)
-            together |= {row: layer for row in staying if limits[row] <= layer}
         for row in there:
             depths[row].append(together[row])
     return depths
@@ -123,20 +107,18 @@ def test_padding_of_a_prompt_whose_tokens_leave_has_no_say(kind: str) -> None:
     tokens = random_tokens(3, 14, seed=36)  # the padding's too
     mask = torch.arange(tokens.shape[1]) >= torch.tensor(starts).unsqueeze(1)
     texts = [row[start:] for row, start in zip(tokens.tolist(), starts, strict=True)]
-    with engine_of(kind) as engine:
-        thresholds = mixed_thresholds(engine, texts)
-        wanted = depths_by_hand(kind, engine, texts, starts, 0, thresholds)
-        assert len(set(wanted[1])) >= (2 if kind == "monotonic" else 3)
-        engine.policy = ExitPolicy.per_layer(thresholds, prefill="token", batch="minimum")
-        engine.truncate(0)
-        exit_layers = engine.prefill(tokens, mask).exit_layers.unsqueeze(1)
-        if kind == "torch":  # of all tokens
-            exit_layers = engine.attached.last_exit_layers
-        elif kind != "cpu":
-            exit_layers = engine._router.exit_layers
-        for row, start in enumerate(starts):
-            found = exit_layers[row, start - tokens.shape[1] :].tolist()
-            assert found == wanted[row][-len(found) :]
+    engine = engine_of(kind)
+    thresholds = mixed_thresholds(engine, texts)
+    wanted = depths_by_hand(engine, texts, starts, 0, thresholds)
+    assert len(set(wanted[1])) >= 3
+    engine.policy = ExitPolicy.per_layer(thresholds, prefill="token", batch="minimum")
+    engine.truncate(0)
+    exit_layers = engine.prefill(tokens, mask).exit_layers.unsqueeze(1)
+    if kind == "torch":  # of all tokens
+        exit_layers = engine.attached.last_exit_layers
+    for row, start in enumerate(starts):
+        found = exit_layers[row, start - tokens.shape[1] :].tolist()
+        assert found == wanted[row][-len(found) :]
 
 
 @every_engine
@@ -146,13 +128,13 @@ def test_fillers_of_texts_of_different_length_have_no_say(kind: str) -> None:
     texts = [
         row[: PROMPT_LENGTH + count] for row, count in zip(tokens.tolist(), counts, strict=True)
     ]
-    with engine_of(kind) as engine:
-        thresholds = mixed_thresholds(engine, texts)
-        wanted = depths_by_hand(kind, engine, texts, (0, 0, 0), PROMPT_LENGTH, thresholds)
-        assert len(set(wanted[1])) >= 3
-        engine.policy = ExitPolicy.per_layer(thresholds, batch="minimum")
-        engine.truncate(0)
-        engine.prefill(tokens[:, :PROMPT_LENGTH])
-        found = engine.score(tokens[:, PROMPT_LENGTH:], counts).exit_layers
-        for row, count in enumerate(counts):
-            assert found[row, :count].tolist() == wanted[row][PROMPT_LENGTH:]
+    engine = engine_of(kind)
+    thresholds = mixed_thresholds(engine, texts)
+    wanted = depths_by_hand(engine, texts, (0, 0, 0), PROMPT_LENGTH, thresholds)
+    assert len(set(wanted[1])) >= 3
+    engine.policy = ExitPolicy.per_layer(thresholds, batch="minimum")
+    engine.truncate(0)
+    engine.prefill(tokens[:, :PROMPT_LENGTH])
+    found = engine.score(tokens[:, PROMPT_LENGTH:], counts).exit_layers
+    for row, count in enumerate(counts):
+        assert found[row, :count].tolist() == wanted[row][PROMPT_LENGTH:]

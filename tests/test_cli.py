@@ -35,7 +35,6 @@ FIELDS = {
     "finish_reason",
     "peak_memory_bytes",
     "mode",
-    "strategy",
     "lossless",
     "offload",
     "cached_prompt_tokens",
@@ -259,11 +258,10 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
             "kv_bits": 8,
             "offload": OffloadConfig("layers", layers=2),
             "trust_remote_code": True,
-            "strategy": "river",
         }
 
 
-@pytest.mark.parametrize("command", [["eval", "kld", "-m"], ["compare"], ["check-exact"]], ids=str)
+@pytest.mark.parametrize("command", [["eval", "kld", "-m"], ["check-exact"]], ids=str)
 def test_the_width_of_the_kv_cache_reaches_the_loader(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

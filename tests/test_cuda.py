@@ -8,16 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from strategy_models import WITH_EXITS
 from tiny_lm import character_tokenizer, sharpened, tiny_lm
 from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from river_llm import DraftConfig, ExitPolicy, River, RiverConfig, RiverLM, attach_river
-from river_llm.config import Strategy
 from river_llm.engines import Engine, TorchEngine
-from river_llm.strategies import StrategyEngine, make_strategy_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -38,10 +35,6 @@ def engine_on(device: str, policy: ExitPolicy, kv_bits: int = 16) -> TorchEngine
     model = llama()
     river = River.build(model, CONFIG)
     return TorchEngine(attach_river(model.to(device), river, policy=policy), kv_bits)
-
-
-def strategy_on(device: str, strategy: Strategy) -> StrategyEngine:
-    return make_strategy_engine(llama().to(device), strategy, MIXED)
 
 
 def lm_on_cuda(policy: ExitPolicy = MIXED) -> RiverLM:
@@ -159,25 +152,6 @@ class TestEngine:
         engines = [engine_on(device, MIXED, kv_bits=8) for device in ("cuda", "cpu")]
         found, expected = (answer(engine, prompt) for engine in engines)
         assert found == expected
-
-
-@pytest.mark.parametrize("strategy", WITH_EXITS)
-class TestOtherStrategies:
-    def test_answers_as_on_a_cpu(self, strategy: Strategy) -> None:
-        prompt = tokens_of(3, 11)
-        found, expected = (
-            answer(strategy_on(device, strategy), prompt) for device in ("cuda", "cpu")
-        )
-        assert found == expected
-        assert len(set(found[1][3:])) > 1  # exits after the prompt
-
-    def test_scores_are_those_of_a_cpu(self, strategy: Strategy) -> None:
-        tokens = tokens_of(2, 20)
-        found, expected = (
-            strategy_on(device, strategy).score(tokens) for device in ("cuda", "cpu")
-        )
-        assert found.exit_layers.tolist() == expected.exit_layers.tolist()
-        torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-3)
 
 
 class TestAnswers:

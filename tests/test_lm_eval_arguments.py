@@ -54,12 +54,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trust_remote_code": 2}, "trust_remote_code is 2; give true or false"),
     ({"chat_template_kwargs": "[1]"}, "; give a JSON object"),
     ({"chat_template_kwargs": "{"}, "; give a JSON object"),
-    ({"strategy": "hope"}, "strategy is 'hope'; choose one of river, mask, recompute"),
-    ({"strategy": "mask", "mode": "lossless"}, "drafts with the river; leave out strategy=mask"),
-    ({"strategy": "none", "threshold": 0.5}, "strategy=none has no exit policy; leave out thres"),
-    ({"strategy": "quantised", "policy": "always"}, "strategy=quantised has no exit policy"),
-    ({"strategy": "mask", "bits": 3}, "strategy=mask has no river; leave out bits"),
-    ({"strategy": "none", "river": "r"}, "strategy=none has no river; leave out river"),
 ]
 
 SAMPLING: list[tuple[dict[str, Any], SamplingConfig]] = [
@@ -128,30 +122,8 @@ def test_everything_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         **rest,
         "device": torch.device("cpu"),
         "trust_remote_code": True,
-        "strategy": "river",
     }
     assert second == ("smollm2", "7", ExitPolicy.similarity(0.9), torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("given", "river", "policy"),
-    [
-        ({"strategy": "mask", "threshold": 0.5}, None, ExitPolicy.similarity(0.5)),
-        ({"strategy": "recompute", "river": "none"}, None, ExitPolicy.similarity(0.9)),
-        ({"strategy": "none"}, None, None),
-        ({"strategy": "quantised", "bits": 8}, RiverConfig(8), None),
-        ({"strategy": "quantised", "river": "r"}, "r", None),
-    ],
-)
-def test_a_strategy_brings_no_more_than_it_has(
-    given: dict[str, Any], river: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    monkeypatch.setattr(RiverLM, "from_pretrained", lambda *a, **b: calls.append((a, b)))
-    ModelArguments.parse(given).load()
-    ((arguments, names),) = calls
-    assert arguments == ("smollm2", river, policy, torch.bfloat16)
-    assert names["strategy"] == given["strategy"]
 
 
 @pytest.mark.parametrize(

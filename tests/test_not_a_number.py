@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 import torch
 from lossless_lm import lm_on
-from tiny_lm import character_tokenizer, sharpened, tiny_lm
+from tiny_lm import tiny_lm
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import SuppressTokensLogitsProcessor
 
-from river_llm import DraftConfig, ExitPolicy, RiverLM
+from river_llm import DraftConfig, RiverLM
 from river_llm.engines import CpuEngine, StepResult
 from river_llm.engines.engine import check_logits
 from river_llm.errors import LogitsError
 from river_llm.evaluation.likelihood import Candidate, LikelihoodScorer
 from river_llm.sampling import Sampler, SamplingConfig
-from river_llm.strategies import make_strategy_engine
 
 PROMPT, OTHER = "Hello, river", "y"
 SAMPLED = {"temperature": 1.0, "seed": 3}
@@ -39,14 +38,6 @@ NONE_OF_THESE = {
     "all banned": [-inf, -inf, -inf],
 }
 no_numbers = pytest.mark.parametrize("logits", NONE_OF_THESE.values(), ids=NONE_OF_THESE)
-
-
-def make_lm(kind: str) -> RiverLM:
-    """A tiny model on an engine, or with a strategy."""
-    if kind in ("torch", "cpu"):
-        return lm_on(kind)
-    engine = make_strategy_engine(sharpened(tiny_model("Llama")), "mask", ExitPolicy.fixed(2))
-    return RiverLM(engine, character_tokenizer(), None)
 
 
 @contextmanager
@@ -67,14 +58,12 @@ def without_numbers(lm: RiverLM, token: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", [{}, LOSSLESS], ids=["river", "lossless"])
-@pytest.mark.parametrize("kind", ["torch", "cpu", "strategy"])
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
 class TestAnswers:
     def test_end_where_the_next_token_can_not_be_chosen(
         self, kind: str, mode: dict[str, Any], settings: dict[str, Any]
     ) -> None:
-        if kind == "strategy" and mode:
-            pytest.skip("nothing drafts without a river")
-        lm = make_lm(kind)
+        lm = lm_on(kind)
         settings = {"raw": True, "max_new_tokens": 12, **settings, **mode}
         expected = lm.generate(PROMPT, **settings).tokens
         other = lm.generate(OTHER, **settings).tokens
@@ -95,9 +84,7 @@ class TestAnswers:
     def test_do_not_begin_behind_such_a_prompt(
         self, kind: str, mode: dict[str, Any], settings: dict[str, Any]
     ) -> None:
-        if kind == "strategy" and mode:
-            pytest.skip("nothing drafts without a river")
-        lm = make_lm(kind)
+        lm = lm_on(kind)
         settings = {"raw": True, "max_new_tokens": 3, **settings, **mode}
         (token,) = lm.tokenizer("y").input_ids
         with without_numbers(lm, token):
@@ -107,10 +94,10 @@ class TestAnswers:
                 lm.generate_batch(["abc", "Hey", "Hey"], **settings)
 
 
-@pytest.mark.parametrize("kind", ["torch", "cpu", "strategy"])
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
 def test_given_text_has_no_likelihood_then(kind: str) -> None:
     item = [Candidate((5, 6, 7, 8), 2)]
-    lm = make_lm(kind)
+    lm = lm_on(kind)
     engine = lm.engine
     with without_numbers(lm, 7), pytest.raises(LogitsError, match=NO_NUMBERS):
         LikelihoodScorer(engine).score([item])
@@ -183,7 +170,7 @@ class TestSampler:
 @pytest.mark.parametrize("mode", [{}, LOSSLESS], ids=["river", "lossless"])
 @pytest.mark.parametrize("kind", ["torch", "cpu"])
 def test_an_answer_whose_tokens_are_all_banned_ends(kind: str, mode: dict[str, Any]) -> None:
-    lm = make_lm(kind)
+    lm = lm_on(kind)
     settings = {"raw": True, "max_new_tokens": 3, **mode}
     with pytest.raises(LogitsError, match=r"^the logits processors leave no token"):
         lm.generate(PROMPT, processors=(_ban,), **settings)

@@ -10,11 +10,10 @@ import torch
 from byte_models import byte_lm, byte_model, byte_tokenizer, save_folder
 from lossless_lm import lm_on
 from tiny_lm import character_tokenizer
-from tiny_models import VOCABULARY, tiny_model
+from tiny_models import VOCABULARY
 
-from river_llm import ExitPolicy, RiverError, RiverLM
+from river_llm import RiverError, RiverLM
 from river_llm.engines import DraftRule
-from river_llm.strategies import make_strategy_engine
 
 ABOVE = (
     rf"^there is no token {VOCABULARY}: the model's embedding has {VOCABULARY} rows, .* take the "
@@ -24,18 +23,14 @@ BELOW = rf"^there is no token -2; token ids are 0 to {VOCABULARY - 1}$"
 UNKNOWN = r"^there is no token -1; .* \(-1 comes from logits that are no numbers\)$"
 
 
-@pytest.fixture(params=["torch", "cpu", "strategy"])
+@pytest.fixture(params=["torch", "cpu"])
 def engine(request: pytest.FixtureRequest) -> Any:
-    if request.param != "strategy":
-        return lm_on(request.param).engine
-    return make_strategy_engine(tiny_model("Llama"), "mask", ExitPolicy.fixed(2))
+    return lm_on(request.param).engine
 
 
 @pytest.mark.parametrize(("token", "message"), [(VOCABULARY, ABOVE), (-2, BELOW), (-1, UNKNOWN)])
 @pytest.mark.parametrize("verb", ["prefill", "decode", "score", "verify", "draft"])
 def test_are_refused_and_the_cache_stays(engine: Any, verb: str, token: int, message: str) -> None:
-    if engine.strategy != "river" and verb in ("verify", "draft"):
-        pytest.skip("nothing drafts without a river")
     arguments: dict[str, tuple[Any, ...]] = {
         "decode": (torch.tensor([token]),),
         "draft": ([token], [2], DraftRule()),

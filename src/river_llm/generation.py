@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.answer import Answer, FinishReason, ended_may_leave
-from river_llm.config import Mode, SamplingConfig, Strategy
+from river_llm.config import Mode, SamplingConfig
 from river_llm.engines import Engine, StepResult
 from river_llm.engines.engine import NO_TOKEN
 from river_llm.errors import ConfigError, ContextFullError, LogitsError
@@ -77,7 +77,6 @@ class GenerationResult:
         exit_layers: for each, how many backbone layers it ran.
         num_layers: how many there are.
         mode: ``"river"`` or ``"lossless"``.
-        strategy: the engine's, see `Engine`.
         policy: when tokens left the backbone; in lossless mode they never do.
         The others are those of the stream's last `GenerationResponse`; ``finish_reason`` may also
         be ``"interrupted"``.
@@ -97,7 +96,6 @@ class GenerationResult:
     finish_reason: FinishReason
     peak_memory_bytes: int
     mode: Mode = "river"
-    strategy: Strategy = "river"
     lossless: LosslessStatistics | None = None
     offload: OffloadStatistics | None = None
     cached_prompt_tokens: int = 0
@@ -128,7 +126,6 @@ class GenerationResult:
             finish_reason=(last.finish_reason if last else None) or "interrupted",
             peak_memory_bytes=last.peak_memory_bytes if last else peak_memory_bytes(),
             mode=mode,
-            strategy=engine.strategy,
             lossless=last.lossless if last else None,
             offload=last.offload if last else None,
             cached_prompt_tokens=last.cached_prompt_tokens if last else 0,

@@ -44,8 +44,8 @@ class NotCopied:
     """What belongs to one model, thread or process: a copy of it would run the original's."""
 
     why_not_copied = (
-        "a model can't be copied or pickled with a river or an exit strategy on it; call "
-        "detach_river(model) first, and attach the river to the copy"
+        "a model can't be copied or pickled with a river on it; call detach_river(model) first, "
+        "and attach the river to the copy"
     )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from river_llm.attachment import AttachedRiver, attach_river, check_is_river
-from river_llm.config import RiverConfig, Strategy
+from river_llm.config import RiverConfig
 from river_llm.engines import (
     CpuEngine,
     Engine,
@@ -70,7 +70,6 @@ def load_pretrained(
     no_miss: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    strategy: Strategy = "river",
 ) -> Pretrained:
     """Load all of it; arguments and errors as of `RiverLM.from_pretrained`."""
     check_is_river(river)
@@ -78,40 +77,6 @@ def load_pretrained(
         check_is_policy(policy)
     check_dtype(dtype, engine)
     check_threads(threads)
-    if strategy != "river":
-        from river_llm import strategies  # a quick start does without
-
-        has_8_bits = 8 in (backbone_bits, lm_head_bits)
-        has_offload = no_miss or OffloadConfig.of(offload) is not None
-        strategies.check_strategy(
-            strategy, policy, engine, river is not None, has_8_bits, kv_bits, has_offload
-        )
-        check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
-        policy = policy or strategies.default_policy(strategy)
-        reason = f"the strategy {strategy} is for it alone" if engine == "auto" else None
-        if strategy in strategies.STRATEGIES:
-            device = device or _default_device()
-            model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
-            if threads is not None:
-                torch.set_num_threads(threads)
-            own = strategies.make_strategy_engine(model, strategy, policy)
-            return Pretrained(own, tokenizer, None, stop_tokens(model, tokenizer), reason)
-        loaded = load_pretrained(
-            name_or_path,
-            river,
-            policy,
-            dtype,
-            device=device,
-            engine="torch",
-            threads=threads,
-            kv_bits=kv_bits,
-            offload=offload,
-            no_miss=no_miss,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        loaded.engine.strategy = strategy
-        return replace(loaded, fallback_reason=reason)
     check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
     offload = OffloadConfig.of(offload, no_miss)
     bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}

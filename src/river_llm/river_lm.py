@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from river_llm.cached_text import CachedText, prefill_thresholds, text_of_answer
-from river_llm.config import DraftConfig, Mode, RiverConfig, Strategy
+from river_llm.config import DraftConfig, Mode, RiverConfig
 from river_llm.engines import Engine, EngineChoice
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.exit_policy import ExitPolicy, check_is_policy
@@ -40,7 +40,7 @@ class RiverLM:
     Attributes:
         engine: computes the steps and holds the KV cache.
         tokenizer: of `transformers`.
-        river_config: how the river is quantised; None where the strategy has none.
+        river_config: how the river is quantised.
         stop_tokens: ids that end an answer.
         fallback_reason: why the torch engine serves where ``engine="auto"`` could have taken the
             native one; None if that is not so.
@@ -91,7 +91,6 @@ class RiverLM:
         no_miss: bool = False,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
-        strategy: Strategy = "river",
     ) -> RiverLM:
         """Load a model and load or build its river.
 
@@ -114,10 +113,6 @@ class RiverLM:
                 number of layers or a size such as ``"2GiB"``, see there; by default all.
             no_miss: no token goes deeper than the layers that stay.
             progress: called while the river is built with (layers done, layers in all).
-            strategy: what becomes of the keys and values of the layers that a token skips:
-                ``"river"``, or one of those that it is compared with, on the torch engine:
-                ``"mask"``, ``"recompute"``, ``"propagate"``, ``"monotonic"``, ``"none"`` (no exit)
-                and ``"quantised"`` (exit layers alone). All but the last have no river.
 
         What the native engine has packed is kept in the cache, as large as the model and its river,
         for a quick start the next time (`packed_copy`).
@@ -140,7 +135,6 @@ class RiverLM:
             no_miss=no_miss,
             trust_remote_code=trust_remote_code,
             progress=progress,
-            strategy=strategy,
         )
         return cls(
             loaded.engine,
@@ -157,17 +151,13 @@ class RiverLM:
         """When tokens leave the backbone; may be set between answers.
 
         Raises:
-            ConfigError: what it is set to is no policy, or not for the model or the strategy.
+            ConfigError: what it is set to is no policy, or not for the model.
         """
         return self.engine.policy
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
         check_is_policy(policy)
-        if self.engine.strategy != "river":
-            from river_llm.strategies import check_policy
-
-            check_policy(self.engine.strategy, policy)
         self.engine.policy = policy
 
     def generate(
@@ -542,11 +532,6 @@ class RiverLM:
             if drafts is not None:
                 raise ConfigError('drafts are for mode="lossless"')
             return None
-        if self.engine.strategy != "river":
-            raise ConfigError(
-                f"lossless mode drafts with the river, not with the strategy "
-                f"{self.engine.strategy}; take the strategy river"
-            )
         if self.engine.depth_limit is not None:
             raise ConfigError(
                 "lossless mode verifies with the whole backbone; it can't go with no_miss"

@@ -16,14 +16,12 @@ from river_llm.cli.build import build
 from river_llm.cli.cache import cache
 from river_llm.cli.chat import chat
 from river_llm.cli.check_exact import check_exact
-from river_llm.cli.compare import compare
 from river_llm.cli.eval import evaluate
 from river_llm.cli.generate import generate
 from river_llm.cli.imports import let_waiting_threads_sleep
 from river_llm.cli.inspect import inspect
 from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
-from river_llm.cli.reproduce import reproduce
 from river_llm.cli.streams import Replacement
 from river_llm.errors import InterruptedRunError, RiverError
 
@@ -54,8 +52,6 @@ app.command(
     add_help_option=False,  # lm-eval has its own
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval)
-app.command()(compare)
-app.command()(reproduce)
 app.command()(cache)
 
 

@@ -12,7 +12,6 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
-    check_strategy,
     decoding_mode,
     exit_policy,
     offload_config,
@@ -43,7 +42,6 @@ def chat(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
-    strategy: options.Strategy = options.StrategyName.river,
     mode: options.Mode = options.ModeName.river,
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
@@ -103,9 +101,7 @@ def chat(
         kv_bits=kv_bits,
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
-        strategy=strategy,
     )
-    check_strategy(loading, mode, of_policy, prompt_cache)
     check_prompt_cache(prompt_cache, mode, prefill)
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop

@@ -11,7 +11,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
-from river_llm.cli.settings import check_strategy, exit_policy, river_config
+from river_llm.cli.settings import exit_policy, river_config
 from river_llm.cli.streams import print_json
 from river_llm.cli.usage import refuse_idle, usage_error
 from river_llm.errors import ConfigError, DataError
@@ -48,7 +48,6 @@ def evaluate(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
-    strategy: options.Strategy = options.StrategyName.river,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -114,7 +113,7 @@ def evaluate(
         typer.Option(
             "--compare-backbone",
             help="Run the backbone alone on the same items first, and compare with it; nothing "
-            "more where the run is the backbone: --policy never, --strategy none.",
+            "more where the run is the backbone: --policy never.",
             rich_help_panel=_RESULTS,
         ),
     ] = False,
@@ -136,7 +135,6 @@ def evaluate(
     the same command."""
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
     built = river_config(river, bits, group_size, quantizer)
-    of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
     loading = LoadOptions(
         model=model,
         river=built,
@@ -149,19 +147,13 @@ def evaluate(
         backbone_bits=backbone_bits,
         lm_head_bits=lm_head_bits,
         kv_bits=kv_bits,
-        strategy=strategy,
     )
-    check_strategy(loading, options.ModeName.river, of_policy)
-    if compare_backbone and strategy is options.StrategyName.quantised:
-        raise usage_error(
-            "--strategy quantised runs no backbone to compare with; take --policy always"
-        )
     _check_tasks(context, tasks, text, compare_backbone, against)
     from river_llm.evaluation.result_file import read_whole
 
     other = None if against is None else read_whole(against, tasks[0])
     lm = load(loading)
-    chosen = lm.policy  # of strategies without a choice, their own
+    chosen = lm.policy
     from river_llm.evaluation.harness import check_comparable, compare_results, evaluate
     from river_llm.evaluation.requests import TaskSettings
     from river_llm.exit_policy import ExitPolicy
@@ -289,7 +281,7 @@ def _make_run(lm: RiverLM, name: str, given: TaskSettings) -> Run:
 
 def _arm_name(policy: ExitPolicy, lm: RiverLM) -> str:
     """A short name, good for a file."""
-    river, strategy = lm.river_config, lm.engine.strategy
+    river = lm.river_config
     names = {
         "never": _BACKBONE,
         "always": "exit-0" if river is None else f"full-{river.bits}bit",
@@ -303,7 +295,7 @@ def _arm_name(policy: ExitPolicy, lm: RiverLM) -> str:
     usual = "river" if policy.kind == "always" and river is not None else "backbone"
     if policy.prefill != usual:
         name += f"-prefill-{policy.prefill}"
-    return name if strategy == "river" else f"{strategy}-{name}"
+    return name
 
 
 def _file_name(task: str, chat: bool | None) -> str:

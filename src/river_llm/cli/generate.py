@@ -12,7 +12,6 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, describe_loaded, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
-    check_strategy,
     decoding_mode,
     exit_policy,
     offload_config,
@@ -47,7 +46,6 @@ def generate(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
-    strategy: options.Strategy = options.StrategyName.river,
     mode: options.Mode = options.ModeName.river,
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
@@ -116,11 +114,7 @@ def generate(
         kv_bits=kv_bits,
         drafts=drafts,
         offload=offload_config(offload, no_miss, decoding),
-        strategy=strategy,
     )
-    check_strategy(loading, mode, of_policy, prompt_cache)
-    if compare and strategy is not options.StrategyName.river:
-        raise usage_error("--compare compares the river; it goes with --strategy river")
     if compare and no_miss:
         raise usage_error("--compare runs the whole backbone: leave out --no-miss")
     check_prompt_cache(prompt_cache, mode, prefill)

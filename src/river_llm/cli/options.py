@@ -33,16 +33,6 @@ class ModeName(str, Enum):
     lossless = "lossless"
 
 
-class StrategyName(str, Enum):
-    river = "river"
-    mask = "mask"
-    recompute = "recompute"
-    propagate = "propagate"
-    monotonic = "monotonic"
-    quantised = "quantised"
-    none = "none"
-
-
 class WeightBits(str, Enum):
     sixteen = "16"
     eight = "8"
@@ -68,7 +58,7 @@ class DtypeName(str, Enum):
 _MODEL_HELP = "A model directory, a GGUF file, a Hub id (org/name), or smollm2."
 _POLICY, _RIVER, _LOSSLESS = "Exit policy", "Exit river", "Lossless mode"
 _PROMPT, _SAMPLING, _SYSTEM = "Prompt", "Sampling", "Machine"
-TASKS, _SPEED = "Tasks", "Speed"
+TASKS = "Tasks"
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=True)]
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
@@ -112,17 +102,6 @@ Prefill = Annotated[
     PrefillName | None,
     typer.Option(
         help="How the prompt runs. \\[default: backbone; river with --policy always]",
-        rich_help_panel=_POLICY,
-    ),
-]
-Strategy = Annotated[
-    StrategyName,
-    typer.Option(
-        help="What becomes of the keys and values of the layers that a token skips. river: exit "
-        "layers write them. The others are for comparison. mask: nothing; later tokens don't see "
-        "the token there. recompute: the backbone computes them once a later token needs them. "
-        "propagate: each layer makes them of the hidden state at the exit. monotonic: no token "
-        "goes deeper than the one before it. quantised: exit layers alone. none: no exit.",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -286,19 +265,6 @@ AllowCodeExecution = Annotated[
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Items that run together.", rich_help_panel=TASKS)
 ]
-NoSpeed = Annotated[
-    bool, typer.Option("--no-speed", help="Don't measure it.", rich_help_panel=_SPEED)
-]
-SpeedTokens = Annotated[
-    int, typer.Option(min=2, help="Decoded in each pass.", rich_help_panel=_SPEED)
-]
-Rounds = Annotated[
-    int, typer.Option(min=1, help="That count, after one to warm up.", rich_help_panel=_SPEED)
-]
-ReportFolder = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder of the report and its results.")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; without it the run goes on.")]
 PromptCacheFile = Annotated[
     Path | None,
     typer.Option(

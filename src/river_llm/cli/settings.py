@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from river_llm.cli.loading import LoadOptions
 from river_llm.cli.options import (
     DraftHeadBits,
-    EngineName,
     ModeName,
     PolicyName,
     PrefillName,
     QuantizerName,
-    WeightBits,
 )
 from river_llm.cli.usage import usage_error
 from river_llm.config import (
-    WITH_RIVER,
     DraftConfig,
     Mode,
     RiverConfig,
     SamplingConfig,
-    Strategy,
-    strategy_conflict,
 )
 from river_llm.errors import ConfigError
 
@@ -103,59 +97,6 @@ def decoding_mode(
         return "lossless", DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
-
-
-def check_strategy(
-    loading: LoadOptions,
-    mode: ModeName,
-    of_policy: Sequence[object],
-    prompt_cache: Path | None = None,
-) -> None:
-    """See that the other options go with the strategy.
-
-    Args:
-        of_policy: values of the options of the exit policy, None for those that weren't given.
-        prompt_cache: what was given of this option.
-
-    Raises:
-        typer.Exit: one doesn't.
-    """
-    name = loading.strategy.value
-    conflict = strategy_conflict(
-        cast("Strategy", name),
-        mode.value,
-        policy_given=any(value is not None for value in of_policy),
-        river_given=loading.river != RiverConfig(),
-    )
-    if conflict == "mode":
-        raise usage_error(f"--mode lossless drafts with the river; it has no --strategy {name}")
-    if conflict == "policy":
-        raise usage_error(f"--strategy {name} has no exit policy; leave its options out")
-    if conflict == "river":
-        raise usage_error(
-            f"--strategy {name} has no river; leave --river, --bits, --group-size and --quantizer "
-            "out"
-        )
-    if name != "river" and loading.engine is EngineName.cpu:
-        raise usage_error(f"--strategy {name} is for the torch engine; leave --engine cpu out")
-    if name != "river" and WeightBits.eight in (loading.backbone_bits, loading.lm_head_bits):
-        raise usage_error(
-            f"--strategy {name} is for the torch engine, which has no 8-bit weights beside the "
-            "river; leave --backbone-bits and --lm-head-bits out"
-        )
-    if name in WITH_RIVER:
-        return
-    if loading.kv_bits is WeightBits.eight:
-        raise usage_error(
-            f"--strategy {name} keeps its KV cache in the model's dtype; leave --kv-bits out"
-        )
-    if loading.offload is not None:
-        raise usage_error(
-            f"--strategy {name} has no river to leave for, so all layers stay in memory; leave "
-            "--offload out"
-        )
-    if prompt_cache is not None:
-        raise usage_error(f"--strategy {name} keeps no prompt caches; leave --prompt-cache out")
 
 
 def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadConfig | None:

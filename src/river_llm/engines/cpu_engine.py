@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from river_llm.backbone import decoder_layers
-from river_llm.config import Strategy
 from river_llm.engines.cache_identity import native_identity
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.engine import (
@@ -92,7 +91,6 @@ class CpuEngine(NotCopiedEngine):
     """
 
     name = "cpu"
-    strategy: Strategy = "river"
     device = torch.device("cpu")
 
     def __init__(

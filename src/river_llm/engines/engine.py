@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from river_llm.config import Strategy
 from river_llm.engines.drafting import Choose, Draft, DraftRule
 from river_llm.engines.native_model import AngleLimit
 from river_llm.errors import ContextFullError, LogitsError, RiverError
@@ -91,8 +90,6 @@ class Engine(Protocol):
 
     Attributes:
         name: what the command line calls it: ``torch``, ``cpu``.
-        strategy: what becomes of the keys and values that a token leaves out: ``river``, or one of
-            `strategies`.
         num_layers: L, the number of decoder layers.
         context_length: the most tokens that a sequence may hold; None if there is no limit.
         device: where it computes.
@@ -115,7 +112,6 @@ class Engine(Protocol):
     """
 
     name: str
-    strategy: Strategy
     num_layers: int
     context_length: int | None
     device: torch.device

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from river_llm.attachment import AttachedRiver
-from river_llm.config import Strategy
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.drafting import (
     Choose,
@@ -48,7 +47,6 @@ class TorchEngine(NotCopiedEngine):
     """
 
     name = "torch"
-    strategy: Strategy = "river"
     draft_head_bits: tuple[int, ...] = (16,)  # the model's own, whatever its dtype
 
     def __init__(self, attached: AttachedRiver, kv_bits: int = 16) -> None:

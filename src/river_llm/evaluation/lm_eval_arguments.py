@@ -9,15 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from river_llm.config import (
-    WITH_RIVER,
-    WITHOUT_POLICY,
-    Mode,
-    RiverConfig,
-    SamplingConfig,
-    Strategy,
-    strategy_conflict,
-)
+from river_llm.config import Mode, RiverConfig, SamplingConfig
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy
 from river_llm.load.source import DEFAULT_MODEL
@@ -46,8 +38,6 @@ class ModelArguments:
         threshold, first_layer: of ``similarity``.
         exit_layer: of ``fixed``.
         prefill: how prompts of generated answers run, see `ExitPolicy`.
-        strategy: what becomes of the keys and values of skipped layers, see
-            `RiverLM.from_pretrained`.
         mode: ``river``, or ``lossless``: the backbone's own likelihoods and tokens.
         engine, device, dtype, threads, backbone_bits, lm_head_bits, kv_bits, trust_remote_code:
             see `RiverLM.from_pretrained`.
@@ -67,7 +57,6 @@ class ModelArguments:
     exit_layer: int | None = None
     first_layer: int | None = None
     prefill: str | None = None
-    strategy: Strategy = "river"
     mode: Mode = "river"
     engine: str = "auto"
     device: str | None = None
@@ -83,8 +72,7 @@ class ModelArguments:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> ModelArguments:
-        """Read arguments as lm-eval hands them over; None, and the text ``none``, is not given, but
-        for the strategy of that name.
+        """Read arguments as lm-eval hands them over; None, and the text ``none``, is not given.
 
         Raises:
             ConfigError: one is unknown, no number where one is needed, or contradicts another.
@@ -98,7 +86,7 @@ class ModelArguments:
         values = {
             name: _READERS.get(name, _text)(name, value)
             for name, value in given.items()
-            if value is not None and (name == "strategy" or str(value).lower() != "none")
+            if value is not None and str(value).lower() != "none"
         }
         arguments = cls(**values)
         arguments._check()
@@ -135,14 +123,13 @@ class ModelArguments:
         Raises:
             RiverError: see `RiverLM.from_pretrained`.
         """
-        policy = None if self.strategy in WITHOUT_POLICY else self.exit_policy()
         built = {name: value for name in _OF_RIVER if (value := getattr(self, name)) is not None}
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return RiverLM.from_pretrained(
             self.pretrained,
-            (self.river or RiverConfig(**built)) if self.strategy in WITH_RIVER else None,
-            policy,
+            self.river or RiverConfig(**built),
+            self.exit_policy(),
             _DTYPES[self.dtype],
             device=_device(self.device),
             engine=self.engine,  # type: ignore[arg-type]  # checked there
@@ -151,7 +138,6 @@ class ModelArguments:
             lm_head_bits=self.lm_head_bits,
             kv_bits=self.kv_bits,
             trust_remote_code=self.trust_remote_code,
-            strategy=self.strategy,
         )
 
     def _given(self, names: tuple[str, ...]) -> list[str]:
@@ -160,7 +146,6 @@ class ModelArguments:
     def _check(self) -> None:
         _choose("mode", self.mode, get_args(Mode))
         _choose("dtype", self.dtype, tuple(_DTYPES))
-        _choose("strategy", self.strategy, get_args(Strategy))
         if self.policy is not None:
             _choose("policy", self.policy, ("never", "always", "fixed", "similarity"))
         for name in ("threads", "max_length", "batch_size", "first_layer"):
@@ -173,7 +158,6 @@ class ModelArguments:
             raise ConfigError(
                 f"model_args: mode=lossless has no exit policy; leave out {', '.join(of_policy)}"
             )
-        self._check_strategy()
         if self.threshold is not None and self.exit_layer is not None:
             raise ConfigError("model_args: give threshold or exit_layer, not both")
         for name, kind in (
@@ -187,22 +171,6 @@ class ModelArguments:
             raise ConfigError("model_args: first_layer goes with threshold, not exit_layer")
         if self.policy == "fixed" and self.exit_layer is None:
             raise ConfigError("model_args: policy=fixed needs exit_layer=N")
-
-    def _check_strategy(self) -> None:
-        """See that the arguments go with the strategy."""
-        of_policy, of_river = self._given(_OF_POLICY), self._given(("river", *_OF_RIVER))
-        conflict = strategy_conflict(
-            self.strategy, self.mode, policy_given=bool(of_policy), river_given=bool(of_river)
-        )
-        named = f"strategy={self.strategy}"
-        if conflict == "mode":
-            raise ConfigError(f"model_args: mode=lossless drafts with the river; leave out {named}")
-        if conflict == "policy":
-            raise ConfigError(
-                f"model_args: {named} has no exit policy; leave out {', '.join(of_policy)}"
-            )
-        if conflict == "river":
-            raise ConfigError(f"model_args: {named} has no river; leave out {', '.join(of_river)}")
 
 
 def sampling_config(settings: Mapping[str, Any]) -> SamplingConfig:

@@ -14,7 +14,6 @@ from river_llm.errors import ConfigError
 from river_llm.evaluation.data import DataSource, Record, read_records
 from river_llm.evaluation.statistics import mean_and_error, wilson_interval
 from river_llm.river_lm import RiverLM
-from river_llm.strategies import StrategyEngine
 
 _SAMPLES = 1 << 16  # bytes of packed weights that enter their fingerprint
 
@@ -44,10 +43,9 @@ class Run(Protocol):
 
 
 def describe_model(lm: RiverLM, name: str) -> dict[str, Any]:
-    """The model, the river, the policy and the engine, as plain JSON values; the strategy where it
-    is another than the river's."""
+    """The model, the river, the policy and the engine, as plain JSON values."""
     engine = lm.engine
-    described = {
+    return {
         "model": name,
         "weights": _weights(engine),
         "river": None if lm.river_config is None else lm.river_config.to_dict(),
@@ -56,9 +54,6 @@ def describe_model(lm: RiverLM, name: str) -> dict[str, Any]:
         "engine_setting": _setting(engine),
         "num_layers": engine.num_layers,
     }
-    if engine.strategy != "river":
-        described["strategy"] = engine.strategy
-    return described
 
 
 def select(groups: Sequence[str | None], limit: int | None) -> list[int]:
@@ -165,7 +160,7 @@ def _groups(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _weights(engine: Engine) -> str:
     """A fingerprint of the weights that the engine holds."""
-    if isinstance(engine, TorchEngine | StrategyEngine):
+    if isinstance(engine, TorchEngine):
         return fingerprint(decoder_layers(engine.model))
     if isinstance(engine, CpuEngine):
         packed = engine.packed_weights[-1]  # river and LM head, which are always in memory
@@ -185,7 +180,7 @@ def _setting(engine: Engine) -> dict[str, Any]:
             "lm_head_bits": engine.lm_head_bits,
             **cache,
         }
-    if isinstance(engine, TorchEngine | StrategyEngine):
+    if isinstance(engine, TorchEngine):
         dtype = str(engine.model.dtype).removeprefix("torch.")
         return {"dtype": dtype, "device": engine.device.type, **cache}
     return {"setting": engine.setting}

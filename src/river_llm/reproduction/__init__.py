@@ -1,1 +1,0 @@
-"""The paper's tables for a model, measured anew: `river-llm reproduce`."""
