@@ -46,12 +46,14 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column to the left, figures to the right."""
-    table = Table(*headings)
+    table = Table(*headings, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 140)  # no figure is cut off
+    console.print(table)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
