@@ -36,8 +36,8 @@ import river_llm
 from river_llm import ExitPolicy, RiverConfig, RiverLM
 from river_llm.backbone import decoder_layers
 from river_llm.engines.kv_cache import dequantize_states, quantize_states
-from river_llm.evaluation.divergence import compare_logits
 from river_llm.load.model import load_backbone
+from river_llm.measure.divergence import compare_logits
 
 PIECE = 256  # tokens of a pass of the first table
 BORDERS = (0, 2048, 4096, 8192, 16384, 32768)

@@ -26,8 +26,8 @@ from rich.table import Table
 import river_llm
 from river_llm import ExitPolicy, RiverConfig, attach_river, detach_river
 from river_llm.backbone import decoder_layers, fingerprint
-from river_llm.evaluation.divergence import TextScore, score_text
 from river_llm.load.model import load_backbone
+from river_llm.measure.divergence import TextScore, score_text
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ def test_lm_eval_has_its_own_bars_and_lines_where_they_stand_still(
 
     command = SimpleNamespace(cli_evaluate=cli_evaluate)
     monkeypatch.setattr("river_llm.evaluation.extras.import_extra", lambda *names: command)
-    monkeypatch.setitem(sys.modules, "river_llm.evaluation.lm_eval_model", ModuleType("model"))
+    monkeypatch.setitem(sys.modules, "river_llm.measure.lm_eval_model", ModuleType("model"))
     outcome = run("lm-eval", "--tasks", "none")
     assert settings == [None, "0.05"]  # seconds
     assert re.search(r"^river-llm: running lm-eval, \d+ s$", outcome.stderr, re.MULTILINE)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from river_llm import ExitPolicy, River, RiverConfig, attach_river
 from river_llm.attachment import AttachedRiver
 from river_llm.engines import TorchEngine
-from river_llm.evaluation.divergence import TextScore, score_text
+from river_llm.measure.divergence import TextScore, score_text
 
 _generator = torch.Generator().manual_seed(3)
 # The longest is scored in more than one piece.

@@ -26,8 +26,8 @@ from river_llm import (
 from river_llm.attachment import AttachedRiver
 from river_llm.backbone import decoder_layers
 from river_llm.engines import CpuEngine, Engine, TorchEngine
-from river_llm.evaluation.divergence import score_text
 from river_llm.load.model import load_backbone
+from river_llm.measure.divergence import score_text
 
 pytestmark = pytest.mark.slow
 

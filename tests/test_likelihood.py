@@ -13,8 +13,8 @@ from lossless_lm import lm_on
 
 from river_llm import ContextFullError, ExitPolicy, RiverError, RiverLM
 from river_llm.engines import Engine
-from river_llm.evaluation import likelihood
-from river_llm.evaluation.likelihood import Candidate, CandidateScore, LikelihoodScorer
+from river_llm.measure import likelihood
+from river_llm.measure.likelihood import Candidate, CandidateScore, LikelihoodScorer
 
 POLICIES = {
     "never": ExitPolicy.never(),

@@ -17,7 +17,7 @@ from command_line import run
 from packed_models import save_model, save_river
 from tiny_lm import END, character_tokenizer, tiny_lm
 
-from river_llm import ConfigError, DataError, ExitPolicy, RiverConfig, RiverLM
+from river_llm import ConfigError, DataError, RiverConfig
 from river_llm.config import SamplingConfig
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
-from river_llm.evaluation.lm_eval_model import RiverEvalLM  # noqa: E402
+from river_llm.measure.lm_eval_model import RiverEvalLM, sampling_config  # noqa: E402
 
 CONTEXT = 64
 QUESTIONS = [
@@ -232,16 +232,15 @@ class TestExits:
         self, evaluate: Callable[..., dict[str, Any]], model: str
     ) -> None:
         alone = evaluate("river-llm", {"pretrained": model, "threshold": 0.8, "engine": "cpu"})
-        batch = evaluate(
-            "river-llm", f"pretrained={model},threshold=0.8,engine=cpu,batch_size=4", batch_size=1
-        )
+        text = f"pretrained={model},threshold=0.8,engine=cpu"
+        batch = evaluate("river-llm", text, batch_size="4")
         for task in TASKS:
             assert responses(alone, task) == responses(batch, task)  # bit for bit
 
 
 @pytest.fixture
 def eval_lm(tiny_llama: PreTrainedModel) -> RiverEvalLM:
-    return RiverEvalLM(tiny_lm(tiny_llama), batch_size=2, name="tiny")
+    return RiverEvalLM(tiny_lm(tiny_llama), batch_size=2)
 
 
 class TestRequests:
@@ -290,22 +289,6 @@ class TestRequests:
         assert answers[0] == answers[1] != answers[2]
         assert len(set(answers[0])) == 4
 
-    def test_examples_that_prompts_share_run_once(
-        self, eval_lm: RiverEvalLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        eval_lm.batch_size = 1
-        counts = []
-        prefill = eval_lm._lm.engine.prefill
-
-        def spy(token_ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
-            counts.append(token_ids.numel())
-            return prefill(token_ids, mask)
-
-        monkeypatch.setattr(eval_lm._lm.engine, "prefill", spy)
-        settings = {"max_gen_toks": 1}
-        eval_lm.generate_until(requests(("examples, one", settings), ("examples, two", settings)))
-        assert counts == [13, 3]
-
     def test_what_was_answered_goes_to_lm_eval_s_cache(self, eval_lm: RiverEvalLM) -> None:
         kept: list[tuple[str, Any]] = []
         hook = SimpleNamespace(add_partial=lambda name, args, _: kept.append((name, args)))
@@ -330,20 +313,15 @@ class TestRequests:
         assert "1 of 1 contexts lose their beginning: max_length is 64" in caplog.text
 
     @pytest.mark.parametrize(
-        ("continuation", "message"), [("", "has no token"), ("x" * 65, "max_length is 64")]
+        ("continuation", "message"),
+        [("", "has 0 tokens"), ("x" * 65, "has 65 tokens, but max_length is 64: 'xxx")],
     )
-    @pytest.mark.parametrize("context", ["river", ""])
     def test_a_continuation_without_a_likelihood_is_refused_before_the_first_pass(
-        self,
-        eval_lm: RiverEvalLM,
-        context: str,
-        continuation: str,
-        message: str,
-        monkeypatch: pytest.MonkeyPatch,
+        self, eval_lm: RiverEvalLM, continuation: str, message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(eval_lm._lm, "engine", None)
-        with pytest.raises(DataError, match=f"^task tiny, item 1: a continuation .*{message}"):
-            eval_lm.loglikelihood(requests(("river", "s"), (context, continuation)))
+        with pytest.raises(DataError, match=message):
+            eval_lm.loglikelihood(requests(("river", "s"), ("river", continuation)))
 
     def test_a_continuation_that_joins_the_context_s_last_token_is_encoded_alone(
         self, eval_lm: RiverEvalLM
@@ -375,20 +353,6 @@ class TestRequests:
     def test_an_answer_as_long_as_the_context_is_refused(self, eval_lm: RiverEvalLM) -> None:
         with pytest.raises(ConfigError, match="max_gen_toks is 64, which leaves no room"):
             eval_lm.generate_until(requests(("river", {"max_gen_toks": CONTEXT})))
-
-    def test_windows_run_side_by_side(
-        self, eval_lm: RiverEvalLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        rows = []
-        score = eval_lm._lm.engine.score
-
-        def spy(token_ids: torch.Tensor, counts: list[int] | None = None) -> Any:
-            rows.append(len(token_ids))
-            return score(token_ids, counts)
-
-        monkeypatch.setattr(eval_lm._lm.engine, "score", spy)
-        eval_lm.loglikelihood_rolling(requests(("one text",), ("another",), ("a third one",)))
-        assert rows == [2, 1]
 
     def test_an_empty_text_has_no_windows(self, eval_lm: RiverEvalLM) -> None:
         assert eval_lm.loglikelihood_rolling(requests(("",), ("a",)))[0] == 0
@@ -429,18 +393,8 @@ class TestChat:
         assert eval_lm.apply_chat_template(turns) == "S\n\nU"
         assert "takes no system message" in caplog.text
 
-    def test_what_spells_a_control_token_in_a_message_is_text(self, eval_lm: RiverEvalLM) -> None:
-        eval_lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
-        turns = [{"role": "user", "content": "a<end>b"}]
-        prompt = eval_lm.apply_chat_template(turns)
-        token_ids = eval_lm.tok_encode(prompt + "c")
-        assert eval_lm.tokenizer.decode(token_ids) == "a<end>b<end>c"
-        assert token_ids.count(END) == 1
-        assert eval_lm.tok_encode("a<end>") == [*eval_lm.tok_encode("a"), END]
-
-    def test_arguments_reach_the_template(self, model: str) -> None:
-        given = {"pretrained": model, "chat_template_kwargs": '{"level": 3}', **FLOAT32}
-        eval_lm = RiverEvalLM.create_from_arg_obj(given)
+    def test_arguments_reach_the_template(self, tiny_llama: PreTrainedModel) -> None:
+        eval_lm = RiverEvalLM(tiny_lm(tiny_llama), chat_template_kwargs={"level": 3})
         eval_lm.tokenizer.chat_template = "{{ messages[0].content }}{{ level }}"
         assert eval_lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi3"
 
@@ -449,23 +403,18 @@ class TestChat:
         with pytest.raises(ConfigError, match="no chat template"):
             eval_lm.apply_chat_template([{"role": "user", "content": "Hi"}])
 
-    def test_a_text_that_begins_as_the_template_writes_it_gets_no_second_beginning(self) -> None:
-        tokenizer = character_tokenizer()
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    def test_a_text_that_begins_as_the_template_writes_it_gets_no_second_beginning(
+        self, eval_lm: RiverEvalLM
+    ) -> None:
+        eval_lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<end> $A", special_tokens=[("<end>", END)]
         )
-        tokenizer.chat_template = "<end>{{ messages[0].content }}"
-        lm = SimpleNamespace(
-            tokenizer=tokenizer,
-            engine=SimpleNamespace(context_length=None, device=torch.device("cpu"), num_layers=1),
-        )
-        eval_lm = RiverEvalLM(lm)  # type: ignore[arg-type]
+        eval_lm.tokenizer.chat_template = "<end>{{ messages[0].content }}"
         own = eval_lm.tok_encode("river", add_special_tokens=False)
         assert END not in own
         assert eval_lm.tok_encode("river") == eval_lm.tok_encode("<end>river") == [END, *own]
-        marked = eval_lm.apply_chat_template([{"role": "user", "content": "<end>"}])
-        assert eval_lm.tok_encode(marked) == [END, *tokenizer.convert_tokens_to_ids([*"<end>"])]
-        assert eval_lm.max_length == 2048
+        prompt = eval_lm.apply_chat_template([{"role": "user", "content": "river"}])
+        assert eval_lm.tok_encode(prompt) == [END, *own]
 
 
 class TestTheName:
@@ -477,9 +426,7 @@ class TestTheName:
         self, model: str, task_directory: Path, tmp_path: Path
     ) -> None:
         outcome = run(
-            "lm-eval",
-            "--model",
-            "river-llm",
+            "eval",
             "--model_args",
             f"pretrained={model},threshold=0.8,threads=1",
             "--tasks",
@@ -497,10 +444,68 @@ class TestTheName:
         assert written["config"]["river_llm"]["policy"]["threshold"] == 0.8
 
 
-def test_a_length_beyond_the_context_is_refused(tiny_llama: PreTrainedModel) -> None:
-    lm: RiverLM = tiny_lm(tiny_llama)
-    with pytest.raises(ConfigError, match="max_length is 65, but the model's context holds 64"):
-        RiverEvalLM(lm, max_length=65)
-    assert RiverEvalLM(lm, max_length=10).max_length == 10
-    assert lm.policy == ExitPolicy.never()
-    assert SamplingConfig().max_new_tokens == 256
+SAMPLING: list[tuple[dict[str, Any], SamplingConfig]] = [
+    ({}, SamplingConfig(max_new_tokens=256)),
+    ({"until": "\n"}, SamplingConfig(stop="\n")),
+    ({"until": ["a", "", None, "b"]}, SamplingConfig(stop=("a", "b"))),
+    ({"until": None, "max_gen_toks": 5}, SamplingConfig(max_new_tokens=5)),
+    ({"max_new_tokens": "5"}, SamplingConfig(max_new_tokens=5)),
+    ({"temperature": 0.7}, SamplingConfig(temperature=0.7)),
+    ({"do_sample": False, "temperature": 0.7}, SamplingConfig()),
+    ({"do_sample": True}, SamplingConfig(temperature=1.0)),
+    ({"do_sample": True, "temperature": 0.0}, SamplingConfig()),
+    (
+        {"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 5, "seed": 3},
+        SamplingConfig(temperature=0.2, top_p=0.95, top_k=5, seed=3),
+    ),
+    ({"num_beams": 1, "use_cache": True}, SamplingConfig()),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), SAMPLING)
+def test_answers_are_generated_as_the_task_says(
+    settings: dict[str, Any], expected: SamplingConfig
+) -> None:
+    before = dict(settings)
+    assert sampling_config(settings) == expected
+    assert settings == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "no setting 'num_beams'"),
+        ({"max_gen_toks": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 2}, "top_p is 2"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sampling_config(settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 65}, "max_length is 65, but the model's context holds 1 to 64"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"batch_size": 0}, "batch_size is 0; give 1 or more, or auto"),
+    ],
+)
+def test_a_size_out_of_its_range_is_refused(
+    tiny_llama: PreTrainedModel, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RiverEvalLM(tiny_lm(tiny_llama), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [({"batch_size": "auto"}, (8, 64)), ({"batch_size": "3", "max_length": 10}, (3, 10))],
+)
+def test_sizes_may_be_left_to_the_program(
+    tiny_llama: PreTrainedModel, arguments: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    eval_lm = RiverEvalLM(tiny_lm(tiny_llama), **arguments)
+    assert (eval_lm.batch_size, eval_lm.max_length) == sizes

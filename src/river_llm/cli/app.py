@@ -20,7 +20,6 @@ from river_llm.cli.eval import evaluate
 from river_llm.cli.generate import generate
 from river_llm.cli.imports import let_waiting_threads_sleep
 from river_llm.cli.inspect import inspect
-from river_llm.cli.lm_eval import lm_eval
 from river_llm.cli.options import print_version
 from river_llm.cli.streams import Replacement
 from river_llm.errors import InterruptedRunError, RiverError
@@ -46,12 +45,11 @@ app.command()(chat)
 app.command()(inspect)
 app.command()(bench)
 app.command()(check_exact)
-app.command("eval")(evaluate)
 app.command(
-    "lm-eval",
+    "eval",
     add_help_option=False,  # lm-eval has its own
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(lm_eval)
+)(evaluate)
 app.command()(cache)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from river_llm.errors import ConfigError, ContextFullError
 from river_llm.evaluation.data import digest, read_records
-from river_llm.evaluation.likelihood import Candidate, CandidateScore, LikelihoodScorer
 from river_llm.evaluation.run import (
     count_layers,
     describe_model,
@@ -17,6 +16,7 @@ from river_llm.evaluation.run import (
     summarise_verdicts,
 )
 from river_llm.evaluation.tasks.task import ChoiceTask, Question
+from river_llm.measure.likelihood import Candidate, CandidateScore, LikelihoodScorer
 from river_llm.river_lm import RiverLM
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from river_llm.errors import ConfigError, DataError
-from river_llm.evaluation.likelihood import check_likelihoods
 from river_llm.evaluation.run import count_layers, describe_model, summarise_work
 from river_llm.evaluation.statistics import mean_and_error
 from river_llm.exit_policy import ExitPolicy
+from river_llm.measure.likelihood import check_likelihoods
 from river_llm.river_lm import RiverLM
 from river_llm.text.utf8 import read_text
 

@@ -161,6 +161,30 @@ class LikelihoodScorer:
         ]
 
 
+def score_candidates(
+    engine: Engine, candidates: Sequence[Candidate], batch_size: int
+) -> Iterator[tuple[int, CandidateScore]]:
+    """The place and the score of every candidate, as they are found. Those of the same question
+    run one after the other, `batch_size` questions side by side.
+
+    Raises:
+        ContextFullError: a candidate doesn't fit the model's context.
+        LogitsError: see `check_likelihoods`.
+    """
+    questions: dict[tuple[int, ...], list[int]] = {}
+    for place, candidate in enumerate(candidates):
+        question = candidate.token_ids[: candidate.start]
+        # one token, as before windows of a text, is nothing to share
+        questions.setdefault(question if len(question) > 1 else (-place,), []).append(place)
+    groups = list(questions.values())
+    scorer = LikelihoodScorer(engine)
+    for first in range(0, len(groups), batch_size):
+        batch = groups[first : first + batch_size]
+        scores = scorer.score([[candidates[place] for place in group] for group in batch])
+        for places, found in zip(batch, scores, strict=True):
+            yield from zip(places, found, strict=True)
+
+
 def log_likelihoods(logits: Tensor, targets: Sequence[int]) -> Tensor:
     """float32 `[tokens]`: of each target by the logits `[tokens, vocabulary]` that predict it.
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from river_llm.attachment import AttachedRiver
-from river_llm.evaluation.likelihood import check_likelihoods
 from river_llm.exit_policy import ExitPolicy
+from river_llm.measure.likelihood import check_likelihoods
 
 _CHUNK_TOKENS = 128  # tokens whose distributions are held in float32 at a time
 
