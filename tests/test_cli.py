@@ -261,9 +261,8 @@ def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> No
         }
 
 
-@pytest.mark.parametrize("command", [["eval", "kld", "-m"], ["check-exact"]], ids=str)
 def test_the_width_of_the_kv_cache_reaches_the_loader(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
@@ -274,8 +273,7 @@ def test_the_width_of_the_kv_cache_reaches_the_loader(
     monkeypatch.setattr(RiverLM, "from_pretrained", load)
     text = tmp_path / "text.txt"
     text.write_text("abc")
-    file = ("--prompts" if "check-exact" in command else "--text", text)
-    run(*command, "a-model", *file, "--kv-bits", 8).check_fails(1, "seen")
+    run("check-exact", "a-model", "--prompts", text, "--kv-bits", 8).check_fails(1, "seen")
     assert seen == [8]
 
 

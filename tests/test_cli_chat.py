@@ -198,8 +198,6 @@ class TestCtrlC:
             ["chat", "-m"],
             ["inspect"],
             ["build", "-o", "river"],
-            ["eval", "blimp", "-m"],
-            ["compare", "--tasks", "blimp"],
             ["check-exact", "--prompts", "prompts.txt"],
             ["bench", "-m"],
         ],

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +19,6 @@ from rich.console import Console
 from river_llm import River, RiverLM
 from river_llm.cli import progress
 from river_llm.cli.progress import LoadingProgress, ProgressLines
-from river_llm.engines import CpuEngine
 
 WORDS = "The river runs past the mill and under the old stone bridge.\n" * 12
 BUILDING = r"building the exit river \d of 4"
@@ -116,32 +112,13 @@ class TestLines:
 
 
 @pytest.mark.usefixtures("often")
-def test_lm_eval_has_its_own_bars_and_lines_where_they_stand_still(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings: list[str | None] = []
-
-    def cli_evaluate() -> None:
-        settings.extend(os.environ.get(f"TQDM_{name}") for name in ("DISABLE", "DELAY"))
-        time.sleep(0.3)
-
-    command = SimpleNamespace(cli_evaluate=cli_evaluate)
-    monkeypatch.setattr("river_llm.evaluation.extras.import_extra", lambda *names: command)
-    monkeypatch.setitem(sys.modules, "river_llm.measure.lm_eval_model", ModuleType("model"))
-    outcome = run("lm-eval", "--tasks", "none")
-    assert settings == [None, "0.05"]  # seconds
-    assert re.search(r"^river-llm: running lm-eval, \d+ s$", outcome.stderr, re.MULTILINE)
-
-
-@pytest.mark.usefixtures("often")
 class TestCommand:
     """Every phase that takes its time says what it is."""
 
     @pytest.fixture(autouse=True)
     def _slow(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Rivers are built, answers computed and texts scored no faster than a layer, a token or
-        a window in 0.1 s."""
-        build, stream, score = River.build, RiverLM.stream_tokens, CpuEngine.score
+        """Rivers are built and answers computed no faster than a layer or a token in 0.1 s."""
+        build, stream = River.build, RiverLM.stream_tokens
 
         def slow_build(model: Any, config: Any, done: Callable[[int, int], None]) -> River:
             def slowly(layers: int, total: int) -> None:
@@ -155,12 +132,7 @@ class TestCommand:
                 yield response
                 time.sleep(0.1)
 
-        def slow_score(self: CpuEngine, *args: Any, **options: Any) -> Any:
-            time.sleep(0.1)
-            return score(self, *args, **options)
-
         monkeypatch.setenv("RIVER_LLM_CACHE", "off")
-        monkeypatch.setattr(CpuEngine, "score", slow_score)
         monkeypatch.setattr(River, "build", slow_build)
         monkeypatch.setattr(RiverLM, "stream_tokens", slow_stream)
 
@@ -176,7 +148,6 @@ class TestCommand:
                 "bench -m MODEL --prompt-tokens 0 --new-tokens 32 --rounds 1",
                 [BUILDING, r"timing .* \d of 4"],
             ),
-            ("eval kld -m MODEL --window 32 --text TEXT", [BUILDING, r"kld, .* \d+ of \d+"]),
         ],
         ids=lambda value: value.split()[0] if isinstance(value, str) else "",
     )

@@ -1,4 +1,4 @@
-"""The model that lm-eval's arguments name, and what `river-llm eval` makes of its own; no lm-eval."""
+"""The model that lm-eval's arguments name, and those of `river-llm eval`; needs no lm-eval."""
 
 from __future__ import annotations
 

@@ -37,11 +37,7 @@ class LogitsError(RiverError):
 
 
 class DataError(RiverError):
-    """The items of an evaluation can't be found or read."""
-
-
-class ResultFileError(RiverError):
-    """A result file is of another run, or can't be read or written."""
+    """A text, or an item of an evaluation, can't be read or used."""
 
 
 class InterruptedRunError(RiverError):

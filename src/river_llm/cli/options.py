@@ -244,27 +244,6 @@ TrustRemoteCode = Annotated[
         rich_help_panel=_SYSTEM,
     ),
 ]
-TaskLimit = Annotated[
-    int | None, typer.Option(min=1, help="Items of a task at most.", rich_help_panel=TASKS)
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
-        rich_help_panel=TASKS,
-    ),
-]
-AllowCodeExecution = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code-execution",
-        help="Let humaneval run the model's programs, confined.",
-        rich_help_panel=TASKS,
-    ),
-]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Items that run together.", rich_help_panel=TASKS)
-]
 PromptCacheFile = Annotated[
     Path | None,
     typer.Option(
