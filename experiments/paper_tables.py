@@ -83,7 +83,7 @@ class Tasks:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        from river_llm.evaluation.lm_eval_model import RiverEvalLM
+        from river_llm.measure.lm_eval_model import RiverEvalLM
 
         given = self._given
         if self._lm is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from river_llm.evaluation.divergence import compare_logits
+from river_llm.measure.divergence import compare_logits
 from river_llm.text.utf8 import read_text
 
 
