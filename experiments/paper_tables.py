@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -129,10 +130,11 @@ def bench(given: argparse.Namespace, *options: object) -> list[dict[str, Any]]:
         SystemExit: it failed.
     """
     of_model = ["--model", given.weights, "--group-size", given.group_size]
-    command = [sys.executable, "-m", "river_llm.cli", "bench", "--json", *of_model, *options]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=False)
+    start = [sys.executable, "-c", "from river_llm.cli import main; main()"]
+    command = ["bench", "--json", *map(str, [*of_model, *options])]
+    done = subprocess.run([*start, *command], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"river-llm bench failed: {' '.join(command[2:])}")
+        raise SystemExit(f"this failed: river-llm {shlex.join(command)}")
     results: list[dict[str, Any]] = json.loads(done.stdout)["results"]
     return results
 
