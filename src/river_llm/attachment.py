@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from river_llm.checked_generate import (
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
-from river_llm.exit_router import ExitRouter, Phase, Route
+from river_llm.exit_router import ExitRouter, Route, RoutingRule
 from river_llm.kernels import KernelChoice, make_kernel
 from river_llm.offloading import EvictedLayers
 from river_llm.ownership import NotCopied, OwnProcess
@@ -46,6 +46,8 @@ from river_llm.routed_forward import RoutedForward, device_and_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Phase = Literal["prefill", "decode"]
 
 ATTACHED = "_river_attachment"  # the attribute of a model that names what is on it
 
@@ -62,11 +64,10 @@ class AttachedRiver(NotCopied):
         exit_counts: int64 `[L + 1]`, how many tokens decoded since `clear_counts` ran
             0, 1, ... L backbone layers.
         depth_limit: see `ExitRouter`; may be set at any time between passes.
+        record_similarities: whether `router.similarities` are kept.
         phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
             takes a pass over one token with a filled cache as decode, any other as prefill, and in
             the model's `generate` its reading of the prompt as prefill.
-        is_real: bool `[B, T]`, which tokens of the next passes count, see `ExitRouter.begin_pass`;
-            None, the default, takes those that an attention mask `[B, positions]` doesn't hide.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class AttachedRiver(NotCopied):
         self.config = river.config
         self.num_bytes = river.num_bytes
         self.num_layers = len(layers)
-        self.router = ExitRouter(policy, self.num_layers)
+        self.router = ExitRouter(self.num_layers)
+        self.policy = policy
         self.phase: Phase | None = None
-        self.is_real: Tensor | None = None
+        self.record_similarities = False
+        self._rule: RoutingRule | None = None
         self._process = OwnProcess()
         self._generates = self._reads_prompt = False
         self._turn = RLock()
@@ -128,11 +131,20 @@ class AttachedRiver(NotCopied):
     @property
     def policy(self) -> ExitPolicy:
         """When tokens leave the backbone; may be set at any time between passes."""
-        return self.router.policy
+        return self._policy
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
-        self.router.set_policy(policy)
+        """
+        Raises:
+            ConfigError: it is none, or names more layers than the model has.
+        """
+        check_is_policy(policy)
+        self._thresholds: dict[Phase, Tensor] = {
+            "prefill": torch.tensor(policy.prefill_thresholds(self.num_layers)),
+            "decode": torch.tensor(policy.thresholds(self.num_layers)),
+        }
+        self._policy = policy
 
     @property
     def matrices(self) -> list[QuantizedMatrix]:
@@ -178,7 +190,7 @@ class AttachedRiver(NotCopied):
             self._evicted.misses,
             self._evicted.bytes_read,
             self._evicted.seconds_waited,
-            self.router.held_back,
+            self.router.depth_capped,
         )
 
     def keep_layers(self, count: int) -> None:
@@ -245,6 +257,16 @@ class AttachedRiver(NotCopied):
         finally:
             self._reads_prompt = before
 
+    @contextmanager
+    def routed_by(self, rule: RoutingRule) -> Iterator[None]:
+        """Let tokens leave by a rule, in place of policy and phase, in the passes within."""
+        self._rule = rule
+        try:
+            yield
+        finally:
+            self._rule = None
+            self.abandon_pass()
+
     def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         inputs = kwargs.get("input_ids")
         if inputs is None:
@@ -254,17 +276,32 @@ class AttachedRiver(NotCopied):
         self._process.check("river")
         self.abandon_pass()
         batch, num_tokens = inputs.shape[:2]
-        self._running_phase = self.phase or self._phase_of(
-            num_tokens, kwargs.get("past_key_values")
+        rule, self._is_decoding = self._rule, False
+        if rule is None:
+            phase = self.phase or self._phase_of(num_tokens, kwargs.get("past_key_values"))
+            self._is_decoding = phase == "decode"
+            rule = self._rule_of(phase, batch, num_tokens, kwargs.get("attention_mask"))
+        self.router.begin_pass(batch, num_tokens, rule)
+
+    def _rule_of(
+        self, phase: Phase, batch: int, num_tokens: int, attention_mask: Any
+    ) -> RoutingRule:
+        """What policy and phase say. Tokens that an attention mask `[B, positions]` hides are
+        padding."""
+        by_sequence = phase == "prefill" and self.policy.prefill == "sequence"
+        together = self.policy.batch == "minimum"
+        places = torch.arange(num_tokens).expand(batch, num_tokens)
+        sequences = torch.arange(batch).unsqueeze(1).expand(batch, num_tokens)
+        is_real = None
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            is_real = attention_mask[:, -num_tokens:].bool().cpu()
+        return RoutingRule(
+            self._thresholds[phase],
+            is_real,
+            mean_groups=sequences if by_sequence else None,
+            minimum_groups=(places * (not by_sequence)) if together else None,
+            record_similarities=self.record_similarities,
         )
-        is_real = self.is_real
-        leaves_by_mean = self._running_phase == "prefill" and self.policy.prefill == "sequence"
-        asks = leaves_by_mean or self.policy.batch == "minimum" or self.depth_limit is not None
-        if is_real is None and asks:
-            attention_mask = kwargs.get("attention_mask")
-            if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-                is_real = attention_mask[:, -num_tokens:].bool().cpu()
-        self.router.begin_pass(batch, num_tokens, self._running_phase, is_real)
 
     def _phase_of(self, num_tokens: int, past_key_values: Any) -> Phase:
         if self._reads_prompt:
@@ -301,7 +338,7 @@ class AttachedRiver(NotCopied):
     def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self.router.end_pass()
         self._evicted.end_pass()
-        if self._running_phase == "decode":
+        if self._is_decoding:
             counts = torch.bincount(
                 self.router.exit_layers.flatten(), minlength=self.num_layers + 1
             )

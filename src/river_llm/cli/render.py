@@ -98,8 +98,8 @@ def _offload_words(offload: OffloadStatistics) -> str:
             f", {offload.misses} read back ({format_bytes(offload.bytes_read)}, "
             f"{offload.seconds_waited:.2f} s)"
         )
-    if offload.held_back:
-        words += f", {offload.held_back} tokens held back"
+    if offload.depth_capped:
+        words += f", {offload.depth_capped} tokens capped"
     return words
 
 
