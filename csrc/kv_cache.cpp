@@ -5,7 +5,6 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <utility>
 
 namespace river {
 namespace {
@@ -62,24 +61,18 @@ KvCache::KvCache(int layers, int kv_heads, int head_dim, int bits)
       page_bytes_(part_words_ * sizeof(uint32_t) * kv_heads * layers),
       slab_pages_(std::max<size_t>(1, kSlabBytes / page_bytes_)) {}
 
-void KvCache::resize(int count) {
-  for (int s = count; s < sequences(); ++s) truncate(s, 0);
-  sequences_.resize(static_cast<size_t>(count));
+int KvCache::add(int prompt_length) {
+  int sequence = 0;
+  while (has(sequence)) ++sequence;
+  if (sequence == limit()) sequences_.emplace_back();
+  sequences_[sequence].is_used = true;
+  sequences_[sequence].prompt_length = prompt_length;
+  return sequence;
 }
 
-void KvCache::keep(const std::vector<int>& kept) {
-  std::vector<Sequence> left;
-  left.reserve(kept.size());
-  auto next = kept.begin();
-  for (int s = 0; s < sequences(); ++s) {
-    if (next != kept.end() && *next == s) {
-      left.push_back(std::move(sequences_[s]));
-      ++next;
-    } else {
-      truncate(s, 0);
-    }
-  }
-  sequences_ = std::move(left);
+void KvCache::drop(int sequence) {
+  truncate(sequence, 0);
+  sequences_[sequence].is_used = false;
 }
 
 void KvCache::reserve(int sequence, int length) {

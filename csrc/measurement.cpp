@@ -9,7 +9,7 @@
 #include "buffer.h"
 #include "kernels/kernel_set.h"
 #include "python_values.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace river {
 
@@ -20,14 +20,14 @@ double read_bandwidth(size_t bytes, int threads) {
   const KernelSet& kernels = *sets[0];
   nb::gil_scoped_release release;
   Buffer buffer(bytes + (16u << 10));
-  Team team(checked_threads(threads));
+  ThreadPool pool(checked_threads(threads));
   std::atomic<uint32_t> sink{0};
   const size_t part = bytes / static_cast<size_t>(threads) / 256 * 256;
-  team.run([&](int t) { std::fill_n(buffer.data() + part * static_cast<size_t>(t), part, uint8_t{1}); });
+  pool.run([&](int t) { std::fill_n(buffer.data() + part * static_cast<size_t>(t), part, uint8_t{1}); });
   std::vector<double> rates;
   for (int repeat = 0; repeat < 5; ++repeat) {
     const auto start = std::chrono::steady_clock::now();
-    team.run([&](int t) { sink += kernels.read(buffer.data() + part * static_cast<size_t>(t), part); });
+    pool.run([&](int t) { sink += kernels.read(buffer.data() + part * static_cast<size_t>(t), part); });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     rates.push_back(static_cast<double>(part) * threads / seconds.count());
   }
@@ -37,16 +37,16 @@ double read_bandwidth(size_t bytes, int threads) {
 
 double barrier_seconds(int threads) {
   constexpr int kTimes = 20000;
-  Team team(checked_threads(threads));
+  ThreadPool pool(checked_threads(threads));
   nb::gil_scoped_release release;
-  const auto meet = [&](int times) {
-    team.run([&](int t) {
-      for (int i = 0; i < times; ++i) team.barrier(t);
+  const auto run = [&](int times) {
+    pool.run([&](int t) {
+      for (int i = 0; i < times; ++i) pool.barrier(t);
     });
   };
-  meet(kTimes / 10);  // the threads start
+  run(kTimes / 10);  // the threads start
   const auto start = std::chrono::steady_clock::now();
-  meet(kTimes);
+  run(kTimes);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   return seconds.count() / kTimes;
 }

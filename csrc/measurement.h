@@ -1,4 +1,4 @@
-// How fast this machine reads memory and its threads meet: what a pass can't beat.
+// How fast this machine reads memory, and its threads pass a barrier: what a pass can't beat.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace river {
 // Bytes a second that the threads read together, the median of some passes over memory of that size.
 double read_bandwidth(size_t bytes, int threads);
 
-// Seconds that so many threads take to meet once, the mean of many times.
+// Seconds of a barrier of so many threads, the mean of many.
 double barrier_seconds(int threads);
 
 }  // namespace river

@@ -44,21 +44,20 @@ const uint8_t* place_side(Layer& layer, Side side, const uint8_t* data) {
 }
 
 void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatrix>& sources,
-          bool interleaved, Team& team) {
+          bool interleaved, ThreadPool& pool) {
   auto* out = const_cast<uint8_t*>(matrix.data);
   const int panels = matrix.panels();
-  team.run([&](int t) {
+  pool.run([&](int t) {
     pack_panels(sources, interleaved, columns, matrix.bits, matrix.group_size,
-                panels * t / team.size(), panels * (t + 1) / team.size(), out);
+                panels * t / pool.size(), panels * (t + 1) / pool.size(), out);
   });
 }
 
 }  // namespace
 
-Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int rotary_tables,
-             int in_memory)
+Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int in_memory)
     : shape(s), formats{backbone, river}, layers(static_cast<size_t>(std::clamp(s.num_layers, 0, kLargestSize))),
-      rotary(static_cast<size_t>(std::clamp(rotary_tables, 0, 16))) {
+      rotary(static_cast<size_t>(std::clamp(s.rope_kinds, 0, 16)) * (s.rope_boundary > 0 ? 2 : 1)) {
   for (const int size : {s.num_layers, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim,
                          s.intermediate_size, s.vocab_size}) {
     check(size > 0, "a size of the model is zero or negative");
@@ -71,7 +70,8 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
   check(s.hidden_size % kLanes == 0 && s.intermediate_size % kLanes == 0 && s.head_dim % kLanes == 0,
         "hidden size, intermediate size and head dim have to be multiples of 16");
   check(in_memory >= 0 && in_memory <= s.num_layers, "the model hasn't so many layers to keep");
-  check(rotary_tables >= 0 && rotary_tables <= 16, "there are 0 to 16 rotary tables");
+  check(s.rope_kinds >= 0 && s.rope_kinds <= 16, "there are 0 to 16 kinds of rotary angles");
+  check(s.rope_boundary >= 0, "the boundary of rotary angles is negative");
   check(s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd, negative or too large");
   const int columns[4] = {s.hidden_size, s.num_heads * s.head_dim, s.hidden_size,
                           s.intermediate_size};
@@ -122,7 +122,7 @@ size_t Model::weight_bytes() const {
 }
 
 void Model::set_projection(int layer, Projection projection, Side side,
-                           const std::vector<SourceMatrix>& sources, Team& team) {
+                           const std::vector<SourceMatrix>& sources, ThreadPool& pool) {
   const PackedMatrix& matrix = layers.at(static_cast<size_t>(layer)).projections[projection][side];
   int rows = 0;
   for (const SourceMatrix& source : sources) rows += source.rows;
@@ -133,36 +133,37 @@ void Model::set_projection(int layer, Projection projection, Side side,
   const int columns = projection == kOutput ? shape.num_heads * shape.head_dim
                       : projection == kDown ? shape.intermediate_size
                                             : shape.hidden_size;
-  pack(matrix, columns, sources, projection == kGateUp, team);
+  pack(matrix, columns, sources, projection == kGateUp, pool);
 }
 
-void Model::set_head(const SourceMatrix& source, Team& team) {
+void Model::set_head(const SourceMatrix& source, ThreadPool& pool) {
   check(source.rows == head.rows, "the LM head has the wrong number of outputs");
-  pack(head, shape.hidden_size, {source}, false, team);
+  pack(head, shape.hidden_size, {source}, false, pool);
 }
 
-void Model::set_draft_head(const SourceMatrix& source, Format format, Team& team) {
+void Model::set_draft_head(const SourceMatrix& source, Format format, ThreadPool& pool) {
   check(source.rows == head.rows, "the drafts' LM head has the wrong number of outputs");
   check_format(format, {shape.hidden_size});
   PackedMatrix matrix = plan(head.rows, shape.hidden_size, format);
   Buffer weights(matrix.bytes() + kSlack);
   matrix.data = weights.data();
-  pack(matrix, shape.hidden_size, {source}, false, team);
+  pack(matrix, shape.hidden_size, {source}, false, pool);
   draft_head = matrix;
   draft_weights_ = std::move(weights);
 }
 
-int Model::positions() const {
+int Model::positions(bool is_long) const {
   if (shape.rotary_dim == 0) return INT32_MAX;
-  size_t positions = SIZE_MAX;
-  for (const RotaryTable& table : rotary)
-    positions = std::min(positions, table.cosines.size() * 2 / static_cast<size_t>(shape.rotary_dim));
-  return static_cast<int>(std::min<size_t>(positions, INT32_MAX));
+  size_t positions = INT32_MAX;
+  for (int kind = 0; kind < shape.rope_kinds; ++kind)
+    positions = std::min(positions,
+                         angles(kind, is_long).cosines.size() * 2 / static_cast<size_t>(shape.rotary_dim));
+  return static_cast<int>(positions);
 }
 
 void Model::embed(int token, float* out) const {
   if (embedding == nullptr) {
-    unpack_row(head, token, out);
+    unpack_row(head, token, shape.hidden_size, out);
   } else {
     const bf16* row = embedding + static_cast<size_t>(token) * shape.hidden_size;
     for (int i = 0; i < shape.hidden_size; ++i) out[i] = to_float(row[i]);

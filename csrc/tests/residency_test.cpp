@@ -165,19 +165,19 @@ void rows_leave_at_the_depth_limit() {
       }
       if (limit == kLayers) {
         CHECK(take(limited) == take(free));
-        CHECK(limited.held_back == 0);
+        CHECK(limited.depth_capped == 0);
         continue;
       }
       const float threshold = thresholds[static_cast<size_t>(limit)];
-      int held_back = 0;
+      int depth_capped = 0;
       for (size_t row = 0; row < tokens.size(); ++row) {
         CHECK(limited.exit_layers[row] <= limit);
         if (limited.exit_layers[row] < limit) continue;
         const float similarity =
             limit > 0 ? limited.similarities[static_cast<size_t>(limit - 1) * tokens.size() + row] : -1;
-        held_back += !(similarity > threshold);
+        depth_capped += !(similarity > threshold);
       }
-      CHECK(limited.held_back == (threshold == always()[0] ? 0 : held_back));
+      CHECK(limited.depth_capped == (threshold == always()[0] ? 0 : depth_capped));
     }
 }
 

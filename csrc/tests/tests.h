@@ -73,7 +73,7 @@ void drafts_end_with_a_stop_token();
 void drafts_keep_to_the_tokens_they_are_given();
 void wrong_drafts_are_refused();
 
-// team_test.cpp
+// thread_pool_test.cpp
 void what_is_written_before_a_barrier_is_seen_after();
 void runs_take_as_many_threads_as_they_are_told();
 void teams_end_at_any_time();

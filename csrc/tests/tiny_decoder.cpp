@@ -65,10 +65,10 @@ Result take(const Pass& pass) {
 }
 
 Subject::Subject(const KernelSet& kernels, int threads, const Kind& kind)
-    : team(threads),
+    : pool(threads),
       model(shape_of(kind), format(kind.backbone_bits), format(kind.river_bits),
             format(kind.head_bits), kind.has_everything ? 2 : 1, kLayers),
-      decoder(model, kLayers, kernels, team, kind.kv_bits) {
+      decoder(model, kLayers, kernels, pool, kind.kv_bits) {
   set_weights(kind);
   if (kind.has_everything) set_everything();
   begin(1);
@@ -88,7 +88,7 @@ void Subject::set_weights(const Kind& kind) {
           sources.emplace_back(rows, inputs[p], format.bits, format.group_size, seeds[side]);
         std::vector<SourceMatrix> matrices;
         for (const Source& source : sources) matrices.push_back(source.matrix());
-        model.set_projection(l, static_cast<Projection>(p), side, matrices, team);
+        model.set_projection(l, static_cast<Projection>(p), side, matrices, pool);
       }
   Random random(3);
   for (Layer& layer : model.layers) {
@@ -97,7 +97,7 @@ void Subject::set_weights(const Kind& kind) {
   }
   model.final_norm = random.reals(kHidden, 0.5f, 1.5f);
   const Source head(kVocabulary, kHidden, kind.head_bits, kGroup, random);
-  model.set_head(head.matrix(), team);
+  model.set_head(head.matrix(), pool);
   if (!model.shape.tied_head) {
     for (int i = 0; i < kVocabulary * kHidden; ++i) embedding_.push_back(to_bf16(random.real(-1, 1)));
     model.embedding = embedding_.data();

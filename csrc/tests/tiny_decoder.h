@@ -43,7 +43,7 @@ class Subject {
     return run(tokens, std::vector<int>(tokens.size(), 0), thresholds);
   }
 
-  Team team;
+  ThreadPool pool;
   Model model;
   Decoder decoder;
 
