@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <limits>
-#include <stdexcept>
 
 #include "pass_run.h"
+#include "require.h"
 
 namespace river {
 namespace {
@@ -52,24 +51,21 @@ void Decoder::undo(const Pass& pass) {
 }
 
 void Decoder::Run::prepare() {
-  const auto check = [](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-  };
   const size_t rows = pass_.tokens.size();
-  check(rows > 0, "a pass has no rows");
-  check(pass_.sequences.size() == rows, "tokens and sequences differ in number");
-  check(pass_.thresholds.size() == size(shape_.num_layers) || own_thresholds_,
+  require(rows > 0, "a pass has no rows");
+  require(pass_.sequences.size() == rows, "tokens and sequences differ in number");
+  require(pass_.thresholds.size() == size(shape_.num_layers) || own_thresholds_,
         "give one threshold for each layer, or for each row and layer");
-  check(pass_.mean_groups.empty() || pass_.mean_groups.size() == rows, "one mean group for each row");
-  check(pass_.minimum_groups.empty() || pass_.minimum_groups.size() == rows,
+  require(pass_.mean_groups.empty() || pass_.mean_groups.size() == rows, "one mean group for each row");
+  require(pass_.minimum_groups.empty() || pass_.minimum_groups.size() == rows,
         "one minimum group for each row");
   for (const auto* groups : {&pass_.mean_groups, &pass_.minimum_groups})
-    for (const int group : *groups) check(group >= 0 && group < rows_, "a group is out of range");
-  check(head_.rows > 0, "there is no LM head for drafts");
-  check(pass_.head_tokens >= 0 && pass_.head_tokens <= shape_.vocab_size,
+    for (const int group : *groups) require(group >= 0 && group < rows_, "a group is out of range");
+  require(head_.rows > 0, "there is no LM head for drafts");
+  require(pass_.head_tokens >= 0 && pass_.head_tokens <= shape_.vocab_size,
         "there are fewer tokens than that");
-  check(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
-  for (const int row : pass_.logit_rows) check(row >= 0 && row < rows_, "no such row for logits");
+  require(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
+  for (const int row : pass_.logit_rows) require(row >= 0 && row < rows_, "no such row for logits");
 
   std::vector<int> lengths(size(cache_.limit()));
   for (int s = 0; s < cache_.limit(); ++s) lengths[size(s)] = cache_.length(s);
@@ -78,17 +74,17 @@ void Decoder::Run::prepare() {
   int longest = 0;
   for (size_t row = 0; row < rows; ++row) {
     const int sequence = pass_.sequences[row], token = pass_.tokens[row];
-    check(cache_.has(sequence), "there is no such sequence");
-    check(token >= 0 && token < shape_.vocab_size, "there is no such token");
+    require(cache_.has(sequence), "there is no such sequence");
+    require(token >= 0 && token < shape_.vocab_size, "there is no such token");
     const int position = lengths[size(sequence)]++;
     const bool is_long = model_.is_long(std::max(position + 1, cache_.prompt_length(sequence)));
-    check(position < model_.positions(is_long), "the rotary table is too short");
+    require(position < model_.positions(is_long), "the rotary table is too short");
     buffers_.positions[row] = position;
     buffers_.long_angles[row] = is_long;
     one_row_each_ = one_row_each_ && position == cache_.length(sequence);
     longest = std::max(longest, position + 1);
   }
-  check(model_.query_scales.empty() || size(longest) <= model_.query_scales.size(),
+  require(model_.query_scales.empty() || size(longest) <= model_.query_scales.size(),
         "there are too few query scales");
   for (const int sequence : pass_.sequences) cache_.reserve(sequence, lengths[size(sequence)]);
 

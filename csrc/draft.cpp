@@ -3,8 +3,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
 #include <utility>
+
+#include "require.h"
 
 namespace river {
 namespace {
@@ -29,13 +30,11 @@ class Undo {
 
 void Decoder::draft(Drafts& drafts) {
   const size_t count = drafts.sequences.size();
-  if (drafts.tokens.size() != count || drafts.most.size() != count)
-    throw std::invalid_argument("give a token and a length for each sequence");
   const int layers = model_.shape.num_layers;
-  if (drafts.exit_layer < 0 || drafts.exit_layer > layers)
-    throw std::invalid_argument("there is no such exit layer");
-  for (const int most : drafts.most)
-    if (most < 1) throw std::invalid_argument("a draft has a token or more");
+  require(drafts.tokens.size() == count && drafts.most.size() == count,
+          "give a token and a length for each sequence");
+  require(drafts.exit_layer >= 0 && drafts.exit_layer <= layers, "there is no such exit layer");
+  for (const int most : drafts.most) require(most > 0, "a draft has a token or more");
   drafts.drafted.assign(count, {});
   drafts.margins.assign(count, {});
   const Undo undo(cache, drafts.sequences);

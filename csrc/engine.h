@@ -56,9 +56,6 @@ class Engine {
   std::vector<int> sequences() const;
   // The longest of some sequences, after each has got another token as often as it is named.
   int longest_after(const std::vector<int>& sequences);
-  // As if the sequence had so many positions, with keys and values of zero in the new ones: what
-  // memory and speed are at length can be measured without computing a text.
-  void lengthen(int sequence, int length);
   // The pages [page_bytes] with the first `length` positions of a sequence. They are no copies and
   // good until the next pass, but for a last one that is not full, which holds nothing else; the
   // arrays keep the engine.
@@ -86,7 +83,15 @@ class Engine {
   const char* kernels() const { return kernels_.name; }
 
  private:
-  class Lock;
+  // Keeps a second thread out, and a forked child, whose copy of the engine has no threads.
+  class Lock {
+   public:
+    explicit Lock(Engine& engine);
+    ~Lock() { engine_.busy_ = false; }
+
+   private:
+    Engine& engine_;
+  };
 
   void check_layer(int layer) const;
   void check_sequence(int sequence) const;

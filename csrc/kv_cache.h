@@ -39,9 +39,6 @@ class KvCache {
   // Makes room for positions up to `length`. Throws std::bad_alloc, with nothing lost.
   void reserve(int sequence, int length);
   void set_length(int sequence, int length) { sequences_[sequence].length = length; }
-  // As if there were `length` positions, no fewer than there are, with keys and values of zero in the
-  // new ones. Throws as `reserve`.
-  void lengthen(int sequence, int length);
   // Forgets the positions from `length` on; what stood there leaves no trace, be it no numbers.
   void truncate(int sequence, int length);
 
@@ -77,8 +74,6 @@ class KvCache {
   // Writes the key and value [D] of one position. As codes, one that holds a value that is infinite
   // or no number becomes no numbers at all.
   void write(int sequence, int position, int layer, int head, const float* key, const float* value);
-  // Reads them back, as bfloat16.
-  void read(int sequence, int position, int layer, int head, bf16* key, bf16* value) const;
 
  private:
   struct Sequence {

@@ -1,13 +1,17 @@
 // The Python module river_llm._core: what Python sees of the core, by name.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <climits>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "buffer.h"
 #include "engine.h"
 #include "kernels/kernel_set.h"
-#include "measurement.h"
 #include "python_values.h"
+#include "require.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -22,6 +26,29 @@ std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (int i = 0; i < count; ++i) names.emplace_back(sets[i]->name);
   return names;
+}
+
+// How fast the threads together read memory of that size: what a pass can't beat.
+double read_bandwidth(size_t bytes, int threads) {
+  require(bytes >= (1u << 20), "read at least 1 MiB");
+  const KernelSet* sets[kMaxKernelSets];
+  available_kernel_sets(sets);
+  const KernelSet& kernels = *sets[0];
+  nb::gil_scoped_release release;
+  Buffer buffer(bytes + (16u << 10));
+  ThreadPool pool(checked_threads(threads));
+  std::atomic<uint32_t> sink{0};
+  const size_t part = bytes / static_cast<size_t>(threads) / 256 * 256;
+  pool.run([&](int t) { std::fill_n(buffer.data() + part * static_cast<size_t>(t), part, uint8_t{1}); });
+  std::vector<double> rates;
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](int t) { sink += kernels.read(buffer.data() + part * static_cast<size_t>(t), part); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    rates.push_back(static_cast<double>(part) * threads / seconds.count());
+  }
+  std::sort(rates.begin(), rates.end());
+  return rates[rates.size() / 2];
 }
 
 }  // namespace
@@ -39,8 +66,6 @@ NB_MODULE(_core, m) {
         "Threads that this process may use: its affinity mask and its control group's limit.");
   m.def("read_bandwidth", &river::read_bandwidth, "buffer_bytes"_a, "threads"_a,
         "Bytes a second that so many threads read from memory of that size, the median of five passes.");
-  m.def("barrier_seconds", &river::barrier_seconds, "threads"_a,
-        "Seconds of a barrier of so many threads, the mean of many.");
   nb::class_<Engine>(m, "Engine", "Weights, threads and KV cache of one model; see csrc/engine.h.")
       .def(nb::init<const nb::dict&, std::pair<int, int>, std::pair<int, int>, std::pair<int, int>, int,
                     const std::string&, int, int>(),
@@ -64,7 +89,6 @@ NB_MODULE(_core, m) {
       .def("length", &Engine::length, "sequence"_a)
       .def("sequences", &Engine::sequences)
       .def("longest_after", &Engine::longest_after, "sequences"_a)
-      .def("lengthen", &Engine::lengthen, "sequence"_a, "length"_a)
       .def("read_pages", &Engine::read_pages, "sequence"_a, "length"_a)
       .def("write_pages", &Engine::write_pages, "sequence"_a, "pages"_a.noconvert(), "length"_a)
       .def("open_weights", &Engine::open_weights, "path"_a)

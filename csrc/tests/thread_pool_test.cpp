@@ -1,4 +1,4 @@
-// Threads that meet at barriers; for ThreadSanitizer above all.
+// Threads and their barriers; for ThreadSanitizer above all.
 #include "thread_pool.h"
 
 #include <chrono>
@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "check.h"
-#include "tests.h"
 #include "work_stealing.h"
 
 namespace river::test {
@@ -38,7 +37,7 @@ int hand_over(ThreadPool& pool, int threads, int rounds) {
 
 }  // namespace
 
-void what_is_written_before_a_barrier_is_seen_after() {
+TEST(what_is_written_before_a_barrier_is_seen_after) {
   for (int size = 1; size <= kMostThreads; ++size) {
     ThreadPool pool(size);
     CHECK(pool.size() == size);
@@ -47,7 +46,7 @@ void what_is_written_before_a_barrier_is_seen_after() {
   }
 }
 
-void runs_take_as_many_threads_as_they_are_told() {
+TEST(runs_take_as_many_threads_as_they_are_told) {
   ThreadPool pool(kMostThreads);
   for (int run = 0; run < 400; ++run) {
     const int threads = 1 + run * 7 % kMostThreads;
@@ -61,7 +60,7 @@ void runs_take_as_many_threads_as_they_are_told() {
   for (const int count : calls) CHECK(count == 1);
 }
 
-void teams_end_at_any_time() {
+TEST(pools_end_at_any_time) {
   for (int round = 0; round < 60; ++round)
     for (int size = 1; size <= kMostThreads; ++size) {
       ThreadPool never_run(size);
@@ -80,7 +79,7 @@ void teams_end_at_any_time() {
   CHECK(hand_over(lower, 1, 2) == 0);
 }
 
-void two_teams_work_at_once() {
+TEST(two_pools_work_at_once) {
   int wrong[2] = {};
   std::vector<std::thread> callers;
   for (int& count : wrong)
@@ -92,19 +91,19 @@ void two_teams_work_at_once() {
   CHECK(wrong[0] == 0 && wrong[1] == 0);
 }
 
-void shared_work_is_done_once() {
+TEST(stolen_work_is_done_once) {
   ThreadPool pool(kMostThreads);
   WorkStealing work(kMostThreads);
   for (int run = 0; run < 60; ++run) {
-    const int threads = 1 + run % kMostThreads, piece = 1 + run % 7;
+    const int threads = 1 + run % kMostThreads, grain = 1 + run % 7;
     constexpr int kCounts[] = {0, 1, 3, 64, 97, 5};
     std::vector<std::vector<int>> done;
     for (const int count : kCounts) done.emplace_back(static_cast<size_t>(count), 0);
     work.reset(threads);
     pool.run(threads, [&](int t) {
-      int turn = 0;
+      int loop = 0;
       for (std::vector<int>& times : done) {
-        work.parallel_for(static_cast<int>(times.size()), piece, t, turn++, [&](Range range) {
+        work.parallel_for(static_cast<int>(times.size()), grain, t, loop++, [&](Range range) {
           for (int i = range.begin; i < range.end; ++i) ++times[static_cast<size_t>(i)];
         });
         pool.barrier(t);
@@ -115,25 +114,25 @@ void shared_work_is_done_once() {
   }
 }
 
-void a_crew_shrinks_beside_a_busy_core_and_grows_again() {
-  AdaptiveThreads adaptive_threads(3);
-  const auto pass = [&](bool is_stalled) { adaptive_threads.passed(1ms, is_stalled ? 600us : 0us); };
-  CHECK(adaptive_threads.threads() == 3);
+TEST(fewer_threads_run_beside_a_busy_core) {
+  AdaptiveThreads adaptive(3);
+  const auto pass = [&](bool is_stalled) { adaptive.passed(1ms, is_stalled ? 600us : 0us); };
+  CHECK(adaptive.threads() == 3);
   pass(true);
-  CHECK(adaptive_threads.threads() == 3);  // once is chance
-  for (int i = 0; i < 1000 && adaptive_threads.threads() == 3; ++i) pass(true);
-  CHECK(adaptive_threads.threads() == 2);
+  CHECK(adaptive.threads() == 3);  // once is chance
+  for (int i = 0; i < 1000 && adaptive.threads() == 3; ++i) pass(true);
+  CHECK(adaptive.threads() == 2);
   for (int i = 0; i < 1000; ++i) {
     pass(true);
-    CHECK(adaptive_threads.threads() >= 1);
+    CHECK(adaptive.threads() >= 1);
   }
   int all = 0;
   for (int i = 0; i < 1000; ++i) {
     pass(false);
-    all += adaptive_threads.threads() == 3;
+    all += adaptive.threads() == 3;
   }
   CHECK(all > 700);
-  CHECK(adaptive_threads.threads() == 3);
+  CHECK(adaptive.threads() == 3);
   AdaptiveThreads single(1);
   for (int i = 0; i < 100; ++i) single.passed(1ms, 1ms);
   CHECK(single.threads() == 1);

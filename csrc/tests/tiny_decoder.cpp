@@ -21,6 +21,8 @@ Shape shape_of(const Kind& kind) {
   shape.intermediate_size = kInner;
   shape.vocab_size = kVocabulary;
   shape.rotary_dim = kind.has_everything ? 8 : kDims;
+  shape.rope_kinds = kind.has_everything ? 2 : 1;
+  shape.rope_boundary = kind.rope_boundary;
   shape.norm_epsilon = 1e-5f;
   shape.attention_scale = 0.03f;
   shape.embedding_scale = kind.has_everything ? 8.0f : 1.0f;
@@ -67,7 +69,7 @@ Result take(const Pass& pass) {
 Subject::Subject(const KernelSet& kernels, int threads, const Kind& kind)
     : pool(threads),
       model(shape_of(kind), format(kind.backbone_bits), format(kind.river_bits),
-            format(kind.head_bits), kind.has_everything ? 2 : 1, kLayers),
+            format(kind.head_bits), kLayers),
       decoder(model, kLayers, kernels, pool, kind.kv_bits) {
   set_weights(kind);
   if (kind.has_everything) set_everything();
@@ -134,8 +136,9 @@ void Subject::set_everything() {
 }
 
 void Subject::begin(int sequences) {
-  decoder.cache.resize(0);
-  decoder.cache.resize(sequences);
+  for (int s = 0; s < decoder.cache.limit(); ++s)
+    if (decoder.cache.has(s)) decoder.cache.drop(s);
+  for (int s = 0; s < sequences; ++s) decoder.cache.add();
 }
 
 Result Subject::run(const std::vector<int>& tokens, const std::vector<int>& sequences,

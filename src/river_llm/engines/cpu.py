@@ -355,16 +355,13 @@ class CpuEngine(NotCopiedEngine):
 
     # ---- what is measured ----
 
-    def lengthen(self, sequence: int, length: int) -> None:
-        """As if a sequence had so many tokens, with keys and values of zero in the new ones: so
-        memory and speed at length can be measured without computing a text.
-
-        Raises:
-            ContextFullError, RiverError: they don't fit, or it has more.
-        """
-        check_room(length, self.context_length)
-        with one_clear_line():
-            self._core.lengthen(sequence, length)
+    def write_zeros(self, sequence: int, length: int) -> None:
+        """As `write_cache`, with keys and values of zero: so memory and speed at length can be
+        measured without computing a text."""
+        positions = 64  # of a page
+        page = torch.zeros(positions * self.position_bytes, dtype=torch.uint8)
+        pages = range(-(-length // positions))
+        self.write_cache(sequence, {_page_name(index): page for index in pages}, length)
 
     @property
     def head_bytes(self) -> int:
