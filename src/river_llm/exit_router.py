@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from river_llm.errors import ConfigError
+from river_llm.exit_policy import ExitPolicy
+
+Phase = Literal["prefill", "decode"]
 
 
 class Route(Enum):
@@ -47,6 +51,26 @@ class RoutingRule:
     minimum_groups: Tensor | None = None
     record_similarities: bool = False
 
+    @classmethod
+    def of_policy(
+        cls, policy: ExitPolicy, num_layers: int, phase: Phase, is_real: Tensor
+    ) -> RoutingRule:
+        """What a policy says of a pass over tokens `[B, T]` that is all prefill or all decoding."""
+        prefills = phase == "prefill"
+        thresholds = (policy.prefill_thresholds if prefills else policy.thresholds)(num_layers)
+        sequences = torch.arange(len(is_real)).unsqueeze(1).expand_as(is_real)
+        leaves_whole = prefills and policy.prefill == "sequence"
+        if leaves_whole:
+            together = torch.zeros_like(sequences)
+        else:  # those of one column
+            together = torch.arange(is_real.shape[1]).expand_as(is_real)
+        return cls(
+            torch.tensor(thresholds),
+            None if bool(is_real.all()) else is_real,
+            mean_groups=sequences if leaves_whole else None,
+            minimum_groups=together if policy.batch == "minimum" else None,
+        )
+
 
 class ExitRouter:
     """The exit decision of every token, pass by pass.
@@ -60,17 +84,16 @@ class ExitRouter:
         depth_limit: tokens still in the backbone after so many layers leave there, from the next
             pass on; None: no limit.
         depth_capped: real tokens of all passes so far that left by the depth limit alone.
-        least_depth, most_depth: layers that tokens of the running pass run in the backbone by rule
-            and limit, whatever their similarities: the deepest one surely and at most.
+        record_similarities: whether to keep those of passes whose rules don't ask for it.
         similarities: float32 `[L, B, T]` of the last pass, NaN where a token had left before;
-            None unless its rule recorded them.
+            None unless they were recorded.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self._depth_limit: int | None = None
         self.depth_capped = 0
-        self.least_depth = self.most_depth = num_layers
+        self.record_similarities = False
         self.route = Route.BACKBONE
         self.backbone_rows = self.river_rows = torch.empty(0, dtype=torch.long)
         self.in_backbone = torch.empty(0, 0, dtype=torch.bool)
@@ -101,13 +124,12 @@ class ExitRouter:
         self._thresholds = thresholds.expand(batch, num_tokens, self.num_layers)
         self._are_finite = columns.isfinite().any(0).tolist()
         self._may_leave = (columns < math.inf).any(0).tolist()
-        self.least_depth, self.most_depth = _depths(columns, self._limit)
         self._capped = 0  # in this pass
         self.in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
         self.exit_layers = torch.full((batch, num_tokens), self.num_layers)
         self.route = Route.BACKBONE
         self.similarities = None
-        if rule.record_similarities:
+        if rule.record_similarities or self.record_similarities:
             self.similarities = torch.full((self.num_layers, batch, num_tokens), math.nan)
         self._let_leave(0, None)
 
@@ -200,17 +222,3 @@ def check_depth_limit(limit: int | None, num_layers: int) -> None:
             f"the depth limit is {limit}, but the model has {num_layers} layers; "
             f"choose 0 to {num_layers}"
         )
-
-
-def _depths(thresholds: Tensor, limit: int) -> tuple[int, int]:
-    """How many layers the deepest token runs in the backbone, surely and at most, by thresholds
-    `[R, L]`."""
-    surely_leaves = thresholds == -math.inf
-    may_leave = thresholds < math.inf
-    may_leave[:, 0] = surely_leaves[:, 0]  # before the first layer there is no similarity
-    stays = thresholds.shape[1]
-    least, most = (
-        int(leaves.long().argmax(1).where(leaves.any(1), stays).max())
-        for leaves in (may_leave, surely_leaves)
-    )
-    return min(least, limit), min(most, limit)

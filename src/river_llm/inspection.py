@@ -47,16 +47,16 @@ def inspect_text(attached: AttachedRiver, token_ids: Sequence[int]) -> TextInspe
     router = attached.router
     tokens = torch.tensor([list(token_ids)], device=attached.model.device)
     try:
-        attached.record_similarities = True
+        router.record_similarities = True
         backbone_cache = _run(attached, tokens, ExitPolicy.never(prefill="token"))
         assert router.similarities is not None
         similarities = router.similarities[:, 0]
-        attached.record_similarities = False
+        router.record_similarities = False
         river_cache = _run(attached, tokens, ExitPolicy.always())
         _run(attached, tokens, replace(policy, prefill="token"))
         exit_layers = attached.last_exit_layers[0]
     finally:
-        attached.record_similarities = False
+        router.record_similarities = False
         attached.policy = policy
     pairs = list(zip(river_cache.layers, backbone_cache.layers, strict=True))
     return TextInspection(

@@ -14,18 +14,19 @@ from torch import Tensor
 from river_llm.attachment import AttachedRiver
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.kv_cache import check_kv_bits
-from river_llm.engines.llama_family import rope_boundary
+from river_llm.engines.llama import rope_boundary
 from river_llm.engines.sequence_cache import SequenceCache, attention_mask
 from river_llm.engines.step import Step, StepResult, check_room, check_tokens
 from river_llm.errors import RiverError
 from river_llm.exit_router import RoutingRule
-from river_llm.ownership import NotCopiedEngine, OwnProcess
+from river_llm.ownership import NotCopiedEngine
 from river_llm.residency import OffloadStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FILLER_TOKEN = 0
+_FEW_ROWS = 16  # of a sequence: decoding and verification stay in one pass
 
 
 class TorchEngine(NotCopiedEngine):
@@ -64,7 +65,6 @@ class TorchEngine(NotCopiedEngine):
             module for module in self.model.modules() if hasattr(module, "original_max_seq_len")
         ]
         self.layer_bytes, self.rest_bytes = attached.weight_bytes()
-        self._process = OwnProcess()
         self._weights_digest: str | None = None
         self._cache = SequenceCache(self.num_layers, kv_bits)
         self._prompt_lengths: dict[int, int] = {}
@@ -78,11 +78,11 @@ class TorchEngine(NotCopiedEngine):
 
     @property
     def depth_limit(self) -> int | None:
-        return self.attached.depth_limit
+        return self.attached.router.depth_limit
 
     @depth_limit.setter
     def depth_limit(self, limit: int | None) -> None:
-        self.attached.depth_limit = limit
+        self.attached.router.depth_limit = limit
 
     @property
     def resident_layers(self) -> int:
@@ -117,9 +117,9 @@ class TorchEngine(NotCopiedEngine):
 
     @torch.no_grad()
     def forward(self, step: Step) -> StepResult:
-        self._process.check()
         rows = self._rows(step)
-        passes = [self._run(step, {s: rows[s] for s in group}) for group in self._groups(rows)]
+        groups = self._groups(rows, are_joined=bool(step.minimum_groups))
+        passes = [self._run(step, {s: rows[s] for s in group}) for group in groups]
         self._cache.lengths.update(
             {sequence: self.length(sequence) + len(of) for sequence, of in rows.items()}
         )
@@ -161,12 +161,15 @@ class TorchEngine(NotCopiedEngine):
             )
         return rows
 
-    def _groups(self, rows: Mapping[int, Sequence[int]]) -> list[list[int]]:
-        """Sequences that run in one pass: those whose rotary angles are of one text."""
-        groups: dict[int, list[int]] = {}
+    def _groups(self, rows: Mapping[int, Sequence[int]], are_joined: bool) -> list[list[int]]:
+        """Sequences that run in one pass: those whose rotary angles are of one text, and whose rows
+        are about as many, so that fillers are fewer than they."""
+        groups: dict[tuple[int, int], list[int]] = {}
         for sequence in sorted(rows):
-            length = self._text_length(sequence, len(rows[sequence]))
-            groups.setdefault(self._angles(length), []).append(sequence)
+            count = len(rows[sequence])
+            angles = self._angles(self._text_length(sequence, count))
+            size = 0 if count <= _FEW_ROWS or are_joined else (count - 1).bit_length()
+            groups.setdefault((angles, size), []).append(sequence)
         return list(groups.values())
 
     def _text_length(self, sequence: int, new: int) -> int:
