@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 Quantizer = Literal["hqq", "rtn"]
 Mode = Literal["river", "lossless"]
-# what becomes of the keys and values that a token leaves out: see `strategies`
-Strategy = Literal["river", "mask", "recompute", "propagate", "monotonic", "quantised", "none"]
 
-WITH_RIVER: tuple[Strategy, ...] = ("river", "quantised")
-WITHOUT_POLICY: tuple[Strategy, ...] = ("quantised", "none")  # their tokens leave always or never
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 MIN_TEMPERATURE = 1e-4  # besides 0
@@ -35,24 +31,6 @@ def is_whole_number(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, infinities and NaN too; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def strategy_conflict(
-    strategy: Strategy, mode: Mode, *, policy_given: bool, river_given: bool
-) -> Literal["mode", "policy", "river"] | None:
-    """Which setting doesn't go with a strategy, the first of them; None where all do.
-
-    Args:
-        policy_given: whether anything of the exit policy was.
-        river_given: whether a river was, or how to build one.
-    """
-    if strategy != "river" and mode == "lossless":
-        return "mode"
-    if strategy in WITHOUT_POLICY and policy_given:
-        return "policy"
-    if strategy not in WITH_RIVER and river_given:
-        return "river"
-    return None
 
 
 @dataclass(frozen=True, slots=True)

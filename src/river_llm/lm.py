@@ -20,7 +20,6 @@ from river_llm.generate import (
     GenerationResponse,
     GenerationResult,
     Request,
-    check_drafts,
     check_request,
 )
 from river_llm.generate.runner import Runner

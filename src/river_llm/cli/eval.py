@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from river_llm.evaluation.result_file import Result
     from river_llm.evaluation.run import Run
     from river_llm.exit_policy import ExitPolicy
-    from river_llm.river_lm import RiverLM
+    from river_llm.lm import RiverLM
 
 _TASKS, _RESULTS = options.TASKS, "Results"
 _BACKBONE = "backbone"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_llm.cli.imports import import_libraries
-from river_llm.cli.options import DtypeName, EngineName, StrategyName, WeightBits
-from river_llm.config import WITH_RIVER, WITHOUT_POLICY, DraftConfig, RiverConfig
+from river_llm.cli.options import DtypeName, EngineName, WeightBits
+from river_llm.config import DraftConfig, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.residency import OffloadConfig
 from river_llm.sizes import format_bytes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from river_llm.attachment import AttachedRiver
     from river_llm.exit_policy import ExitPolicy
-    from river_llm.river_lm import RiverLM
+    from river_llm.lm import RiverLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,20 +29,20 @@ class LoadOptions:
 
     Attributes:
         model: its name or path.
-        river: the folder of a saved river, or how to build one; not for strategies without one.
-        policy: when tokens leave the backbone; not for strategies that have no choice.
+        river: the folder of a saved river, or how to build one.
+        policy: when tokens leave the backbone; None: lossless mode.
         dtype: of the backbone.
         device: by default CUDA where there is one.
         threads: that compute on a CPU; by default all.
         trust_remote_code: run code that comes with the model.
-        engine, backbone_bits, lm_head_bits, kv_bits, strategy: what computes, for `load`.
+        engine, backbone_bits, lm_head_bits, kv_bits: what computes, for `load`.
         drafts: how lossless mode drafts; None in river mode.
         offload: which backbone layers stay in memory; None: all.
     """
 
     model: str
     river: Path | RiverConfig
-    policy: ExitPolicy
+    policy: ExitPolicy | None
     dtype: DtypeName
     device: str | None
     threads: int | None
@@ -53,7 +53,6 @@ class LoadOptions:
     kv_bits: WeightBits = WeightBits.sixteen
     drafts: DraftConfig | None = None
     offload: OffloadConfig | None = None
-    strategy: StrategyName = StrategyName.river
 
 
 def load(options: LoadOptions) -> RiverLM:
@@ -66,12 +65,13 @@ def load(options: LoadOptions) -> RiverLM:
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)
-        from river_llm.river_lm import RiverLM
+        from river_llm.generate import check_drafts
+        from river_llm.lm import RiverLM
 
         lm = RiverLM.from_pretrained(
             options.model,
-            options.river if options.strategy.value in WITH_RIVER else None,
-            None if options.strategy.value in WITHOUT_POLICY else options.policy,
+            options.river,
+            options.policy,
             torch_dtype(options.dtype),
             device=check_device(options.device),
             engine=options.engine.value,
@@ -82,10 +82,9 @@ def load(options: LoadOptions) -> RiverLM:
             offload=options.offload,
             trust_remote_code=options.trust_remote_code,
             progress=progress.layers_built,
-            strategy=options.strategy.value,
         )
     if options.drafts is not None:
-        lm.check_drafts(options.drafts)
+        check_drafts(lm.engine, options.drafts)
     notes = []
     if lm.residency is not None:
         weights = format_bytes(lm.residency.resident_bytes)

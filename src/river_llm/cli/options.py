@@ -28,21 +28,6 @@ class EngineName(str, Enum):
     torch = "torch"
 
 
-class ModeName(str, Enum):
-    river = "river"
-    lossless = "lossless"
-
-
-class StrategyName(str, Enum):
-    river = "river"
-    mask = "mask"
-    recompute = "recompute"
-    propagate = "propagate"
-    monotonic = "monotonic"
-    quantised = "quantised"
-    none = "none"
-
-
 class WeightBits(str, Enum):
     sixteen = "16"
     eight = "8"
@@ -68,7 +53,7 @@ class DtypeName(str, Enum):
 _MODEL_HELP = "A model directory, a GGUF file, a Hub id (org/name), or smollm2."
 _POLICY, _RIVER, _LOSSLESS = "Exit policy", "Exit river", "Lossless mode"
 _PROMPT, _SAMPLING, _SYSTEM = "Prompt", "Sampling", "Machine"
-TASKS, _SPEED = "Tasks", "Speed"
+TASKS = "Tasks"
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=True)]
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
@@ -90,7 +75,8 @@ Quantizer = Annotated[
 Policy = Annotated[
     PolicyName | None,
     typer.Option(
-        help="When tokens leave the backbone. \\[default: similarity, threshold 0.9]",
+        help="When tokens leave the backbone. Without a policy, threshold or exit layer every "
+        "token is the backbone's: the river drafts, the backbone verifies (lossless mode).",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -115,25 +101,6 @@ Prefill = Annotated[
         rich_help_panel=_POLICY,
     ),
 ]
-Strategy = Annotated[
-    StrategyName,
-    typer.Option(
-        help="What becomes of the keys and values of the layers that a token skips. river: exit "
-        "layers write them. The others are for comparison. mask: nothing; later tokens don't see "
-        "the token there. recompute: the backbone computes them once a later token needs them. "
-        "propagate: each layer makes them of the hidden state at the exit. monotonic: no token "
-        "goes deeper than the one before it. quantised: exit layers alone. none: no exit.",
-        rich_help_panel=_POLICY,
-    ),
-]
-Mode = Annotated[
-    ModeName,
-    typer.Option(
-        help="river: tokens leave the backbone by the policy. lossless: the river drafts, the "
-        "backbone verifies, and every token is the backbone's.",
-        rich_help_panel=_LOSSLESS,
-    ),
-]
 DraftTokens = Annotated[
     int | None,
     typer.Option(
@@ -144,7 +111,7 @@ DraftTokens = Annotated[
 DraftExitLayer = Annotated[
     int | None,
     typer.Option(
-        help="Backbone layers that a drafted token runs. \\[default: what measures fastest]",
+        help="Backbone layers that a drafted token runs. \\[default: 0]",
         rich_help_panel=_LOSSLESS,
     ),
 ]
@@ -286,19 +253,6 @@ AllowCodeExecution = Annotated[
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Items that run together.", rich_help_panel=TASKS)
 ]
-NoSpeed = Annotated[
-    bool, typer.Option("--no-speed", help="Don't measure it.", rich_help_panel=_SPEED)
-]
-SpeedTokens = Annotated[
-    int, typer.Option(min=2, help="Decoded in each pass.", rich_help_panel=_SPEED)
-]
-Rounds = Annotated[
-    int, typer.Option(min=1, help="That count, after one to warm up.", rich_help_panel=_SPEED)
-]
-ReportFolder = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder of the report and its results.")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; without it the run goes on.")]
 PromptCacheFile = Annotated[
     Path | None,
     typer.Option(

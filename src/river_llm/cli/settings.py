@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from river_llm.cli.loading import LoadOptions
 from river_llm.cli.options import (
     DraftHeadBits,
-    EngineName,
-    ModeName,
     PolicyName,
     PrefillName,
     QuantizerName,
-    WeightBits,
 )
 from river_llm.cli.usage import usage_error
 from river_llm.config import (
-    WITH_RIVER,
     DraftConfig,
-    Mode,
     RiverConfig,
     SamplingConfig,
-    Strategy,
-    strategy_conflict,
 )
 from river_llm.errors import ConfigError
 
@@ -40,8 +31,8 @@ def exit_policy(
     exit_layer: int | None,
     first_layer: int,
     prefill: PrefillName | None,
-) -> ExitPolicy:
-    """The policy that the options name.
+) -> ExitPolicy | None:
+    """The policy that the options name; None: lossless mode.
 
     Raises:
         typer.Exit: they contradict each other, or one is out of its range.
@@ -50,6 +41,13 @@ def exit_policy(
 
     if threshold is not None and exit_layer is not None:
         raise usage_error("give --threshold or --exit-layer, not both")
+    if policy is None and threshold is None and exit_layer is None:
+        if first_layer != 1 or prefill is not None:
+            name = "--prefill" if first_layer == 1 else "--first-layer"
+            raise usage_error(
+                f"{name} goes with an exit policy: --policy, --threshold or --exit-layer"
+            )
+        return None
     implied = PolicyName.fixed if exit_layer is not None else PolicyName.similarity
     kind = policy or implied
     if threshold is not None and kind != PolicyName.similarity:
@@ -74,91 +72,34 @@ def exit_policy(
         raise usage_error(str(error)) from error
 
 
-def decoding_mode(
-    mode: ModeName,
-    of_policy: Sequence[object],
+def draft_config(
+    policy: ExitPolicy | None,
     tokens: int | None,
     exit_layer: int | None,
     lm_head_bits: DraftHeadBits | None,
     vocabulary: int | None,
     ngram: bool | None,
-) -> tuple[Mode, DraftConfig | None]:
-    """The mode, and how lossless mode drafts.
-
-    Args:
-        of_policy: values of the options of the exit policy, None for those that weren't given.
+) -> DraftConfig | None:
+    """How lossless mode drafts; None with a policy.
 
     Raises:
-        typer.Exit: an option is for the other mode, or out of its range.
+        typer.Exit: an option has no meaning with a policy, or is out of its range.
     """
-    if mode is ModeName.river:
+    if policy is not None:
         given = (tokens, exit_layer, lm_head_bits, vocabulary, ngram)
         if any(value is not None for value in given):
-            raise usage_error("the draft options go with --mode lossless")
-        return "river", None
-    if any(value is not None for value in of_policy):
-        raise usage_error("--mode lossless has no exit policy: every token is the backbone's")
+            raise usage_error("the draft options go with lossless mode: leave the exit policy out")
+        return None
     bits = None if lm_head_bits is None else int(lm_head_bits.value)
     try:
-        return "lossless", DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
+        return DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
 
 
-def check_strategy(
-    loading: LoadOptions,
-    mode: ModeName,
-    of_policy: Sequence[object],
-    prompt_cache: Path | None = None,
-) -> None:
-    """See that the other options go with the strategy.
-
-    Args:
-        of_policy: values of the options of the exit policy, None for those that weren't given.
-        prompt_cache: what was given of this option.
-
-    Raises:
-        typer.Exit: one doesn't.
-    """
-    name = loading.strategy.value
-    conflict = strategy_conflict(
-        cast("Strategy", name),
-        mode.value,
-        policy_given=any(value is not None for value in of_policy),
-        river_given=loading.river != RiverConfig(),
-    )
-    if conflict == "mode":
-        raise usage_error(f"--mode lossless drafts with the river; it has no --strategy {name}")
-    if conflict == "policy":
-        raise usage_error(f"--strategy {name} has no exit policy; leave its options out")
-    if conflict == "river":
-        raise usage_error(
-            f"--strategy {name} has no river; leave --river, --bits, --group-size and --quantizer "
-            "out"
-        )
-    if name != "river" and loading.engine is EngineName.cpu:
-        raise usage_error(f"--strategy {name} is for the torch engine; leave --engine cpu out")
-    if name != "river" and WeightBits.eight in (loading.backbone_bits, loading.lm_head_bits):
-        raise usage_error(
-            f"--strategy {name} is for the torch engine, which has no 8-bit weights beside the "
-            "river; leave --backbone-bits and --lm-head-bits out"
-        )
-    if name in WITH_RIVER:
-        return
-    if loading.kv_bits is WeightBits.eight:
-        raise usage_error(
-            f"--strategy {name} keeps its KV cache in the model's dtype; leave --kv-bits out"
-        )
-    if loading.offload is not None:
-        raise usage_error(
-            f"--strategy {name} has no river to leave for, so all layers stay in memory; leave "
-            "--offload out"
-        )
-    if prompt_cache is not None:
-        raise usage_error(f"--strategy {name} keeps no prompt caches; leave --prompt-cache out")
-
-
-def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadConfig | None:
+def offload_config(
+    offload: str | None, no_miss: bool, policy: ExitPolicy | None
+) -> OffloadConfig | None:
     """Which backbone layers stay in memory; None: all.
 
     Raises:
@@ -172,8 +113,10 @@ def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadCon
         raise usage_error(f"--{error}") from error
     if no_miss and config is None:
         raise usage_error("--no-miss goes with --offload N or --offload SIZE")
-    if no_miss and mode == "lossless":
-        raise usage_error("--mode lossless verifies with the whole backbone: leave out --no-miss")
+    if no_miss and policy is None:
+        raise usage_error(
+            "--no-miss keeps tokens from the whole backbone: give --threshold or --exit-layer"
+        )
     return config
 
 

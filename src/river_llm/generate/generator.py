@@ -87,10 +87,13 @@ class Generator:
             decoding = [] if prompts else [r for r in self._running if r.exit_layers]
             guesses = self._speculation.draft(decoding)
             drafted_at = time.perf_counter()
-            parts = prompts or [self._decode_part(request, guesses) for request in decoding]
-            result = self.engine.forward(build_step(parts))
+            parts = prompts or {r: self._decode_part(r, guesses.get(r)) for r in decoding}
+            result = self.engine.forward(build_step(list(parts.values())))
             self._prefilled_last = bool(prompts)
-            outcomes = {part.request: self._outcome(part, guesses, result) for part in parts}
+            outcomes = {
+                request: self._outcome(request, part, guesses.get(request), result)
+                for request, part in parts.items()
+            }
             event = StepEvent(start, drafted_at, time.perf_counter(), outcomes)
             if decoding:
                 self._speculation.learn(guesses, event)
@@ -130,47 +133,51 @@ class Generator:
 
     # ---- schedule ----
 
-    def _prompt_parts(self) -> list[Part]:
+    def _prompt_parts(self) -> dict[Request, Part]:
         """The next parts of prompts; none where there are none, or where it is the others' turn."""
         waiting = [request for request in self._running if not request.exit_layers]
         if self._prefilled_last and len(waiting) < len(self._running):
-            return []
-        parts: list[Part] = []
-        left = self.engine.prefill_rows
+            return {}
+        engine = self.engine
+        parts: dict[Request, Part] = {}
+        left = engine.prefill_rows
         for request in waiting:
-            assert request.sequence is not None
+            sequence, prompt = request.sequence, request.tokens
+            assert sequence is not None
             # at least one token has to run; after Ctrl-C all may have
-            start = min(self.engine.length(request.sequence), request.prompt_length - 1)
-            self.engine.truncate(request.sequence, start)
+            start = min(engine.length(sequence), request.prompt_length - 1)
+            engine.truncate(sequence, start)
             count = request.prompt_length - start
             if left is not None and not runs_whole(request.policy):
                 count = min(count, left)
             if count > 0:
-                parts.append(prompt_part(request, start, count, self.engine.num_layers))
+                parts[request] = prompt_part(
+                    sequence, prompt, start, count, request.policy, engine.num_layers
+                )
                 left = None if left is None else max(0, left - count)
         return parts
 
-    def _decode_part(self, request: Request, guesses: dict[Request, Guess]) -> Part:
-        assert request.sequence is not None
-        self.engine.truncate(request.sequence, len(request.tokens) - 1)  # Ctrl-C left more
-        guess = guesses.get(request)
-        return decode_part(request, guess.tokens if guess else [], self.engine.num_layers)
+    def _decode_part(self, request: Request, guess: Guess | None) -> Part:
+        sequence = request.sequence
+        assert sequence is not None
+        self.engine.truncate(sequence, len(request.tokens) - 1)  # Ctrl-C left more
+        tokens = [request.tokens[-1], *(guess.tokens if guess else [])]
+        return decode_part(sequence, tokens, request.policy, self.engine.num_layers)
 
     # ---- postprocess ----
 
     def _outcome(
-        self, part: Part, guesses: dict[Request, Guess], result: StepResult
+        self, request: Request, part: Part, guess: Guess | None, result: StepResult
     ) -> Outcome:
         """Give a request the tokens that its logits come to."""
-        request, guess = part.request, guesses.get(part.request)
         is_prompt = not request.exit_layers
         drafted = guess.tokens if guess else []
         tokens: list[NewToken] = []
         if part.logits:
-            tokens = self._take(part, guess, self._chosen(part, drafted, result), result)
+            chosen = self._chosen(request, part, drafted, result)
+            tokens = self._take(request, part, guess, chosen, result)
         if drafted and not request.has_ended:
-            assert request.sequence is not None
-            self.engine.truncate(request.sequence, len(request.tokens) - 1)
+            self.engine.truncate(part.sequence, len(request.tokens) - 1)
         accepted = sum(token.origin != "backbone" for token in tokens)
         ends_within = accepted == len(tokens)  # what was drafted behind the end doesn't count
         return Outcome(
@@ -180,10 +187,11 @@ class Generator:
             tokens=tokens,
         )
 
-    def _chosen(self, part: Part, drafted: Sequence[int], result: StepResult) -> list[int]:
+    def _chosen(
+        self, request: Request, part: Part, drafted: Sequence[int], result: StepResult
+    ) -> list[int]:
         """The request's own tokens, as many as are right; none where that has to be tried again
         without a draft, or failed."""
-        request = part.request
         best: list[int] = []
         if request.sampler.takes_argmax:
             best = result.best_tokens[part.first_logit :][: part.logits].tolist()
@@ -206,10 +214,14 @@ class Generator:
         return tokens
 
     def _take(
-        self, part: Part, guess: Guess | None, tokens: Sequence[int], result: StepResult
+        self,
+        request: Request,
+        part: Part,
+        guess: Guess | None,
+        tokens: Sequence[int],
+        result: StepResult,
     ) -> list[NewToken]:
         """Append tokens to the answer, up to its end."""
-        request = part.request
         first_row = part.first_row + len(part.tokens) - part.logits
         exit_layers = result.exit_layers[first_row:][: len(tokens)].tolist()
         drafted = guess.tokens if guess else []

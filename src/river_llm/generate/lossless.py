@@ -96,7 +96,7 @@ def accept(drafted: Sequence[int], choose: Callable[[int], int]) -> list[int]:
 
 
 class Speculation:
-    """Drafts for the requests of an engine that are in lossless mode, and learns whether it pays."""
+    """Drafts for an engine's requests in lossless mode, and learns whether that pays."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -149,7 +149,8 @@ class Speculation:
     def _most(self, request: Request, kind: _Kind, most: int) -> int:
         """How many tokens to draft for a request."""
         engine = self._engine
-        most = self._budget(kind).affords(most) if kind.config.tokens is None else kind.config.tokens
+        fixed = kind.config.tokens
+        most = self._budget(kind).affords(most) if fixed is None else fixed
         length = len(request.tokens) - 1  # in the cache
         if engine.context_length is not None:
             most = min(most, engine.context_length - length - 1)
@@ -197,16 +198,15 @@ def _draft(
     engine: Engine, config: DraftConfig, requests: Sequence[Request], most: Sequence[int]
 ) -> list[Draft]:
     """What the exit layers guess, of so many tokens at most; the cache stays as it was."""
-    choose = None
-    if not requests[0].sampler.takes_argmax:
 
-        def choose(i: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
-            text = [*requests[i].tokens, *drafted]
-            try:
-                return requests[i].sampler.choose_with_margin(text, logits)
-            except LogitsError:
-                return 0, math.nan  # any guess is one, and this one ends the draft
+    def choose(i: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
+        text = [*requests[i].tokens, *drafted]
+        try:
+            return requests[i].sampler.choose_with_margin(text, logits)
+        except LogitsError:
+            return 0, math.nan  # any guess is one, and this one ends the draft
 
+    takes_argmax = requests[0].sampler.takes_argmax
     tokens = [request.tokens[-1] for request in requests]
     sequences = [request.sequence for request in requests if request.sequence is not None]
     rule = DraftRule(
@@ -218,7 +218,8 @@ def _draft(
     )
     if isinstance(engine, Drafting):
         bits = config.lm_head_bits or engine.draft_head_bits[0]
-        return engine.draft(sequences, tokens, most, replace(rule, lm_head_bits=bits), choose)
+        rule = replace(rule, lm_head_bits=bits)
+        return engine.draft(sequences, tokens, most, rule, None if takes_argmax else choose)
     thresholds = torch.tensor(ExitPolicy.fixed(rule.exit_layer).thresholds(engine.num_layers))
 
     def decode(going: list[int], last: list[int]) -> Tensor:
@@ -227,7 +228,8 @@ def _draft(
         return engine.forward(step).logits[:, : rule.vocabulary]
 
     try:
-        return draft_step_by_step(decode, tokens, most, rule, choose or argmax_with_margin)
+        by = argmax_with_margin if takes_argmax else choose
+        return draft_step_by_step(decode, tokens, most, rule, by)
     finally:
         for request in requests:
             assert request.sequence is not None

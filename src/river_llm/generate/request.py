@@ -112,12 +112,10 @@ class Request:
             self.finish_reason = "stop"
             return text
         text = self._decoder.add(token)
-        if self._decoder.stopped:
-            self.finish_reason = "stop"
-        elif self.tokens_left <= 0:
+        if not self._decoder.stopped and self.tokens_left <= 0:
             is_long = len(self.exit_layers) >= self._most
             self.finish_reason = "length" if is_long else "context"
-            text += self._decoder.finish()
-            if self._decoder.stopped:
-                self.finish_reason = "stop"
+            text += self._decoder.finish()  # which may complete a stop string
+        if self._decoder.stopped:
+            self.finish_reason = "stop"
         return text
