@@ -52,7 +52,7 @@ void Decoder::Run::prepare_heads(const Layer& layer, int index, const Chunk& chu
       kernels_.rope(out, dims, 0, nullptr, nullptr, scale);
       return;
     }
-    const RotaryTable& table = model_.rotary[size(layer.rope)];
+    const RotaryTable& table = model_.angles(layer.rope, buffers_.long_angles[size(row)]);
     const size_t place = size(position) * size(half);
     kernels_.rope(out, dims, shape_.rotary_dim, table.cosines.data() + place,
                   table.sines.data() + place, scale);
@@ -98,7 +98,7 @@ bool Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& ch
     for (int i = range.begin; i < range.end; ++i)
       prepare_heads(layer, index, chunk, i / kv_heads, i % kv_heads, own,
                     buffers_.queries.data() + size(i) * row_bytes, true);
-    team_.barrier(thread);
+    pool_.barrier(thread);
   }
 
   const Range range = share(items, thread, threads);
@@ -124,7 +124,7 @@ bool Decoder::Run::attend_by_page(const Layer& layer, int index, const Chunk& ch
                     1, buffers_.partials.data() + size(i) * partial_size);
     }
   }
-  team_.barrier(thread);
+  pool_.barrier(thread);
 
   // join the pages of each head
   const bool is_own = private_ && items <= kPrivateItems;
@@ -171,7 +171,7 @@ void Decoder::Run::attend_by_rows(const Layer& layer, int index, const Chunk& ch
         layer, index, chunk, slot, kv_head, own,
         buffers_.queries.data() + size(kv_head * chunk.count + chunk.order[slot]) * head_bytes, true);
   }
-  team_.barrier(thread);
+  pool_.barrier(thread);
 
   const int blocks = (chunk.count + kQueryRows - 1) / kQueryRows;
   for (;;) {

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <limits>
-#include <stdexcept>
 
 #include "pass_run.h"
+#include "require.h"
 
 namespace river {
 namespace {
@@ -15,72 +14,79 @@ constexpr size_t kSmallRows = 16;  // so few rows wait for memory, and a busy co
 
 }  // namespace
 
-Decoder::Decoder(Model& model, int resident, const KernelSet& kernels, Team& team, int kv_bits)
+Decoder::Decoder(Model& model, int resident, const KernelSet& kernels, ThreadPool& pool, int kv_bits)
     : cache(model.shape.num_layers, model.shape.num_kv_heads, model.shape.head_dim, kv_bits),
       residency(model, resident),
       model_(model),
       kernels_(kernels),
-      team_(team),
-      crew_(team.size()),
+      pool_(pool),
+      adaptive_threads_(pool.size()),
       buffers_(std::make_unique<Buffers>()) {
-  buffers_->panels = std::make_unique<WorkShare>(team.size());
+  buffers_->panels = std::make_unique<WorkStealing>(pool.size());
 }
 
 Decoder::~Decoder() = default;
 
 void Decoder::forward(Pass& pass) {
   const bool is_small = pass.tokens.size() <= kSmallRows;
-  const int threads = is_small ? crew_.threads() : team_.size();
+  const int threads = is_small ? adaptive_threads_.threads() : pool_.size();
   Run run(*this, pass, threads);
   try {
     residency.begin();
     run.prepare();
     const auto start = std::chrono::steady_clock::now();
-    team_.run(threads, run);
-    if (is_small) crew_.passed(std::chrono::steady_clock::now() - start, team_.stalled());
+    pool_.run(threads, run);
+    if (is_small) adaptive_threads_.passed(std::chrono::steady_clock::now() - start, pool_.stalled());
     residency.end();
   } catch (...) {
-    for (int s = 0; s < cache.sequences(); ++s) cache.truncate(s, cache.length(s));  // unused pages
+    for (const int s : pass.sequences)  // pages that it reserved
+      if (cache.has(s)) cache.truncate(s, cache.length(s));
     throw;
   }
   run.commit();
 }
 
+void Decoder::undo(const Pass& pass) {
+  for (const int s : pass.sequences) cache.truncate(s, cache.length(s) - 1);
+}
+
 void Decoder::Run::prepare() {
-  const auto check = [](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-  };
   const size_t rows = pass_.tokens.size();
-  check(rows > 0, "a pass has no rows");
-  check(pass_.sequences.size() == rows, "tokens and sequences differ in number");
-  check(pass_.thresholds.size() == size(shape_.num_layers), "give one threshold for each layer");
-  check(pass_.mean_groups.empty() || pass_.mean_groups.size() == rows, "one mean group for each row");
-  check(pass_.minimum_groups.empty() || pass_.minimum_groups.size() == rows,
+  require(rows > 0, "a pass has no rows");
+  require(pass_.sequences.size() == rows, "tokens and sequences differ in number");
+  require(pass_.thresholds.size() == size(shape_.num_layers) || own_thresholds_,
+        "give one threshold for each layer, or for each row and layer");
+  require(pass_.mean_groups.empty() || pass_.mean_groups.size() == rows, "one mean group for each row");
+  require(pass_.minimum_groups.empty() || pass_.minimum_groups.size() == rows,
         "one minimum group for each row");
   for (const auto* groups : {&pass_.mean_groups, &pass_.minimum_groups})
-    for (const int group : *groups) check(group >= 0 && group < rows_, "a group is out of range");
-  check(head_.rows > 0, "there is no LM head for drafts");
-  check(pass_.head_tokens >= 0 && pass_.head_tokens <= shape_.vocab_size,
+    for (const int group : *groups) require(group >= 0 && group < rows_, "a group is out of range");
+  require(head_.rows > 0, "there is no LM head for drafts");
+  require(pass_.head_tokens >= 0 && pass_.head_tokens <= shape_.vocab_size,
         "there are fewer tokens than that");
-  check(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
-  for (const int row : pass_.logit_rows) check(row >= 0 && row < rows_, "no such row for logits");
+  require(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
+  for (const int row : pass_.logit_rows) require(row >= 0 && row < rows_, "no such row for logits");
 
-  std::vector<int> lengths(size(cache_.sequences()));
-  for (int s = 0; s < cache_.sequences(); ++s) lengths[size(s)] = cache_.length(s);
+  std::vector<int> lengths(size(cache_.limit()));
+  for (int s = 0; s < cache_.limit(); ++s) lengths[size(s)] = cache_.length(s);
   buffers_.positions.resize(rows);
-  for (size_t row = 0; row < rows; ++row) {
-    const int sequence = pass_.sequences[row];
-    check(sequence >= 0 && sequence < cache_.sequences(), "there is no such sequence");
-    check(pass_.tokens[row] >= 0 && pass_.tokens[row] < shape_.vocab_size, "there is no such token");
-    buffers_.positions[row] = lengths[size(sequence)]++;
-    one_row_each_ = one_row_each_ && buffers_.positions[row] == cache_.length(sequence);
-  }
+  buffers_.long_angles.resize(rows);
   int longest = 0;
-  for (const int length : lengths) longest = std::max(longest, length);
-  check(model_.rotary.empty() || longest <= model_.positions(), "the rotary table is too short");
-  check(model_.query_scales.empty() || size(longest) <= model_.query_scales.size(),
+  for (size_t row = 0; row < rows; ++row) {
+    const int sequence = pass_.sequences[row], token = pass_.tokens[row];
+    require(cache_.has(sequence), "there is no such sequence");
+    require(token >= 0 && token < shape_.vocab_size, "there is no such token");
+    const int position = lengths[size(sequence)]++;
+    const bool is_long = model_.is_long(std::max(position + 1, cache_.prompt_length(sequence)));
+    require(position < model_.positions(is_long), "the rotary table is too short");
+    buffers_.positions[row] = position;
+    buffers_.long_angles[row] = is_long;
+    one_row_each_ = one_row_each_ && position == cache_.length(sequence);
+    longest = std::max(longest, position + 1);
+  }
+  require(model_.query_scales.empty() || size(longest) <= model_.query_scales.size(),
         "there are too few query scales");
-  for (int s = 0; s < cache_.sequences(); ++s) cache_.reserve(s, lengths[size(s)]);
+  for (const int sequence : pass_.sequences) cache_.reserve(sequence, lengths[size(sequence)]);
 
   const size_t chunk = std::min<size_t>(rows, kChunkRows);
   const size_t hidden_size = size(shape_.hidden_size), dims = size(shape_.head_dim);
@@ -99,7 +105,7 @@ void Decoder::Run::prepare() {
       own.attended.fit(kPrivateRows * heads * dims);
       for (const Side side : {kBackbone, kRiver}) own.inputs[side].fit(kPrivateRows * input[side]);
     }
-    own.turn = 0;
+    own.loops = 0;
     // a thread that can't have memory would end the process: it takes none
     own.order.reserve(chunk);
     own.in_backbone.reserve(rows);
@@ -133,7 +139,7 @@ void Decoder::Run::prepare() {
   pass_.best_tokens.assign(pass_.logit_rows.size(), 0);
   pass_.margins.assign(pass_.rank_second ? pass_.logit_rows.size() : 0, 0.0f);
   pass_.exit_layers.assign(rows, shape_.num_layers);
-  pass_.held_back = 0;
+  pass_.depth_capped = 0;
   pass_.similarities.clear();
   if (pass_.record_similarities)
     pass_.similarities.assign(size(shape_.num_layers) * rows, std::nanf(""));
@@ -156,17 +162,17 @@ void Decoder::Run::operator()(int thread) {
   head(own, thread);
 }
 
-// Sees that a layer's backbone weights are in memory, where a row needs them; false where they can't
-// be had.
+// Brings a layer's backbone weights into memory, where a row needs them; false where they can't be
+// had.
 bool Decoder::Run::bring_layer(int index, Private& own, int thread) {
   if (index < residency_.resident()) return true;
   if (std::find(own.in_backbone.begin(), own.in_backbone.end(), 1) == own.in_backbone.end())
     return true;
   const auto start = std::chrono::steady_clock::now();
   if (thread == 0) residency_.stage(index);
-  team_.barrier(thread);
+  pool_.barrier(thread);
   residency_.read(thread, threads_);
-  team_.barrier(thread);
+  pool_.barrier(thread);
   if (thread == 0) residency_.add_wait(std::chrono::steady_clock::now() - start);
   return !residency_.has_failed();
 }
@@ -175,7 +181,7 @@ void Decoder::Run::embed(Private& own, int thread) {
   const Range range = rows_of(rows_, thread);
   for (int row = range.begin; row < range.end; ++row)
     model_.embed(pass_.tokens[size(row)], hidden(own, row));
-  meet_unless_private(thread);
+  barrier_unless_private(thread);
 }
 
 void Decoder::Run::commit() {

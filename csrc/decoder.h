@@ -8,7 +8,7 @@
 #include "kv_cache.h"
 #include "model.h"
 #include "residency.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace river {
 
@@ -17,7 +17,9 @@ namespace river {
 struct Pass {
   std::vector<int> tokens;
   std::vector<int> sequences;
-  std::vector<float> thresholds;    // [L] leave after l layers where the similarity exceeds [l]
+  // [L], or [rows][L] each row its own: leave after l layers where the similarity exceeds entry l.
+  // A group's similarity is that of its rows in the backbone; each compares it with its own threshold.
+  std::vector<float> thresholds;
   std::vector<int> mean_groups;     // rows of one group share their mean similarity; empty: none do
   std::vector<int> minimum_groups;  // and then their smallest; empty: none do
   std::vector<int> logit_rows;      // rows that go through the LM head
@@ -29,27 +31,24 @@ struct Pass {
 
   // results
   std::vector<int> exit_layers;     // how many backbone layers a row ran
-  int held_back = 0;                // rows that left for the depth limit alone
+  int depth_capped = 0;             // rows that left for the depth limit alone
   std::vector<float> similarities;  // [L][rows], NaN where a row had left; empty unless recorded
   std::vector<float> logits;        // [logit rows][logit_stride], head_tokens of them
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
-  std::vector<int> best_tokens;     // [logit rows] the first token of the largest logit; -1 where
-                                    // that is no finite number, as where one is NaN
-  std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two likeliest; if ranked
+  std::vector<int> best_tokens;     // [logit rows] argmax, the first of equals; -1 where the largest
+                                    // logit is no finite number, as where one is NaN
+  std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two best tokens; if ranked
 };
 
 // How some sequences go on, as the layers that draft have it. Vectors have one entry for each
 // sequence unless said otherwise.
 struct Drafts {
   std::vector<int> sequences;
-  std::vector<int> tokens;        // that comes next
-  std::vector<int> most;          // tokens to draft at most, 1 or more
-  std::vector<float> thresholds;  // [L] as of a Pass
-  std::vector<float> chances;     // that a token is accepted, by its margin in equal parts of [0, 1]
-  // A draft ends where the product of its chances falls below: the entry [n - 1] counts while n
-  // sequences draft, the last one for more. Not by sequence.
-  std::vector<float> least_chances;
-  std::vector<int> stop_tokens;  // end a draft; not by sequence
+  std::vector<int> tokens;  // that comes next
+  std::vector<int> most;    // tokens to draft at most, 1 or more
+  int exit_layer = 0;       // backbone layers that a drafted token runs
+  float least_margin = 0;   // a token whose margin isn't as large ends a draft, and belongs to it
+  std::vector<int> stop_tokens;  // end a draft, too; not by sequence
   bool draft_head = false;
   int head_tokens = 0;  // as of a Pass
 
@@ -62,7 +61,7 @@ class Decoder {
  public:
   // The model's first `resident` backbone layers are in memory; `kv_bits` are those of the KV cache,
   // 16 or 8.
-  Decoder(Model& model, int resident, const KernelSet& kernels, Team& team, int kv_bits = 16);
+  Decoder(Model& model, int resident, const KernelSet& kernels, ThreadPool& pool, int kv_bits = 16);
   ~Decoder();
 
   KvCache cache;
@@ -72,7 +71,9 @@ class Decoder {
   // std::runtime_error where an evicted layer can't be brought back, and std::bad_alloc. After an
   // error the cache holds what it held before.
   void forward(Pass& pass);
-  // Drafts token after token, the likeliest one each. The cache holds what it held before.
+  // Forgets the rows of a pass, of which nothing was appended to since.
+  void undo(const Pass& pass);
+  // Drafts token after token, greedily. The cache holds what it held before.
   void draft(Drafts& drafts);
 
  private:
@@ -81,8 +82,8 @@ class Decoder {
 
   const Model& model_;
   const KernelSet& kernels_;
-  Team& team_;
-  Crew crew_;
+  ThreadPool& pool_;
+  AdaptiveThreads adaptive_threads_;
   std::unique_ptr<Buffers> buffers_;
   Pass draft_pass_;  // its memory is used again
 };

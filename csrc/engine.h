@@ -1,4 +1,4 @@
-// What Python holds: the weights, the threads and one KV cache. One pass at a time.
+// What Python holds: the weights, the threads and the KV cache of one model.
 #pragma once
 
 #include <atomic>
@@ -16,103 +16,98 @@ namespace river {
 // another thread is in one or after a fork.
 class Engine {
  public:
-  // The pairs are bits and group size.
+  // The pairs are bits and group size. Weights are zero until they are loaded.
   Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
-         std::pair<int, int> head, int rotary_tables, int threads, const std::string& kernels,
-         int resident_layers, int kv_bits);
+         std::pair<int, int> head, int threads, const std::string& kernels, int resident_layers,
+         int kv_bits);
   ~Engine();
 
-  void set_layer(int layer, const nb::dict& parts);
-  void set_weights(int layer, int projection, const std::vector<Matrix16>& matrices);
-  void set_codes(int layer, int projection, int side, const std::vector<Codes>& matrices);
-  void set_head_weights(const Matrix16& matrix);
-  void set_head_codes(const Codes& codes);
-  // An LM head in 8 or 4 bits for drafts.
-  void set_draft_head(const Codes& codes, int bits, int group_size);
+  // Any of a layer's parts: norms, biases, "window" and "rope" as Layer has them, and of either side,
+  // "backbone" or "river", the matrices of each Projection, which stand below each other.
+  void load_layer(int layer, const nb::dict& parts);
+  // Any of "final_norm", "weights", and "embedding" [V, C], which is kept alive, where its rows aren't
+  // those of a bfloat16 head.
+  void load_head(const nb::dict& parts);
+  void load_draft_head(const Codes& codes, int bits, int group_size);
+  // From position `first` on the (cosines, sines) of each rotary table, and what queries are scaled by
+  // (empty: nothing); what stood there before is replaced. Tables of short angles end at the boundary.
+  void load_positions(int first, const std::vector<std::pair<FloatMatrix, FloatMatrix>>& angles,
+                      const FloatVector& query_scales);
   // Rows [first, first + count) of a bfloat16 LM head, as bfloat16 in uint16 [count, C].
   nb::object head_rows(int first, int count);
-  void set_final_norm(const FloatVector& weight);
-  // Embedding rows that don't come from the LM head's weights; the array is kept alive.
-  void set_embedding(const Matrix16& rows);
-  // Angles of the positions from `first` on; what stood there before is replaced.
-  void set_rotary(int table, int first, const FloatMatrix& cosines, const FloatMatrix& sines);
-  void set_query_scales(const FloatVector& scales);
 
-  // Best tokens [logit rows], exit layers [rows], if recorded, similarities [L, rows], and the rows
-  // that the depth limit held back.
-  nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences,
-                    std::vector<float> thresholds, std::vector<int> logit_rows,
-                    std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                    bool record_similarities, bool draft_head, int head_tokens, int depth_limit);
+  // Best tokens [logit rows], exit layers [rows], if recorded, similarities [L, rows], and the number of
+  // the pass. An interrupt that came meanwhile undoes the pass.
+  nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences, const Floats& thresholds,
+                    std::vector<int> logit_rows, std::vector<int> mean_groups,
+                    std::vector<int> minimum_groups, bool record_similarities, bool draft_head,
+                    int head_tokens, int depth_limit);
+  // A copy of the logits [logit rows, V], or of those that there are, if no pass came after this one.
+  nb::object logits(int64_t pass);
   // The drafted tokens of each of some sequences, and their margins.
   nb::tuple draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
-                  std::vector<float> thresholds, std::vector<float> chances,
-                  std::vector<float> least_chances, std::vector<int> stop_tokens, bool draft_head,
+                  int exit_layer, float least_margin, std::vector<int> stop_tokens, bool draft_head,
                   int head_tokens);
-  // A copy of the last pass's logits [rows, V], or of those that there are.
-  nb::object logits();
 
-  void resize(int sequences);
-  // Of the sequences only these are left, ascending; they become 0, 1 and so on.
-  void keep_sequences(const std::vector<int>& sequences);
+  int add_sequence(int prompt_length);
+  void drop_sequence(int sequence);
   void truncate(int sequence, int length);
-  // As if the sequence had so many positions, with keys and values of zero in the new ones: what
-  // memory and speed are at length can be measured without computing a text.
-  void lengthen(int sequence, int length);
   int length(int sequence) const;
-  // Keys and values [2, layers, kv_heads, length, head_dim] of a sequence, as bfloat16 in uint16,
-  // to which those in codes are rounded.
-  nb::object read_cache(int sequence);
+  std::vector<int> sequences() const;
+  // The longest of some sequences, after each has got another token as often as it is named.
+  int longest_after(const std::vector<int>& sequences);
   // The pages [page_bytes] with the first `length` positions of a sequence. They are no copies and
   // good until the next pass, but for a last one that is not full, which holds nothing else; the
-  // arrays keep the engine, whose handle `self` is.
-  nb::list read_pages(int sequence, int length, nb::handle self);
+  // arrays keep the engine.
+  nb::list read_pages(int sequence, int length);
   // A sequence becomes `length` positions in such pages.
   void write_pages(int sequence, const std::vector<Bytes>& pages, int length);
 
-  size_t layer_bytes(int layer, int side);
-  size_t head_bytes() const { return model_.head_bytes(); }
-  size_t weight_bytes() const { return model_.weight_bytes(); }
   // The packed weights as arrays of bytes in the order of a file, none of them a copy; they keep
-  // the engine, whose handle `self` is. Layers that aren't in memory are None.
-  nb::list packed_weights(nb::handle self);
-  size_t packed_bytes() const { return model_.packed_bytes(); }
-
+  // the engine. Layers that aren't in memory are None.
+  nb::list packed_weights();
+  size_t layer_bytes(int layer, int side) const;
   // See Residency.
   void open_weights(const std::string& path);
   void keep_layers(int layers);
   // Bytes [begin, end) of the file of packed weights.
   nb::object stored_weights(size_t begin, size_t end);
-  int resident_layers() const { return decoder_.residency.resident(); }
-  // Misses, bytes read, seconds waited.
+  // Misses, bytes read, seconds waited, rows that a depth limit capped.
   nb::tuple offload_counts() const;
-  size_t cache_bytes() const { return decoder_.cache.bytes(); }
-  // Of the keys and values of one position in one layer.
-  size_t position_bytes() const { return decoder_.cache.position_bytes(); }
-  int kv_bits() const { return decoder_.cache.bits(); }
-  int positions() const { return model_.positions(); }
-  int threads() const { return team_->size(); }
+
+  const Model& model() const { return model_; }
+  const KvCache& cache() const { return decoder_.cache; }
+  int resident_layers() const { return decoder_.residency.resident(); }
+  int positions() const { return model_.positions(model_.shape.rope_boundary > 0); }
+  int threads() const { return pool_->size(); }
   const char* kernels() const { return kernels_.name; }
 
  private:
-  class Turn;
+  // Keeps a second thread out, and a forked child, whose copy of the engine has no threads.
+  class Lock {
+   public:
+    explicit Lock(Engine& engine);
+    ~Lock() { engine_.busy_ = false; }
 
-  Layer& layer_at(int layer);
-  const PackedMatrix& projection_at(int layer, int projection, Side side);
-  size_t columns(int projection) const;
-  size_t hidden_size() const { return static_cast<size_t>(model_.shape.hidden_size); }
+   private:
+    Engine& engine_;
+  };
+
+  void check_layer(int layer) const;
   void check_sequence(int sequence) const;
   void check_complete() const;
+  int columns(int projection) const;
+  nb::object bytes_of(uint8_t* data, size_t count);
 
   const KernelSet& kernels_;
-  std::unique_ptr<Team> team_;
+  std::unique_ptr<ThreadPool> pool_;
   Model model_;
   Decoder decoder_;
   int process_;
   std::atomic<bool> busy_{false};
   Matrix16 embedding_;
-  std::vector<float> logits_;
-  size_t logit_stride_ = 0, logit_count_ = 0, logit_tokens_ = 0;
+  Pass pass_;  // the last one: its logits, and memory that is used again
+  int64_t passes_ = 0, depth_capped_ = 0;
 };
 
 }  // namespace river

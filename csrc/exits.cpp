@@ -7,9 +7,14 @@
 
 namespace river {
 
-bool Decoder::Run::needs_similarity(int layers_run) const {
-  return pass_.record_similarities ||
-         (layers_run < shape_.num_layers && std::isfinite(pass_.thresholds[size(layers_run)]));
+// Whether a row that is in the backbone still compares the similarity after so many layers.
+bool Decoder::Run::needs_similarity(int layers_run, const Private& own) const {
+  if (pass_.record_similarities) return true;
+  if (layers_run >= shape_.num_layers) return false;
+  for (int row = 0; row < (own_thresholds_ ? rows_ : 1); ++row)
+    if (std::isfinite(threshold(row, layers_run)) && (!own_thresholds_ || own.in_backbone[size(row)]))
+      return true;
+  return false;
 }
 
 Decoder::Run::Chunk Decoder::Run::chunk(int first, Private& own) const {
@@ -26,19 +31,24 @@ Decoder::Run::Chunk Decoder::Run::chunk(int first, Private& own) const {
 void Decoder::Run::decide(int layers_run, Private& own, int thread) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   if (layers_run >= shape_.num_layers) return;
-  const float threshold = pass_.thresholds[size(layers_run)];
-  if (threshold == -kInfinity)
-    leave_all(own, thread, layers_run);
-  else if (threshold < kInfinity && layers_run > 0)
-    leave_by_similarity(own, thread, layers_run, threshold);
-  if (layers_run < pass_.depth_limit) return;
-  if (thread == 0)
-    pass_.held_back += static_cast<int>(std::count(own.in_backbone.begin(), own.in_backbone.end(), 1));
-  leave_all(own, thread, layers_run);
+  const std::vector<float>& similarity = join_groups(own);
+  for (int row = 0; row < rows_; ++row) {
+    if (!own.in_backbone[size(row)]) continue;
+    const float threshold = this->threshold(row, layers_run);
+    const bool exceeds =
+        threshold == -kInfinity || (layers_run > 0 && similarity[size(row)] > threshold);
+    if (!exceeds && layers_run < pass_.depth_limit) continue;
+    own.in_backbone[size(row)] = 0;
+    if (thread > 0) continue;
+    pass_.exit_layers[size(row)] = layers_run;
+    pass_.depth_capped += !exceeds;
+  }
 }
 
-void Decoder::Run::leave_by_similarity(Private& own, int thread, int layers_run, float threshold) {
+// The similarities that rows in the backbone compare: joined by mean, and then by minimum.
+const std::vector<float>& Decoder::Run::join_groups(Private& own) const {
   const std::vector<float>& similarity = private_ ? own.similarity : buffers_.similarity;
+  if (pass_.mean_groups.empty() && pass_.minimum_groups.empty()) return similarity;
   std::vector<float>& joined = own.joined;
   joined.assign(similarity.begin(), similarity.end());
   const auto join = [&](const std::vector<int>& groups, bool mean) {
@@ -62,19 +72,7 @@ void Decoder::Run::leave_by_similarity(Private& own, int thread, int layers_run,
   };
   join(pass_.mean_groups, true);
   join(pass_.minimum_groups, false);
-  for (int row = 0; row < rows_; ++row)
-    if (own.in_backbone[size(row)] && joined[size(row)] > threshold)
-      leave(own, thread, row, layers_run);
-}
-
-void Decoder::Run::leave_all(Private& own, int thread, int layers_run) {
-  for (int row = 0; row < rows_; ++row)
-    if (own.in_backbone[size(row)]) leave(own, thread, row, layers_run);
-}
-
-void Decoder::Run::leave(Private& own, int thread, int row, int layers_run) {
-  own.in_backbone[size(row)] = 0;
-  if (thread == 0) pass_.exit_layers[size(row)] = layers_run;
+  return joined;
 }
 
 }  // namespace river

@@ -25,7 +25,7 @@ void Decoder::Run::head(Private& own, int thread) {
         kernels_.prepare_fixed(own.normed.data(), shape_.hidden_size, head_.group_size,
                                input + size(i) * input_size);
     }
-    meet_unless_private(thread);
+    barrier_unless_private(thread);
     float* logits = pass_.logits.data() + size(first) * pass_.logit_stride;
     const auto multiply_and_rank = [&](Range panels) {
       kernels_.matmul(head_, panels.begin, panels.end, input, input_size, count, logits,
@@ -43,9 +43,9 @@ void Decoder::Run::head(Private& own, int thread) {
             part[j] = shape_.logit_cap * std::tanh(part[j] / shape_.logit_cap);
       }
     };
-    buffers_.panels->hand_out((vocabulary + kLanes - 1) / kLanes, piece(head_, count), thread,
-                              own.turn++, multiply_and_rank);
-    meet_unless_private(thread);
+    buffers_.panels->parallel_for((vocabulary + kLanes - 1) / kLanes, grain(head_, count), thread,
+                              own.loops++, multiply_and_rank);
+    barrier_unless_private(thread);
   }
 }
 
@@ -60,7 +60,7 @@ float Decoder::Run::second_best(float* logits, int count, int best) const {
   return second;
 }
 
-// 1 - p2 / p1 of the two likeliest tokens.
+// 1 - p2 / p1 of the two best tokens.
 float Decoder::Run::margin(const Best& best) const {
   const float cap = shape_.logit_cap;
   const float gap = cap > 0 ? cap * (std::tanh(best.value / cap) - std::tanh(best.second / cap))

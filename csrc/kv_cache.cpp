@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
-#include <utility>
+
+#include "require.h"
 
 namespace river {
 namespace {
@@ -16,9 +16,8 @@ constexpr float kLargestCode = 127.0f;
 constexpr int kMostDims = 512;  // of a head in codes: sums of 16 times 8 bits stay within 32
 
 int checked_bits(int bits, int head_dim) {
-  if (bits != 16 && bits != 8) throw std::invalid_argument("a KV cache has 16 or 8 bits");
-  if (bits == 8 && head_dim > kMostDims)
-    throw std::invalid_argument("a KV cache of 8 bits takes heads of 512 dims at most");
+  require(bits == 16 || bits == 8, "a KV cache has 16 or 8 bits");
+  require(bits == 16 || head_dim <= kMostDims, "a KV cache of 8 bits takes heads of 512 dims at most");
   return bits;
 }
 
@@ -62,24 +61,18 @@ KvCache::KvCache(int layers, int kv_heads, int head_dim, int bits)
       page_bytes_(part_words_ * sizeof(uint32_t) * kv_heads * layers),
       slab_pages_(std::max<size_t>(1, kSlabBytes / page_bytes_)) {}
 
-void KvCache::resize(int count) {
-  for (int s = count; s < sequences(); ++s) truncate(s, 0);
-  sequences_.resize(static_cast<size_t>(count));
+int KvCache::add(int prompt_length) {
+  int sequence = 0;
+  while (has(sequence)) ++sequence;
+  if (sequence == limit()) sequences_.emplace_back();
+  sequences_[sequence].is_used = true;
+  sequences_[sequence].prompt_length = prompt_length;
+  return sequence;
 }
 
-void KvCache::keep(const std::vector<int>& kept) {
-  std::vector<Sequence> left;
-  left.reserve(kept.size());
-  auto next = kept.begin();
-  for (int s = 0; s < sequences(); ++s) {
-    if (next != kept.end() && *next == s) {
-      left.push_back(std::move(sequences_[s]));
-      ++next;
-    } else {
-      truncate(s, 0);
-    }
-  }
-  sequences_ = std::move(left);
+void KvCache::drop(int sequence) {
+  truncate(sequence, 0);
+  sequences_[sequence].is_used = false;
 }
 
 void KvCache::reserve(int sequence, int length) {
@@ -161,14 +154,6 @@ void KvCache::clear(uint32_t* page, int begin) const {
   }
 }
 
-void KvCache::lengthen(int sequence, int length) {
-  Sequence& s = sequences_[sequence];
-  reserve(sequence, length);  // new pages are zero
-  if (s.length % kPagePositions > 0)
-    clear(s.pages[s.length / kPagePositions], s.length % kPagePositions);
-  s.length = length;
-}
-
 void KvCache::copy_page(int sequence, int page, int end, uint8_t* out) const {
   std::memcpy(out, sequences_[sequence].pages[page], page_bytes_);
   clear(reinterpret_cast<uint32_t*>(out), std::max(0, end - page * kPagePositions));
@@ -209,29 +194,6 @@ void KvCache::write(int sequence, int position, int layer, int head, const float
     k[d / 2 * kLanes] = to_bf16(key[d]) | static_cast<uint32_t>(to_bf16(key[d + 1])) << 16;
   bf16* v = value_elements(part, place);
   for (int d = 0; d < head_dim_; ++d) v[2 * d] = to_bf16(value[d]);
-}
-
-void KvCache::read(int sequence, int position, int layer, int head, bf16* key, bf16* value) const {
-  const int page = position / kPagePositions, place = position % kPagePositions;
-  uint32_t* part = keys(sequence, page, layer, head);
-  if (bits_ == 8) {
-    const float key_scale = key_scales(sequence, page, layer, head)[place];
-    const float value_scale = value_scales(sequence, page, layer, head)[place];
-    const int8_t* k = key_codes(part, place);
-    const int8_t* v = value_codes(part, place);
-    for (int d = 0; d < head_dim_; ++d) {
-      key[d] = to_bf16(static_cast<float>(k[key_byte(d)]) * key_scale);
-      value[d] = to_bf16(static_cast<float>(v[4 * d]) * value_scale);
-    }
-    return;
-  }
-  const uint32_t* k = key_pairs(part, place);
-  for (int d = 0; d < head_dim_; d += 2) {
-    key[d] = static_cast<bf16>(k[d / 2 * kLanes]);
-    key[d + 1] = static_cast<bf16>(k[d / 2 * kLanes] >> 16);
-  }
-  const bf16* v = value_elements(part, place);
-  for (int d = 0; d < head_dim_; ++d) value[d] = v[2 * d];
 }
 
 }  // namespace river

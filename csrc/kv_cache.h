@@ -21,23 +21,24 @@ class KvCache {
   KvCache(int layers, int kv_heads, int head_dim, int bits = 16);
 
   int bits() const { return bits_; }
-  int sequences() const { return static_cast<int>(sequences_.size()); }
-  int length(int sequence) const { return sequences_[sequence].length; }
   size_t bytes() const { return slabs_.size() * slab_pages_ * page_bytes_; }
   // Of the keys and values of one position in one layer.
   size_t position_bytes() const { return part_words_ * sizeof(uint32_t) * kv_heads_ / kPagePositions; }
 
-  // There are `count` sequences from now on; those beyond are forgotten, new ones are empty.
-  void resize(int count);
-  // Only these sequences are left, ascending; they become 0, 1 and so on. Throws std::bad_alloc, with
-  // nothing lost.
-  void keep(const std::vector<int>& kept);
+  // A new, empty sequence: the smallest number that is free. Its rotary angles are those of a text of
+  // `prompt_length` positions at least, see Model::is_long. Throws std::bad_alloc, with nothing lost.
+  int add(int prompt_length = 0);
+  void drop(int sequence);  // its number is free again
+  bool has(int sequence) const {
+    return sequence >= 0 && sequence < limit() && sequences_[sequence].is_used;
+  }
+  int limit() const { return static_cast<int>(sequences_.size()); }  // all numbers are below
+  int length(int sequence) const { return sequences_[sequence].length; }
+  int prompt_length(int sequence) const { return sequences_[sequence].prompt_length; }
+
   // Makes room for positions up to `length`. Throws std::bad_alloc, with nothing lost.
   void reserve(int sequence, int length);
   void set_length(int sequence, int length) { sequences_[sequence].length = length; }
-  // As if there were `length` positions, no fewer than there are, with keys and values of zero in the
-  // new ones. Throws as `reserve`.
-  void lengthen(int sequence, int length);
   // Forgets the positions from `length` on; what stood there leaves no trace, be it no numbers.
   void truncate(int sequence, int length);
 
@@ -73,13 +74,12 @@ class KvCache {
   // Writes the key and value [D] of one position. As codes, one that holds a value that is infinite
   // or no number becomes no numbers at all.
   void write(int sequence, int position, int layer, int head, const float* key, const float* value);
-  // Reads them back, as bfloat16.
-  void read(int sequence, int position, int layer, int head, bf16* key, bf16* value) const;
 
  private:
   struct Sequence {
     std::vector<uint32_t*> pages;
-    int length = 0;
+    int length = 0, prompt_length = 0;
+    bool is_used = false;
   };
 
   void forget(int sequence, int begin, int end);

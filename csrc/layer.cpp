@@ -6,9 +6,9 @@
 namespace river {
 namespace {
 
-constexpr size_t kFetchBytes = 8u << 10;   // of the next product, fetched while threads meet
-constexpr size_t kPieceBytes = 32u << 10;  // of weights that a thread takes at a time, few rows
-constexpr int kPiecesEach = 8;             // that a thread takes of a product, many rows
+constexpr size_t kFetchBytes = 8u << 10;   // of the next product, fetched before a barrier
+constexpr size_t kGrainBytes = 32u << 10;  // of weights that a thread takes at a time, few rows
+constexpr int kGrainsEach = 8;             // that a thread takes of a product, many rows
 
 }  // namespace
 
@@ -19,7 +19,7 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
   const auto& projections = layer.projections;
   const int hidden_size = shape_.hidden_size;
   const Range rows = rows_of(chunk.count, thread);
-  const bool similarity = needs_similarity(index + 1);
+  const bool similarity = needs_similarity(index + 1, own);
 
   // norm
   for (int slot = rows.begin; slot < rows.end; ++slot) {
@@ -33,13 +33,13 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
     }
     set_input(projections[kQkv], chunk, slot, x, hidden_size, own);
   }
-  meet_unless_private(thread);
+  barrier_unless_private(thread);
 
   // query, key, value
   const int qkv_rows = projections[kQkv][kBackbone].rows;
   project(projections[kQkv], chunk, own, thread, buffers_.qkv.data(), size(qkv_rows));
   fetch_next(projections[kOutput], chunk, thread);
-  team_.barrier(thread);
+  pool_.barrier(thread);
 
   // attention
   const float* attended = buffers_.attended.data();
@@ -51,17 +51,17 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
   if (is_own)
     attended = own.attended.data();
   else
-    team_.barrier(thread);
+    pool_.barrier(thread);
 
   // output projection
   const int attended_size = shape_.num_heads * shape_.head_dim;
   for (int slot = rows.begin; slot < rows.end; ++slot)
     set_input(projections[kOutput], chunk, slot,
               attended + chunk.order[slot] * size(attended_size), attended_size, own);
-  meet_unless_private(thread);
+  barrier_unless_private(thread);
   project(projections[kOutput], chunk, own, thread, buffers_.projected.data(), size(hidden_size));
   fetch_next(projections[kGateUp], chunk, thread);
-  team_.barrier(thread);
+  pool_.barrier(thread);
 
   // residual, norm
   for (int slot = rows.begin; slot < rows.end; ++slot) {
@@ -74,21 +74,21 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
     }
     set_input(projections[kGateUp], chunk, slot, x, hidden_size, own);
   }
-  meet_unless_private(thread);
+  barrier_unless_private(thread);
 
   // gated MLP
   gate_up(layer, chunk, own, thread);
   fetch_next(projections[kDown], chunk, thread);
-  team_.barrier(thread);
+  pool_.barrier(thread);
   for (int slot = rows.begin; slot < rows.end; ++slot)
     set_input(projections[kDown], chunk, slot,
               buffers_.inner.data() + slot * size(shape_.intermediate_size),
               shape_.intermediate_size, own);
-  meet_unless_private(thread);
+  barrier_unless_private(thread);
   project(projections[kDown], chunk, own, thread, buffers_.projected.data(), size(hidden_size));
   if (index + 1 < shape_.num_layers)
     fetch_next(model_.layers[size(index + 1)].projections[kQkv], chunk, thread);
-  team_.barrier(thread);
+  pool_.barrier(thread);
 
   // residual, state transition similarity s[l] = cos(h[l-1], h[l])
   for (int slot = rows.begin; slot < rows.end; ++slot) {
@@ -101,7 +101,7 @@ void Decoder::Run::run_layer(const Layer& layer, int index, Chunk chunk, Private
       pass_.similarities[size(index) * size(rows_) + size(row)] = s;
   }
   // the next chunk uses the same buffers
-  meet_unless_private(thread);
+  barrier_unless_private(thread);
 }
 
 void Decoder::Run::set_input(const PackedMatrix (&matrix)[2], const Chunk& chunk, int slot,
@@ -118,8 +118,8 @@ void Decoder::Run::set_input(const PackedMatrix (&matrix)[2], const Chunk& chunk
 void Decoder::Run::project(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own,
                            int thread, float* out, size_t out_stride) {
   const PackedMatrix& larger = matrix[chunk.in_backbone > 0 ? kBackbone : kRiver];
-  buffers_.panels->hand_out(
-      larger.panels(), piece(larger, chunk.count), thread, own.turn++,
+  buffers_.panels->parallel_for(
+      larger.panels(), grain(larger, chunk.count), thread, own.loops++,
       [&](Range panels) { multiply(matrix, chunk, own, panels, out, out_stride); });
 }
 
@@ -134,10 +134,10 @@ void Decoder::Run::multiply(const PackedMatrix (&matrix)[2], const Chunk& chunk,
 }
 
 // Panels that a thread takes at a time.
-int Decoder::Run::piece(const PackedMatrix& matrix, int rows) const {
+int Decoder::Run::grain(const PackedMatrix& matrix, int rows) const {
   const int each = (matrix.panels() + threads_ - 1) / threads_;
-  if (rows > kPrivateRows) return std::max(2, each / kPiecesEach & ~1);  // kernels take them in twos
-  return std::max({1, each / 128, static_cast<int>(kPieceBytes / matrix.panel_bytes)});
+  if (rows > kPrivateRows) return std::max(2, each / kGrainsEach & ~1);  // kernels take them in twos
+  return std::max({1, each / 128, static_cast<int>(kGrainBytes / matrix.panel_bytes)});
 }
 
 // Starts to bring this thread's part of the next product into the cache, before it waits.
@@ -154,9 +154,9 @@ void Decoder::Run::gate_up(const Layer& layer, const Chunk& chunk, Private& own,
   const PackedMatrix& larger = matrix[chunk.in_backbone > 0 ? kBackbone : kRiver];
   const int fitting =
       static_cast<int>(kGateUpBytes / (size(chunk.count) * 2 * kLanes * sizeof(float)));
-  const int pairs = std::max(1, std::min(fitting, piece(larger, chunk.count) / 2));
+  const int pairs = std::max(1, std::min(fitting, grain(larger, chunk.count) / 2));
   float* temporary = own.gate_up.data();
-  buffers_.panels->hand_out(larger.panels() / 2, pairs, thread, own.turn++, [&](Range range) {
+  buffers_.panels->parallel_for(larger.panels() / 2, pairs, thread, own.loops++, [&](Range range) {
     const int count = range.end - range.begin;
     const size_t start = size(range.begin) * 2 * kLanes, stride = size(count) * 2 * kLanes;
     // the products address their outputs from panel 0 on

@@ -2,25 +2,22 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <stdexcept>
 #include <utility>
+
+#include "require.h"
 
 namespace river {
 namespace {
 
 constexpr int kLargestSize = 1 << 24;  // so that no product of a size and a few overflows an int
 
-void check(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 void check_format(Format format, std::initializer_list<int> widths) {
   const bool coded = (format.bits == 4 || format.bits == 6 || format.bits == 8) &&
                      (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
-  check(format.bits == 16 || coded, "weights have 16, 8, 6 or 4 bits and groups of 32, 64 or 128");
+  require(format.bits == 16 || coded, "weights have 16, 8, 6 or 4 bits and groups of 32, 64 or 128");
   if (coded)
     for (const int width : widths)
-      check(width % format.group_size == 0, "a width is no multiple of the group");
+      require(width % format.group_size == 0, "a width is no multiple of the group");
 }
 
 PackedMatrix plan(int rows, int columns, Format format) {
@@ -44,35 +41,35 @@ const uint8_t* place_side(Layer& layer, Side side, const uint8_t* data) {
 }
 
 void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatrix>& sources,
-          bool interleaved, Team& team) {
+          bool interleaved, ThreadPool& pool) {
   auto* out = const_cast<uint8_t*>(matrix.data);
   const int panels = matrix.panels();
-  team.run([&](int t) {
+  pool.run([&](int t) {
     pack_panels(sources, interleaved, columns, matrix.bits, matrix.group_size,
-                panels * t / team.size(), panels * (t + 1) / team.size(), out);
+                panels * t / pool.size(), panels * (t + 1) / pool.size(), out);
   });
 }
 
 }  // namespace
 
-Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int rotary_tables,
-             int in_memory)
+Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int in_memory)
     : shape(s), formats{backbone, river}, layers(static_cast<size_t>(std::clamp(s.num_layers, 0, kLargestSize))),
-      rotary(static_cast<size_t>(std::clamp(rotary_tables, 0, 16))) {
+      rotary(static_cast<size_t>(std::clamp(s.rope_kinds, 0, 16)) * (s.rope_boundary > 0 ? 2 : 1)) {
   for (const int size : {s.num_layers, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim,
                          s.intermediate_size, s.vocab_size}) {
-    check(size > 0, "a size of the model is zero or negative");
-    check(size <= kLargestSize, "a size of the model is too large");
+    require(size > 0, "a size of the model is zero or negative");
+    require(size <= kLargestSize, "a size of the model is too large");
   }
-  check(s.num_heads <= kLargestSize / s.head_dim, "the heads together are too large");
-  check(s.num_heads % s.num_kv_heads == 0,
+  require(s.num_heads <= kLargestSize / s.head_dim, "the heads together are too large");
+  require(s.num_heads % s.num_kv_heads == 0,
         "the heads are no multiple of the key-value heads");
-  check(s.num_heads / s.num_kv_heads <= kMaxGroupedQueries, "more than 64 heads share keys");
-  check(s.hidden_size % kLanes == 0 && s.intermediate_size % kLanes == 0 && s.head_dim % kLanes == 0,
+  require(s.num_heads / s.num_kv_heads <= kMaxGroupedQueries, "more than 64 heads share keys");
+  require(s.hidden_size % kLanes == 0 && s.intermediate_size % kLanes == 0 && s.head_dim % kLanes == 0,
         "hidden size, intermediate size and head dim have to be multiples of 16");
-  check(in_memory >= 0 && in_memory <= s.num_layers, "the model hasn't so many layers to keep");
-  check(rotary_tables >= 0 && rotary_tables <= 16, "there are 0 to 16 rotary tables");
-  check(s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd, negative or too large");
+  require(in_memory >= 0 && in_memory <= s.num_layers, "the model hasn't so many layers to keep");
+  require(s.rope_kinds >= 0 && s.rope_kinds <= 16, "there are 0 to 16 kinds of rotary angles");
+  require(s.rope_boundary >= 0, "the boundary of rotary angles is negative");
+  require(s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd, negative or too large");
   const int columns[4] = {s.hidden_size, s.num_heads * s.head_dim, s.hidden_size,
                           s.intermediate_size};
   const int rows[4] = {(s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden_size,
@@ -122,47 +119,48 @@ size_t Model::weight_bytes() const {
 }
 
 void Model::set_projection(int layer, Projection projection, Side side,
-                           const std::vector<SourceMatrix>& sources, Team& team) {
+                           const std::vector<SourceMatrix>& sources, ThreadPool& pool) {
   const PackedMatrix& matrix = layers.at(static_cast<size_t>(layer)).projections[projection][side];
   int rows = 0;
   for (const SourceMatrix& source : sources) rows += source.rows;
-  check(matrix.data != nullptr, "the layer is not in memory");
-  check(rows == matrix.rows, "a projection has the wrong number of outputs");
-  check(projection != kGateUp || (sources.size() == 2 && sources[0].rows == sources[1].rows),
+  require(matrix.data != nullptr, "the layer is not in memory");
+  require(rows == matrix.rows, "a projection has the wrong number of outputs");
+  require(projection != kGateUp || (sources.size() == 2 && sources[0].rows == sources[1].rows),
         "gate and up are two matrices of one size");
   const int columns = projection == kOutput ? shape.num_heads * shape.head_dim
                       : projection == kDown ? shape.intermediate_size
                                             : shape.hidden_size;
-  pack(matrix, columns, sources, projection == kGateUp, team);
+  pack(matrix, columns, sources, projection == kGateUp, pool);
 }
 
-void Model::set_head(const SourceMatrix& source, Team& team) {
-  check(source.rows == head.rows, "the LM head has the wrong number of outputs");
-  pack(head, shape.hidden_size, {source}, false, team);
+void Model::set_head(const SourceMatrix& source, ThreadPool& pool) {
+  require(source.rows == head.rows, "the LM head has the wrong number of outputs");
+  pack(head, shape.hidden_size, {source}, false, pool);
 }
 
-void Model::set_draft_head(const SourceMatrix& source, Format format, Team& team) {
-  check(source.rows == head.rows, "the drafts' LM head has the wrong number of outputs");
+void Model::set_draft_head(const SourceMatrix& source, Format format, ThreadPool& pool) {
+  require(source.rows == head.rows, "the drafts' LM head has the wrong number of outputs");
   check_format(format, {shape.hidden_size});
   PackedMatrix matrix = plan(head.rows, shape.hidden_size, format);
   Buffer weights(matrix.bytes() + kSlack);
   matrix.data = weights.data();
-  pack(matrix, shape.hidden_size, {source}, false, team);
+  pack(matrix, shape.hidden_size, {source}, false, pool);
   draft_head = matrix;
   draft_weights_ = std::move(weights);
 }
 
-int Model::positions() const {
+int Model::positions(bool is_long) const {
   if (shape.rotary_dim == 0) return INT32_MAX;
-  size_t positions = SIZE_MAX;
-  for (const RotaryTable& table : rotary)
-    positions = std::min(positions, table.cosines.size() * 2 / static_cast<size_t>(shape.rotary_dim));
-  return static_cast<int>(std::min<size_t>(positions, INT32_MAX));
+  size_t positions = INT32_MAX;
+  for (int kind = 0; kind < shape.rope_kinds; ++kind)
+    positions = std::min(positions,
+                         angles(kind, is_long).cosines.size() * 2 / static_cast<size_t>(shape.rotary_dim));
+  return static_cast<int>(positions);
 }
 
 void Model::embed(int token, float* out) const {
   if (embedding == nullptr) {
-    unpack_row(head, token, out);
+    unpack_row(head, token, shape.hidden_size, out);
   } else {
     const bf16* row = embedding + static_cast<size_t>(token) * shape.hidden_size;
     for (int i = 0; i < shape.hidden_size; ++i) out[i] = to_float(row[i]);

@@ -6,7 +6,7 @@
 
 #include "buffer.h"
 #include "packing.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace river {
 
@@ -20,6 +20,8 @@ struct Shape {
   int intermediate_size;  // I
   int vocab_size;         // V
   int rotary_dim;         // of D, how many dims are rotated
+  int rope_kinds;         // of layers that have rotary angles of their own
+  int rope_boundary;      // see Model::is_long
   float norm_epsilon;
   float attention_scale;  // of query . key
   float embedding_scale;
@@ -54,10 +56,10 @@ struct Layer {
   std::vector<float> query_norm;          // (D) each head, or (H * D) all heads together
   std::vector<float> key_norm;            // (D) or (G * D)
   int window = 0;                         // positions that a token sees, itself among them; 0: all
-  int rope = 0;                           // which rotary table; -1: no positions
+  int rope = 0;                           // which kind of rotary angles; -1: no positions
 };
 
-// Angles by position, as the model's own rotary embedding gives them.
+// Rotary angles by position, as the model's own rotary embedding gives them.
 struct RotaryTable {
   std::vector<float> cosines, sines;  // [positions][rotary_dim / 2]
 };
@@ -66,8 +68,7 @@ class Model {
  public:
   // Takes memory for the weights of river and head and of the first `in_memory` backbone layers;
   // they are zero until they are set. Throws std::bad_alloc, std::invalid_argument.
-  Model(const Shape& shape, Format backbone, Format river, Format head, int rotary_tables,
-        int in_memory);
+  Model(const Shape& shape, Format backbone, Format river, Format head, int in_memory);
 
   const Shape shape;
   const Format formats[2];  // [Side]
@@ -76,15 +77,23 @@ class Model {
   PackedMatrix head;
   PackedMatrix draft_head;        // that drafts take; without rows where there is none
   const bf16* embedding = nullptr;  // [V, C], held by the caller; null: rows come from the head
-  std::vector<RotaryTable> rotary;
+  std::vector<RotaryTable> rotary;  // of each kind; then, with a boundary, the long ones of each
   std::vector<float> query_scales;  // by position; empty: one everywhere
 
   // Throw std::invalid_argument where the sources don't fit.
   void set_projection(int layer, Projection projection, Side side,
-                      const std::vector<SourceMatrix>& sources, Team& team);
-  void set_head(const SourceMatrix& source, Team& team);
-  void set_draft_head(const SourceMatrix& source, Format format, Team& team);
-  int positions() const;  // that the rotary tables cover
+                      const std::vector<SourceMatrix>& sources, ThreadPool& pool);
+  void set_head(const SourceMatrix& source, ThreadPool& pool);
+  void set_draft_head(const SourceMatrix& source, Format format, ThreadPool& pool);
+  // Rotary angles change once beyond a length (longrope): texts with more than `rope_boundary`
+  // positions take the long ones. 0: there is no such length.
+  bool is_long(int positions) const {
+    return shape.rope_boundary > 0 && positions > shape.rope_boundary;
+  }
+  const RotaryTable& angles(int kind, bool is_long) const {
+    return rotary[static_cast<size_t>(kind + (is_long ? shape.rope_kinds : 0))];
+  }
+  int positions(bool is_long) const;  // that all kinds' tables cover
 
   void embed(int token, float* out) const;
   // Bytes of a layer's weights on one side, and of the head.

@@ -116,9 +116,9 @@ void pack_panels(const std::vector<SourceMatrix>& sources, bool interleaved, int
   }
 }
 
-void unpack_row(const PackedMatrix& matrix, int row, float* out) {
+void unpack_row(const PackedMatrix& matrix, int row, int columns, float* out) {
   const auto* panel = reinterpret_cast<const uint32_t*>(matrix.panel(row / kLanes)) + row % kLanes;
-  for (int k = 0; k < matrix.columns / 2; ++k) {
+  for (int k = 0; k < columns / 2; ++k) {
     out[2 * k] = to_float(static_cast<bf16>(panel[k * kLanes]));
     out[2 * k + 1] = to_float(static_cast<bf16>(panel[k * kLanes] >> 16));
   }

@@ -38,7 +38,7 @@ size_t panel_bytes(int columns, int bits, int group_size);
 void pack_panels(const std::vector<SourceMatrix>& sources, bool interleaved, int columns, int bits,
                  int group_size, int first, int last, uint8_t* out);
 
-// Row `row` of a bfloat16 matrix, back from its panel.
-void unpack_row(const PackedMatrix& matrix, int row, float* out);
+// The first `columns` values of a row of a bfloat16 matrix, back from its panel.
+void unpack_row(const PackedMatrix& matrix, int row, int columns, float* out);
 
 }  // namespace river

@@ -1,4 +1,4 @@
-// One pass on the threads of a team: its parts, the memory they share, and where each part is.
+// One pass on the threads of a pool: its parts, the memory they share, and where each part is.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 #include "kernels/kernel_set.h"
 #include "kv_cache.h"
 #include "model.h"
-#include "team.h"
-#include "work_share.h"
+#include "thread_pool.h"
+#include "work_stealing.h"
 
 namespace river {
 
@@ -36,8 +36,8 @@ class Array {  // grows, never shrinks, aligned for vector registers; holds no v
   Buffer buffer_;
 };
 
-// The token of the largest logit, the first one of equals, and the second largest logit. NaN is
-// larger than any number.
+// The argmax of the logits, the first of equals, and the second largest logit. NaN is larger than any
+// number.
 struct Best {
   float value = -std::numeric_limits<float>::infinity();
   int token = 0;
@@ -64,7 +64,7 @@ struct Decoder::Buffers {
     Array<float> heads;    // the heads of one key-value head: queries, key, value
     Array<float> running, partial;
     Array<float> attended;  // [kPrivateRows, H D]
-    int turn = 0;  // products of this pass so far
+    int loops = 0;  // parallel ones of this pass so far
     std::vector<int> order;
     std::vector<char> in_backbone;
     std::vector<float> similarity;
@@ -74,7 +74,7 @@ struct Decoder::Buffers {
     std::vector<Best> best;  // [logit rows] of the tokens whose logits this thread computed
   };
   std::vector<Private> threads;
-  std::unique_ptr<WorkShare> panels;  // of the products
+  std::unique_ptr<WorkStealing> panels;  // of the products
 
   Array<float> hidden;     // [rows, C]
   Array<float> before;     // [rows, C] as the layer found it
@@ -87,10 +87,11 @@ struct Decoder::Buffers {
   Array<float> partials;   // [items, H / G, D + 2]
   std::vector<float> similarity;
   std::vector<int> positions;
+  std::vector<char> long_angles;  // rows that take the model's long rotary angles
   std::atomic<int> next_item{0};
 };
 
-// One pass on all threads of the team; each calls operator().
+// One pass on all threads of the pool; each calls operator().
 class Decoder::Run {
  public:
   Run(Decoder& decoder, Pass& pass, int threads)
@@ -98,7 +99,7 @@ class Decoder::Run {
         shape_(decoder.model_.shape),
         head_(pass.draft_head ? decoder.model_.draft_head : decoder.model_.head),
         kernels_(decoder.kernels_),
-        team_(decoder.team_),
+        pool_(decoder.pool_),
         cache_(decoder.cache),
         residency_(decoder.residency),
         pass_(pass),
@@ -106,6 +107,8 @@ class Decoder::Run {
         threads_(threads),
         rows_(static_cast<int>(pass.tokens.size())),
         private_(rows_ <= kPrivateRows),
+        own_thresholds_(pass.thresholds.size() != size(shape_.num_layers) &&
+                        pass.thresholds.size() == size(rows_) * size(shape_.num_layers)),
         queries_per_kv_(shape_.num_heads / shape_.num_kv_heads) {}
 
   void prepare();
@@ -138,7 +141,7 @@ class Decoder::Run {
                float* out, size_t out_stride);
   void multiply(const PackedMatrix (&matrix)[2], const Chunk& chunk, Private& own, Range panels,
                 float* out, size_t out_stride);
-  int piece(const PackedMatrix& matrix, int rows) const;
+  int grain(const PackedMatrix& matrix, int rows) const;
   void fetch_next(const PackedMatrix (&matrix)[2], const Chunk& chunk, int thread);
   void gate_up(const Layer& layer, const Chunk& chunk, Private& own, int thread);
   void add_branch(const Chunk& chunk, int slot, const std::vector<float>& bias,
@@ -154,12 +157,13 @@ class Decoder::Run {
                    int rows, float* partial);
 
   // exits.cpp
-  bool needs_similarity(int layers_run) const;
+  bool needs_similarity(int layers_run, const Private& own) const;
   Chunk chunk(int first, Private& own) const;
   void decide(int layers_run, Private& own, int thread);
-  void leave_by_similarity(Private& own, int thread, int layers_run, float threshold);
-  void leave_all(Private& own, int thread, int layers_run);
-  void leave(Private& own, int thread, int row, int layers_run);
+  const std::vector<float>& join_groups(Private& own) const;
+  float threshold(int row, int layers_run) const {
+    return pass_.thresholds[size(own_thresholds_ ? row * shape_.num_layers + layers_run : layers_run)];
+  }
 
   // head.cpp
   void head(Private& own, int thread);
@@ -180,12 +184,12 @@ class Decoder::Run {
     return matrix.bits == 16 ? kernels_.pairs_bytes(matrix.columns)
                              : kernels_.fixed_bytes(matrix.columns, matrix.group_size);
   }
-  // Rows of which this thread computes norms and inputs, and the meeting after it.
+  // Rows of which this thread computes norms and inputs, and the barrier after it.
   Range rows_of(int count, int thread) const {
     return private_ ? Range{0, count} : share(count, thread, threads_);
   }
-  void meet_unless_private(int thread) {
-    if (!private_) team_.barrier(thread);
+  void barrier_unless_private(int thread) {
+    if (!private_) pool_.barrier(thread);
   }
   // With fewer rows than this, rows and key-value heads are too few to keep all threads busy.
   int few_rows_limit() const {
@@ -203,7 +207,7 @@ class Decoder::Run {
   const Shape& shape_;
   const PackedMatrix& head_;
   const KernelSet& kernels_;
-  Team& team_;
+  ThreadPool& pool_;
   KvCache& cache_;
   Residency& residency_;
   Pass& pass_;
@@ -211,6 +215,7 @@ class Decoder::Run {
   const int threads_;
   const int rows_;
   const bool private_;
+  const bool own_thresholds_;  // each row has its own
   const int queries_per_kv_;
   bool one_row_each_ = true;  // no sequence has two rows in this pass
 };

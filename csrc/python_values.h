@@ -23,6 +23,7 @@ using Matrix16 = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::devi
 using Matrix8 = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;  // of any dims
 using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Codes = std::tuple<Matrix8, Matrix16, Matrix16>;
 

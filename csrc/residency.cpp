@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "require.h"
+
 namespace river {
 namespace {
 
@@ -12,8 +14,7 @@ using State = WeightFile::State;
 void Residency::open(const std::string& path) { file_ = WeightFile(path, model_.packed_bytes()); }
 
 void Residency::keep(int layers) {
-  if (layers < 0 || layers > model_.shape.num_layers)
-    throw std::invalid_argument("the model hasn't so many layers to keep");
+  require(layers >= 0 && layers <= model_.shape.num_layers, "the model hasn't so many layers to keep");
   if (!file_.is_open() && layers != resident_)
     throw std::runtime_error("there is no file that evicted layers could come back from");
   for (; resident_ > layers; --resident_) model_.drop_layer(resident_ - 1);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from river_llm import ExitPolicy
 from river_llm.engines import Engine
-from river_llm.engines.engine import StepResult
+from river_llm.engines.step import StepResult
 
 
 def score(engine: Engine, tokens: Sequence[int], thresholds: Tensor) -> tuple[Tensor, list[int]]:

@@ -17,7 +17,7 @@ from transformers import SuppressTokensLogitsProcessor
 
 from river_llm import DraftConfig, RiverLM
 from river_llm.engines import CpuEngine, StepResult
-from river_llm.engines.engine import check_logits
+from river_llm.engines.step import check_logits
 from river_llm.errors import LogitsError
 from river_llm.measure.likelihood import Candidate, LikelihoodScorer
 from river_llm.sampling import Sampler, SamplingConfig

@@ -6,7 +6,6 @@
 
 #include "check.h"
 #include "kv_cache.h"
-#include "tests.h"
 
 namespace river::test {
 namespace {
@@ -33,7 +32,7 @@ struct Sequence {
         cache(1, 1, head_dim, kv_bits),
         keys(states(head_dim, size, kv_bits, random)),
         values(states(head_dim, 1.0f, kv_bits, random)) {
-    cache.resize(1);
+    cache.add();
     cache.reserve(0, kPositions);
     for (int p = 0; p < kPositions; ++p)
       cache.write(0, p, 0, 0, keys.data() + p * head_dim, values.data() + p * head_dim);
@@ -148,7 +147,7 @@ void check_query(const Sequence& sequence, const Queries& queries, int q, const 
 
 }  // namespace
 
-void attention_by_pages_is_attention() {
+TEST(attention_by_pages_is_attention) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const int kv_bits : {16, 8})
       for (const int head_dim : {16, 48, 64, 80, 128, 256})
@@ -168,12 +167,12 @@ void attention_by_pages_is_attention() {
   });
 }
 
-void sums_over_codes_are_exact_in_the_widest_heads() {
+TEST(sums_over_codes_are_exact_in_the_widest_heads) {
   constexpr int kDims = 512;
   with_each_kernel_set([](const KernelSet& kernels) {
     const std::vector<float> largest(kDims, -3.0f), value(kDims, 0.5f);
     KvCache cache(1, 1, kDims, 8);
-    cache.resize(1);
+    cache.add();
     cache.reserve(0, 1);
     cache.write(0, 0, 0, 0, largest.data(), value.data());
     const Guarded query(kernels.query_bytes(kDims, 8)), partial((kDims + 2) * sizeof(float));
@@ -197,7 +196,7 @@ void sums_over_codes_are_exact_in_the_widest_heads() {
 }
 
 // Nor where there is nothing: what a page holds behind the last position may be no number.
-void what_a_query_does_not_see_changes_no_bit() {
+TEST(what_a_query_does_not_see_changes_no_bit) {
   constexpr int kHeadDim = 32, kStride = kHeadDim + 2;
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const int kv_bits : {16, 8})
@@ -222,7 +221,7 @@ void what_a_query_does_not_see_changes_no_bit() {
   });
 }
 
-void a_query_that_sees_nothing_of_a_page_takes_nothing() {
+TEST(a_query_that_sees_nothing_of_a_page_takes_nothing) {
   constexpr int kHeadDim = 32, kStride = kHeadDim + 2;
   const auto check = [](const KernelSet& kernels, int kv_bits) {
     Random random(8);

@@ -11,6 +11,16 @@
 
 namespace river::test {
 
+// A test: its name says what holds.
+#define TEST(name)                                                    \
+  static void name();                                                 \
+  static const ::river::test::Registered name##_is_known(#name, name); \
+  static void name()
+
+struct Registered {
+  Registered(const char* name, void (*run)());
+};
+
 // Notes a failure, the first few of a test with their place, and goes on.
 #define CHECK(condition) ::river::test::check((condition), #condition, __FILE__, __LINE__)
 #define CHECK_THROWS(expression, Error)                                            \

@@ -3,7 +3,6 @@
 #include <limits>
 #include <set>
 
-#include "tests.h"
 #include "tiny_decoder.h"
 
 namespace river::test {
@@ -37,7 +36,7 @@ std::vector<Result> run_some(Subject& subject, const std::vector<float>& thresho
 
 }  // namespace
 
-void any_number_of_threads_gives_the_same_bits() {
+TEST(any_number_of_threads_gives_the_same_bits) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
       Subject one(kernels, 1, kind);
@@ -53,38 +52,80 @@ void any_number_of_threads_gives_the_same_bits() {
   });
 }
 
-void a_sequence_of_a_batch_is_that_sequence_alone() {
-  constexpr int kSequences = 6, kSteps = 4;
+// Whatever stands beside it, a row has the bits that it has alone: sequences of their own lengths,
+// which join and leave, and rows with their own thresholds.
+TEST(batch_invariance) {
+  constexpr int kSequences = 6, kSteps = 5;
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
       Subject together(kernels, 2, kind), alone(kernels, 1, kind);
-      const std::vector<float> thresholds = sometimes(alone);
+      const std::vector<float> mixed = sometimes(alone);
+      const std::vector<float> choices[] = {mixed, never(), always()};
+      const auto of = [&](int s, int step) { return choices[(s + step) % 3]; };
+      const auto goes_on = [](int s, int step) { return (s + 2 * step) % 4 != 0; };
       together.begin(kSequences);
-      std::vector<int> rows, exit_layers;
-      std::vector<Result> steps;
-      for (int s = 0; s < kSequences; ++s) {  // prompts of different length
-        together.run(random_tokens(1 + 23 * s, 30), std::vector<int>(1 + 23 * s, s), thresholds);
-        rows.push_back(s);
-      }
+      std::vector<std::vector<Result>> steps(kSequences);
+      std::set<int> exit_layers;
+      for (int s = 0; s < kSequences; ++s)  // prompts of different length
+        together.run(random_tokens(1 + 23 * s, 30), std::vector<int>(1 + 23 * s, s), mixed);
       for (int step = 0; step < kSteps; ++step) {
-        steps.push_back(together.run(random_tokens(kSequences, 40 + step), rows, thresholds));
-        const std::vector<int>& exits = steps.back().exit_layers;
-        exit_layers.insert(exit_layers.end(), exits.begin(), exits.end());
+        std::vector<int> rows, tokens;
+        std::vector<float> thresholds;
+        for (int s = 0; s < kSequences; ++s) {
+          if (!goes_on(s, step)) continue;
+          rows.push_back(s);
+          tokens.push_back(random_tokens(kSequences, 40 + step)[static_cast<size_t>(s)]);
+          for (const float threshold : of(s, step)) thresholds.push_back(threshold);
+        }
+        const Result result = together.run(tokens, rows, thresholds);
+        for (size_t i = 0; i < rows.size(); ++i) {
+          steps[static_cast<size_t>(rows[i])].push_back(result.row(static_cast<int>(i)));
+          exit_layers.insert(result.exit_layers[i]);
+        }
       }
-      CHECK(is_mixed(exit_layers));
+      CHECK(exit_layers.size() > 2);
       for (int s = 0; s < kSequences; ++s) {
         alone.begin(1);
-        alone.run(random_tokens(1 + 23 * s, 30), thresholds);
+        alone.run(random_tokens(1 + 23 * s, 30), mixed);
+        auto expected = steps[static_cast<size_t>(s)].begin();
         for (int step = 0; step < kSteps; ++step) {
+          if (!goes_on(s, step)) continue;
           const int token = random_tokens(kSequences, 40 + step)[static_cast<size_t>(s)];
-          CHECK(alone.run({token}, thresholds) == steps[static_cast<size_t>(step)].row(s));
+          CHECK(alone.run({token}, of(s, step)) == *expected++);
         }
       }
     }
   });
 }
 
-void several_tokens_at_once_are_single_steps() {
+// Long texts take the long rotary angles, whatever stands beside them, and a prompt's first tokens
+// those of the whole prompt.
+TEST(each_row_has_the_rotary_angles_of_its_text) {
+  constexpr int kBoundary = 8;
+  with_each_kernel_set([](const KernelSet& kernels) {
+    const Kind changing{.has_everything = true, .rope_boundary = kBoundary};
+    Subject subject(kernels, 2, changing), plain[] = {{kernels, 2, {.has_everything = true}},
+                                                      {kernels, 2, {.has_everything = true}}};
+    for (size_t is_long : {0, 1})  // short and long ones, at every position
+      for (size_t kind : {0, 1}) plain[is_long].model.rotary[kind] = subject.model.rotary[2 * is_long + kind];
+    const std::vector<int> tokens = random_tokens(20, 77);
+    const std::vector<int> first(tokens.begin(), tokens.begin() + kBoundary);
+    subject.begin(1);
+    plain[0].begin(1);
+    CHECK(subject.run(first, never()) == plain[0].run(first, never()));
+    CHECK(!(subject.run({5}, never()) == plain[0].run({5}, never())));
+    subject.decoder.cache.truncate(0, kBoundary - 1);
+    plain[0].decoder.cache.truncate(0, kBoundary - 1);
+    const int of_prompt = subject.decoder.cache.add(kBoundary + 1);
+    CHECK(subject.run({6, 6}, {0, of_prompt}, never()).row(0) == plain[0].run({6}, never()));
+    subject.decoder.cache.truncate(of_prompt, 0);
+    plain[1].begin(1);
+    for (const int token : tokens)
+      CHECK(subject.run({token}, {of_prompt}, never()) == plain[1].run({token}, never()));
+  });
+}
+
+TEST(several_tokens_at_once_are_single_steps) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
       Subject at_once(kernels, 2, kind), single(kernels, 2, kind);
@@ -102,7 +143,7 @@ void several_tokens_at_once_are_single_steps() {
   });
 }
 
-void long_passes_are_short_ones_after_each_other() {
+TEST(long_passes_are_short_ones_after_each_other) {
   constexpr int kCount = 300;
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
@@ -122,7 +163,7 @@ void long_passes_are_short_ones_after_each_other() {
   });
 }
 
-void always_leaving_takes_the_river_alone() {
+TEST(always_leaving_takes_the_river_alone) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const bool has_everything : {false, true}) {
       const auto kind = [&](uint32_t backbone_seed, uint32_t river_seed) {
@@ -143,7 +184,7 @@ void always_leaving_takes_the_river_alone() {
   });
 }
 
-void rows_of_a_group_leave_together() {
+TEST(rows_of_a_group_leave_together) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Subject subject(kernels, 2);
     const std::vector<float> thresholds = sometimes(subject);
@@ -175,7 +216,30 @@ void rows_of_a_group_leave_together() {
   });
 }
 
-void truncation_undoes_passes() {
+TEST(rows_of_a_group_have_their_own_thresholds) {
+  with_each_kernel_set([](const KernelSet& kernels) {
+    Subject subject(kernels, 2);
+    const Result free = subject.run(random_tokens(3, 75), never());
+    subject.begin(1);
+    const auto sum = free.similarities[0] + free.similarities[1] + free.similarities[2];
+    const auto least = *std::min_element(free.similarities.begin(), free.similarities.begin() + 3);
+    for (const bool by_mean : {true, false}) {
+      const float value = by_mean ? static_cast<float>(sum / 3.0) : least;
+      Pass pass;
+      pass.tokens = random_tokens(3, 75);
+      pass.sequences = {0, 0, 0};
+      (by_mean ? pass.mean_groups : pass.minimum_groups) = {0, 0, 0};
+      pass.thresholds.assign(3 * kLayers, std::numeric_limits<float>::infinity());
+      pass.thresholds[1] = value - 1e-3f;
+      pass.thresholds[kLayers + 1] = value + 1e-3f;
+      subject.begin(1);
+      subject.decoder.forward(pass);
+      CHECK(pass.exit_layers == std::vector<int>({1, kLayers, kLayers}));
+    }
+  });
+}
+
+TEST(truncation_undoes_passes) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
       Subject subject(kernels, 2, kind);
@@ -185,6 +249,12 @@ void truncation_undoes_passes() {
       for (const int beyond : {1, 30, 100}) {
         subject.run(random_tokens(beyond, 81), thresholds);
         subject.decoder.cache.truncate(0, 100);
+        Pass pass;  // and so does the decoder
+        pass.tokens = random_tokens(beyond, 82);
+        pass.sequences.assign(static_cast<size_t>(beyond), 0);
+        pass.thresholds = thresholds;
+        subject.decoder.forward(pass);
+        subject.decoder.undo(pass);
         CHECK(subject.run({5}, thresholds) == first);
         CHECK(subject.run({6}, thresholds) == second);
       }

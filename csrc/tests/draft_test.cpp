@@ -4,7 +4,6 @@
 #include <stdexcept>
 
 #include "check.h"
-#include "tests.h"
 #include "tiny_decoder.h"
 
 namespace river::test {
@@ -27,9 +26,6 @@ Drafts drafts_of(std::vector<int> most) {
   drafts.sequences = {2, 0, 1};
   drafts.tokens = {7, 8, 9};
   drafts.most = std::move(most);
-  drafts.thresholds = always();
-  drafts.chances = {1.0f};
-  drafts.least_chances = {0.0f};
   return drafts;
 }
 
@@ -43,29 +39,34 @@ float margin(const std::vector<float>& logits, int best) {
 
 }  // namespace
 
-void drafts_are_single_steps() {
+TEST(drafts_are_single_steps) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
       Subject subject(kernels, 2, kind), steps(kernels, 1, kind);
       fill(subject);
-      Drafts drafts = drafts_of({4, 1, 6});
-      subject.decoder.draft(drafts);
-      for (size_t i = 0; i < 3; ++i) {
-        fill(steps);
-        int token = drafts.tokens[i];
-        CHECK(drafts.drafted[i].size() == static_cast<size_t>(drafts.most[i]));
-        for (size_t place = 0; place < drafts.drafted[i].size(); ++place) {
-          const Result step = steps.run({token}, {drafts.sequences[i]}, always());
-          token = step.best_tokens[0];
-          CHECK(drafts.drafted[i][place] == token);
-          CHECK(std::abs(drafts.margins[i][place] - margin(step.logits, token)) < 1e-4f);
+      for (const int exit_layer : {0, 2, kLayers}) {
+        Drafts drafts = drafts_of({4, 1, 6});
+        drafts.exit_layer = exit_layer;
+        std::vector<float> thresholds = never();
+        std::fill(thresholds.begin() + exit_layer, thresholds.end(), -INFINITY);
+        subject.decoder.draft(drafts);
+        for (size_t i = 0; i < 3; ++i) {
+          fill(steps);
+          int token = drafts.tokens[i];
+          CHECK(drafts.drafted[i].size() == static_cast<size_t>(drafts.most[i]));
+          for (size_t place = 0; place < drafts.drafted[i].size(); ++place) {
+            const Result step = steps.run({token}, {drafts.sequences[i]}, thresholds);
+            token = step.best_tokens[0];
+            CHECK(drafts.drafted[i][place] == token);
+            CHECK(std::abs(drafts.margins[i][place] - margin(step.logits, token)) < 1e-4f);
+          }
         }
       }
     }
   });
 }
 
-void drafts_leave_the_cache_as_it_was() {
+TEST(drafts_leave_the_cache_as_it_was) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Subject subject(kernels, 2, {16, 16, true}), other(kernels, 2, {16, 16, true});
     fill(subject);
@@ -76,36 +77,31 @@ void drafts_leave_the_cache_as_it_was() {
   });
 }
 
-void drafts_end_where_their_chance_falls() {
+TEST(drafts_end_with_a_small_margin) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Subject subject(kernels, 2);
     fill(subject);
-    Drafts drafts = drafts_of({9, 9, 9});
-    drafts.chances = {0.5f};
-    drafts.least_chances = {0.2f};  // 0.5, 0.25, 0.125: the third is the last
-    subject.decoder.draft(drafts);
-    for (const auto& tokens : drafts.drafted) CHECK(tokens.size() == 3);
+    Drafts free = drafts_of({9, 9, 9});
+    subject.decoder.draft(free);
+    std::vector<float> bounds = {0.0f, 2.0f, NAN};
+    for (const auto& margins : free.margins) bounds.push_back(margins[4]);
+    for (const float bound : bounds) {
+      Drafts drafts = drafts_of({9, 9, 9});
+      drafts.least_margin = bound;
+      subject.decoder.draft(drafts);
+      for (size_t i = 0; i < 3; ++i) {  // the uncertain token still belongs to it
+        const auto small = std::find_if(free.margins[i].begin(), free.margins[i].end(),
+                                        [&](float margin) { return !(margin >= bound); });
+        std::vector<int> expected = free.drafted[i];
+        if (small != free.margins[i].end())
+          expected.resize(static_cast<size_t>(small - free.margins[i].begin()) + 1);
+        CHECK(drafts.drafted[i] == expected);
+      }
+    }
   });
 }
 
-void the_chance_that_counts_is_that_of_the_sequences_still_drafting() {
-  with_each_kernel_set([](const KernelSet& kernels) {
-    Subject subject(kernels, 2);
-    fill(subject);
-    Drafts drafts = drafts_of({1, 9, 9});
-    drafts.chances = {0.5f};
-    drafts.least_chances = {0.9f, 0.2f};  // of one sequence, and of two or more
-    subject.decoder.draft(drafts);
-    CHECK(drafts.drafted[0].size() == 1 && drafts.drafted[1].size() == 3);
-    drafts = drafts_of({1, 1, 9});
-    drafts.chances = {0.5f};
-    drafts.least_chances = {0.9f, 0.2f};
-    subject.decoder.draft(drafts);  // three in the first step, one in the second
-    CHECK(drafts.drafted[2].size() == 2);
-  });
-}
-
-void drafts_end_with_a_stop_token() {
+TEST(drafts_end_with_a_stop_token) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Subject subject(kernels, 2);
     fill(subject);
@@ -123,7 +119,7 @@ void drafts_end_with_a_stop_token() {
   });
 }
 
-void drafts_keep_to_the_tokens_they_are_given() {
+TEST(drafts_keep_to_the_tokens_they_are_given) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Kind& kind : kKinds) {
       Subject subject(kernels, 2, kind), steps(kernels, 1, kind);
@@ -144,7 +140,7 @@ void drafts_keep_to_the_tokens_they_are_given() {
   });
 }
 
-void wrong_drafts_are_refused() {
+TEST(wrong_drafts_are_refused) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Subject subject(kernels, 1);
     fill(subject);
@@ -160,8 +156,8 @@ void wrong_drafts_are_refused() {
     };
     CHECK(refused([](Drafts& d) { d.most = {2, 2}; }));
     CHECK(refused([](Drafts& d) { d.most[1] = 0; }));
-    CHECK(refused([](Drafts& d) { d.chances.clear(); }));
-    CHECK(refused([](Drafts& d) { d.least_chances.clear(); }));
+    CHECK(refused([](Drafts& d) { d.exit_layer = -1; }));
+    CHECK(refused([](Drafts& d) { d.exit_layer = kLayers + 1; }));
     CHECK(refused([](Drafts& d) { d.head_tokens = kVocabulary + 1; }));
     CHECK(refused([](Drafts& d) { d.head_tokens = -1; }));
     CHECK(refused([](Drafts& d) { d.tokens[0] = kVocabulary; }));

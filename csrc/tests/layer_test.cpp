@@ -5,7 +5,6 @@
 #include <limits>
 
 #include "check.h"
-#include "tests.h"
 
 namespace river::test {
 namespace {
@@ -46,7 +45,7 @@ int largest_at(const KernelSet& kernels, const std::vector<float>& values, float
 
 }  // namespace
 
-void norms_are_right() {
+TEST(norms_are_right) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Random random(9);
     for (const int count : {16, 48, 64, 576})
@@ -68,7 +67,7 @@ void norms_are_right() {
   });
 }
 
-void sums_and_gates_are_right() {
+TEST(sums_and_gates_are_right) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Random random(10);
     for (const int blocks : {1, 2, 5}) {
@@ -98,7 +97,7 @@ void sums_and_gates_are_right() {
   });
 }
 
-void cosines_are_right() {
+TEST(cosines_are_right) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Random random(11);
     for (const int count : {16, 64, 576}) {
@@ -125,7 +124,7 @@ void cosines_are_right() {
   });
 }
 
-void rotations_are_right() {
+TEST(rotations_are_right) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Random random(12);
     for (const int head_dim : {16, 64, 80})
@@ -149,7 +148,7 @@ void rotations_are_right() {
   });
 }
 
-void the_largest_is_the_first_of_equals() {
+TEST(the_largest_is_the_first_of_equals) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Random random(13);
     for (const int count : {1, 2, 15, 16, 17, 31, 33, 64, 97}) {

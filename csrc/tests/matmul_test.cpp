@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "sources.h"
-#include "tests.h"
 
 namespace river::test {
 namespace {
@@ -85,19 +84,19 @@ void check_size(const KernelSet& kernels, const Size& size) {
 
 }  // namespace
 
-void products_with_weights_are_right() {
+TEST(products_with_weights_are_right) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Size& size : kWeights) check_size(kernels, size);
   });
 }
 
-void products_with_codes_are_right() {
+TEST(products_with_codes_are_right) {
   with_each_kernel_set([](const KernelSet& kernels) {
     for (const Size& size : kCodes) check_size(kernels, size);
   });
 }
 
-void the_largest_codes_and_activations_overflow_nothing() {
+TEST(the_largest_codes_and_activations_overflow_nothing) {
   constexpr int kColumns = 256, kGroup = 128;
   constexpr float kMost = 32512, kLowest = 32384;  // 127 * 256 + 0 and 127 * 256 - 128, the bytes'
   Random random(7);
@@ -125,7 +124,7 @@ void the_largest_codes_and_activations_overflow_nothing() {
   });
 }
 
-void a_row_of_a_batch_has_the_bits_of_that_row_alone() {
+TEST(a_row_of_a_batch_has_the_bits_of_that_row_alone) {
   constexpr Size kSizes[] = {{40, 96, 16, 0}, {40, 192, 4, 64},  {40, 192, 6, 64}, {40, 192, 8, 64},
                              {16, 8192, 16, 0}, {16, 8192, 4, 32}, {16, 8192, 6, 32}};
   with_each_kernel_set([&](const KernelSet& kernels) {
@@ -150,7 +149,7 @@ void a_row_of_a_batch_has_the_bits_of_that_row_alone() {
   });
 }
 
-void some_panels_have_the_bits_of_all() {
+TEST(some_panels_have_the_bits_of_all) {
   constexpr Size kSizes[] = {{104, 96, 16, 0}, {104, 128, 4, 64}, {104, 128, 6, 64}, {104, 128, 8, 64}};
   with_each_kernel_set([&](const KernelSet& kernels) {
     for (const Size& size : kSizes) {
@@ -176,7 +175,7 @@ void some_panels_have_the_bits_of_all() {
   });
 }
 
-void a_value_that_is_no_number_stays_none() {
+TEST(nan_stays_nan) {
   constexpr Size kSizes[] = {{16, 64, 16, 0}, {16, 128, 4, 64}, {16, 128, 6, 64}, {16, 128, 8, 64}};
   with_each_kernel_set([&](const KernelSet& kernels) {
     for (const Size& size : kSizes)

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "sources.h"
-#include "tests.h"
 
 namespace river::test {
 namespace {
@@ -46,7 +45,7 @@ double weight_in_panel(const PackedMatrix& matrix, int row, int column) {
 
 }  // namespace
 
-void weights_come_back_from_their_panels() {
+TEST(weights_come_back_from_their_panels) {
   Random random(1);
   for (const int columns : {32, 48, 80, 576}) {
     const Source first(21, columns, 16, 0, random), second(27, columns, 16, 0, random);
@@ -54,7 +53,7 @@ void weights_come_back_from_their_panels() {
     CHECK(below.matrix.panels() == 3);
     std::vector<float> row(static_cast<size_t>(below.matrix.columns));
     for (int r = 0; r < 48; ++r) {
-      unpack_row(below.matrix, r, row.data());
+      unpack_row(below.matrix, r, below.matrix.columns, row.data());
       for (int k = 0; k < below.matrix.columns; ++k) {
         const double expected = k >= columns ? 0.0
                                 : r < 21     ? first.weight(r, k)
@@ -65,7 +64,7 @@ void weights_come_back_from_their_panels() {
     const Source gate(32, columns, 16, 0, random), up(32, columns, 16, 0, random);
     const Packed in_turn({&gate, &up}, true, columns, 16, 0);
     for (int r = 0; r < 64; ++r) {
-      unpack_row(in_turn.matrix, r, row.data());
+      unpack_row(in_turn.matrix, r, in_turn.matrix.columns, row.data());
       const Source& source = r / kLanes % 2 == 0 ? gate : up;
       for (int k = 0; k < columns; ++k)
         CHECK(row[static_cast<size_t>(k)] == source.weight(r / 32 * kLanes + r % kLanes, k));
@@ -73,7 +72,7 @@ void weights_come_back_from_their_panels() {
   }
 }
 
-void codes_lie_in_their_panels_as_documented() {
+TEST(codes_lie_in_their_panels_as_documented) {
   Random random(2);
   for (const int bits : {4, 6, 8})
     for (const int group_size : {32, 64, 128}) {

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "tests.h"
 #include "tiny_decoder.h"
 
 namespace river::test {
@@ -54,7 +53,7 @@ std::vector<Result> passes(Subject& subject, const std::vector<float>& threshold
 
 }  // namespace
 
-void evicted_layers_come_back_with_the_same_bits() {
+TEST(evicted_layers_come_back_with_the_same_bits) {
   for (const int bits : {16, 8})
     for (const int threads : {1, 2, 3}) {
       Subject subject(best_kernels(), threads, {bits});
@@ -74,7 +73,7 @@ void evicted_layers_come_back_with_the_same_bits() {
     }
 }
 
-void misses_are_counted() {
+TEST(misses_are_counted) {
   Subject subject(best_kernels(), 2);
   const WeightsOnDisk file(subject.model);
   Residency& residency = subject.decoder.residency;
@@ -92,7 +91,7 @@ void misses_are_counted() {
   CHECK(residency.waited().count() > 0);
 }
 
-void layers_need_a_file_to_come_back_from() {
+TEST(layers_need_a_file_to_come_back_from) {
   Subject subject(best_kernels(), 2);
   Residency& residency = subject.decoder.residency;
   CHECK_THROWS(residency.keep(1), std::runtime_error);
@@ -104,7 +103,7 @@ void layers_need_a_file_to_come_back_from() {
   CHECK_THROWS(residency.open(file.name()), std::runtime_error);
 }
 
-void a_file_that_was_changed_gives_no_weights() {
+TEST(a_file_that_was_changed_gives_no_weights) {
   const auto spoil = [](const WeightsOnDisk& file, int how) {
     if (how == 0) CHECK(truncate(file.name().c_str(), 100) == 0);
     if (how == 1) {  // other bytes, as many
@@ -135,7 +134,7 @@ void a_file_that_was_changed_gives_no_weights() {
   }
 }
 
-void a_file_that_was_removed_still_gives_weights() {
+TEST(a_file_that_was_removed_still_gives_weights) {
   Subject subject(best_kernels(), 2);
   const std::vector<Result> expected = passes(subject, never());
   {
@@ -146,7 +145,7 @@ void a_file_that_was_removed_still_gives_weights() {
   CHECK(passes(subject, never()) == expected);
 }
 
-void rows_leave_at_the_depth_limit() {
+TEST(rows_leave_at_the_depth_limit) {
   Subject subject(best_kernels(), 2);
   const std::vector<float> mixed = sometimes(subject);
   const std::vector<int> tokens = random_tokens(41, 99);
@@ -165,19 +164,19 @@ void rows_leave_at_the_depth_limit() {
       }
       if (limit == kLayers) {
         CHECK(take(limited) == take(free));
-        CHECK(limited.held_back == 0);
+        CHECK(limited.depth_capped == 0);
         continue;
       }
       const float threshold = thresholds[static_cast<size_t>(limit)];
-      int held_back = 0;
+      int depth_capped = 0;
       for (size_t row = 0; row < tokens.size(); ++row) {
         CHECK(limited.exit_layers[row] <= limit);
         if (limited.exit_layers[row] < limit) continue;
         const float similarity =
             limit > 0 ? limited.similarities[static_cast<size_t>(limit - 1) * tokens.size() + row] : -1;
-        held_back += !(similarity > threshold);
+        depth_capped += !(similarity > threshold);
       }
-      CHECK(limited.held_back == (threshold == always()[0] ? 0 : held_back));
+      CHECK(limited.depth_capped == (threshold == always()[0] ? 0 : depth_capped));
     }
 }
 

@@ -21,6 +21,8 @@ Shape shape_of(const Kind& kind) {
   shape.intermediate_size = kInner;
   shape.vocab_size = kVocabulary;
   shape.rotary_dim = kind.has_everything ? 8 : kDims;
+  shape.rope_kinds = kind.has_everything ? 2 : 1;
+  shape.rope_boundary = kind.rope_boundary;
   shape.norm_epsilon = 1e-5f;
   shape.attention_scale = 0.03f;
   shape.embedding_scale = kind.has_everything ? 8.0f : 1.0f;
@@ -65,10 +67,10 @@ Result take(const Pass& pass) {
 }
 
 Subject::Subject(const KernelSet& kernels, int threads, const Kind& kind)
-    : team(threads),
+    : pool(threads),
       model(shape_of(kind), format(kind.backbone_bits), format(kind.river_bits),
-            format(kind.head_bits), kind.has_everything ? 2 : 1, kLayers),
-      decoder(model, kLayers, kernels, team, kind.kv_bits) {
+            format(kind.head_bits), kLayers),
+      decoder(model, kLayers, kernels, pool, kind.kv_bits) {
   set_weights(kind);
   if (kind.has_everything) set_everything();
   begin(1);
@@ -88,7 +90,7 @@ void Subject::set_weights(const Kind& kind) {
           sources.emplace_back(rows, inputs[p], format.bits, format.group_size, seeds[side]);
         std::vector<SourceMatrix> matrices;
         for (const Source& source : sources) matrices.push_back(source.matrix());
-        model.set_projection(l, static_cast<Projection>(p), side, matrices, team);
+        model.set_projection(l, static_cast<Projection>(p), side, matrices, pool);
       }
   Random random(3);
   for (Layer& layer : model.layers) {
@@ -97,7 +99,7 @@ void Subject::set_weights(const Kind& kind) {
   }
   model.final_norm = random.reals(kHidden, 0.5f, 1.5f);
   const Source head(kVocabulary, kHidden, kind.head_bits, kGroup, random);
-  model.set_head(head.matrix(), team);
+  model.set_head(head.matrix(), pool);
   if (!model.shape.tied_head) {
     for (int i = 0; i < kVocabulary * kHidden; ++i) embedding_.push_back(to_bf16(random.real(-1, 1)));
     model.embedding = embedding_.data();
@@ -134,8 +136,9 @@ void Subject::set_everything() {
 }
 
 void Subject::begin(int sequences) {
-  decoder.cache.resize(0);
-  decoder.cache.resize(sequences);
+  for (int s = 0; s < decoder.cache.limit(); ++s)
+    if (decoder.cache.has(s)) decoder.cache.drop(s);
+  for (int s = 0; s < sequences; ++s) decoder.cache.add();
 }
 
 Result Subject::run(const std::vector<int>& tokens, const std::vector<int>& sequences,

@@ -16,6 +16,7 @@ struct Kind {
   uint32_t backbone_seed = 1, river_seed = 2;
   int river_bits = 4;
   int kv_bits = 16;
+  int rope_boundary = 0;
 };
 
 // What any pass gives, without padding.
@@ -33,9 +34,9 @@ class Subject {
  public:
   Subject(const KernelSet& kernels, int threads, const Kind& kind = {});
 
-  // Sequences are empty again.
+  // So many empty sequences are all that there are.
   void begin(int sequences);
-  // A pass in which every row has logits.
+  // A pass in which every row has logits; thresholds [L], or [rows][L].
   Result run(const std::vector<int>& tokens, const std::vector<int>& sequences,
              const std::vector<float>& thresholds);
   // Tokens of sequence 0.
@@ -43,7 +44,7 @@ class Subject {
     return run(tokens, std::vector<int>(tokens.size(), 0), thresholds);
   }
 
-  Team team;
+  ThreadPool pool;
   Model model;
   Decoder decoder;
 

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from river_llm.exit_policy import ExitPolicy
-    from river_llm.generation import GenerationResponse, GenerationResult
-    from river_llm.lossless import LosslessStatistics
+    from river_llm.generate import GenerationResponse, GenerationResult, LosslessStatistics
+    from river_llm.lm import RiverLM
     from river_llm.river import River
-    from river_llm.river_lm import RiverLM
 
 __version__ = "0.2.0"
 
@@ -70,10 +69,9 @@ _MODULES = {
         "UnsupportedModelError",
     ),
     "exit_policy": ("ExitPolicy",),
-    "generation": ("GenerationResponse", "GenerationResult"),
-    "lossless": ("LosslessStatistics",),
+    "generate": ("GenerationResponse", "GenerationResult", "LosslessStatistics"),
+    "lm": ("RiverLM",),
     "river": ("River",),
-    "river_lm": ("RiverLM",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

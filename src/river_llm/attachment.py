@@ -9,11 +9,10 @@ layers; the module tree, the parameters and the model's own `generate()` stay as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +34,10 @@ from river_llm.checked_generate import (
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
-from river_llm.exit_router import ExitRouter, Phase, Route
+from river_llm.exit_router import ExitRouter, Phase, Route, RoutingRule
 from river_llm.kernels import KernelChoice, make_kernel
 from river_llm.offloading import EvictedLayers
-from river_llm.ownership import NotCopied, OwnProcess
+from river_llm.ownership import NotCopied, ProcessLock
 from river_llm.quantization import QuantizedMatrix
 from river_llm.residency import OffloadStatistics
 from river_llm.river import Progress, River
@@ -58,15 +57,12 @@ class AttachedRiver(NotCopied):
         config: how the river is quantised.
         num_bytes: bytes of the river's weights.
         num_layers: L, the number of decoder layers.
-        router: the exit decisions of the running pass.
-        exit_counts: int64 `[L + 1]`, how many tokens decoded since `clear_counts` ran
-            0, 1, ... L backbone layers.
-        depth_limit: see `ExitRouter`; may be set at any time between passes.
+        router: the exit decisions of the running pass, and the limit to its depth.
+        exit_counts: int64 `[L + 1]`, how many tokens that were decoded by the policy since
+            `clear_counts` ran 0, 1, ... L backbone layers.
         phase: ``"prefill"`` or ``"decode"`` to say what the next passes are; None, the default,
             takes a pass over one token with a filled cache as decode, any other as prefill, and in
             the model's `generate` its reading of the prompt as prefill.
-        is_real: bool `[B, T]`, which tokens of the next passes count, see `ExitRouter.begin_pass`;
-            None, the default, takes those that an attention mask `[B, positions]` doesn't hide.
     """
 
     def __init__(
@@ -81,17 +77,16 @@ class AttachedRiver(NotCopied):
         self.config = river.config
         self.num_bytes = river.num_bytes
         self.num_layers = len(layers)
-        self.router = ExitRouter(policy, self.num_layers)
+        self.router = ExitRouter(self.num_layers)
+        self.policy = policy
         self.phase: Phase | None = None
-        self.is_real: Tensor | None = None
-        self._process = OwnProcess()
-        self._generates = self._reads_prompt = False
-        self._turn = RLock()
+        self._rule: RoutingRule | None = None
+        self._is_decoding = self._generates = self._reads_prompt = False
+        self._lock = ProcessLock("river")  # of the thread in `generate`
         self.clear_counts()
         self._evicted = EvictedLayers(model, layers)
         self._is_river_in_memory = False
         self._linears = [linear for layer in layers for linear in layer.linears.values()]
-        self._hooks: list[RemovableHandle] = []
         self._kernels = [
             make_kernel(matrix, *device_and_dtype(linear), kernel)
             for layer, exit_layer in zip(layers, river.exit_layers, strict=True)
@@ -103,36 +98,51 @@ class AttachedRiver(NotCopied):
         ]
         for linear, forward in zip(self._linears, forwards, strict=True):
             linear.forward = forward
-        for index, layer in enumerate(layers):
-            before, after = partial(self._before_layer, index), partial(self._after_layer, index)
-            self._hooks += [
-                layer.module.register_forward_pre_hook(before),
-                layer.module.register_forward_hook(after, with_kwargs=True),
-            ]
-        decoder = text_decoder(model)
-        self._hooks += [
+        self._hooks = self._hook([layer.module for layer in layers])
+        self._own_methods = self._replace_methods()
+
+    def _hook(self, layers: list[nn.Module]) -> list[RemovableHandle]:
+        decoder = text_decoder(self.model)
+        hooks = [
             decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             decoder.register_forward_hook(self._after_pass),
-            model.register_state_dict_pre_hook(self._before_state_dict),
+            self.model.register_state_dict_pre_hook(self._before_state_dict),
         ]
-        checked: dict[str, Callable[..., Any]] = {}
+        for index, layer in enumerate(layers):
+            before, after = partial(self._before_layer, index), partial(self._after_layer, index)
+            hooks += [
+                layer.register_forward_pre_hook(before),
+                layer.register_forward_hook(after, with_kwargs=True),
+            ]
+        return hooks
+
+    def _replace_methods(self) -> dict[str, Any]:
+        """Let the model's `generate` refuse what it can't do; what stood there before, by name."""
+        model, checked = self.model, {}
         if hasattr(model, "generate"):
             checked["generate"] = checked_generate(model, self._treats_alike, self._generating)
             checked["_prefill"] = marked_prefill(model, self._reading_prompt)
         if hasattr(model, "init_continuous_batching"):
             checked["init_continuous_batching"] = checked_batching(model, self._treats_alike)
-        self._own_methods = {name: model.__dict__.get(name) for name in checked}
+        own = {name: model.__dict__.get(name) for name in checked}
         for name, method in checked.items():
             setattr(model, name, method)
+        return own
 
     @property
     def policy(self) -> ExitPolicy:
         """When tokens leave the backbone; may be set at any time between passes."""
-        return self.router.policy
+        return self._policy
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
-        self.router.set_policy(policy)
+        """
+        Raises:
+            ConfigError: it is none, or names more layers than the model has.
+        """
+        check_is_policy(policy)
+        policy.thresholds(self.num_layers)
+        self._policy = policy
 
     @property
     def matrices(self) -> list[QuantizedMatrix]:
@@ -150,20 +160,16 @@ class AttachedRiver(NotCopied):
         layers = torch.arange(self.num_layers + 1)
         return float((self.exit_counts * layers).sum() / self.exit_counts.sum())
 
+    def clear_counts(self) -> None:
+        """Set `exit_counts` to zero."""
+        self.exit_counts = torch.zeros(self.num_layers + 1, dtype=torch.long)
+
     def weight_bytes(self) -> tuple[tuple[int, ...], int]:
         """Of each backbone layer's linear weights, and of all other weights with the river."""
         layers = tuple(self._evicted.layer_bytes)
-        evicted = sum(layers[self._evicted.resident :])
+        evicted = sum(layers[self.resident_layers :])
         held = sum(parameter.nbytes for parameter in self.model.parameters())
         return layers, held + evicted - sum(layers) + self.num_bytes
-
-    @property
-    def depth_limit(self) -> int | None:
-        return self.router.depth_limit
-
-    @depth_limit.setter
-    def depth_limit(self, limit: int | None) -> None:
-        self.router.depth_limit = limit
 
     @property
     def resident_layers(self) -> int:
@@ -173,12 +179,13 @@ class AttachedRiver(NotCopied):
     @property
     def offload_statistics(self) -> OffloadStatistics:
         """What evicted layers have cost so far."""
+        evicted = self._evicted
         return OffloadStatistics(
-            self._evicted.resident,
-            self._evicted.misses,
-            self._evicted.bytes_read,
-            self._evicted.seconds_waited,
-            self.router.held_back,
+            evicted.resident,
+            evicted.misses,
+            evicted.bytes_read,
+            evicted.seconds_waited,
+            self.router.depth_capped,
         )
 
     def keep_layers(self, count: int) -> None:
@@ -201,10 +208,6 @@ class AttachedRiver(NotCopied):
                 kernel.take_into_memory()
             self._is_river_in_memory = True
 
-    def clear_counts(self) -> None:
-        """Set `exit_counts` to zero."""
-        self.exit_counts = torch.zeros(self.num_layers + 1, dtype=torch.long)
-
     def detach(self) -> None:
         """Take the river off; the model is then bit for bit what it was.
 
@@ -224,13 +227,22 @@ class AttachedRiver(NotCopied):
                 if own is not None:
                     setattr(self.model, name, own)
 
+    @contextmanager
+    def routed_by(self, rule: RoutingRule) -> Iterator[None]:
+        """Let tokens leave by a rule, in place of policy and phase, in the passes within."""
+        self._rule = rule
+        try:
+            yield
+        finally:
+            self._rule = None
+            self._evicted.end_pass()  # if it was cut short
+
     def _treats_alike(self) -> bool:
         return self.policy.treats_alike(self.num_layers)
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        self._process.check("river")  # a fork would wait for ever for a thread that it hasn't
-        with self._turn:
+        with self._lock:
             before, self._generates = self._generates, True
             try:
                 yield
@@ -245,27 +257,6 @@ class AttachedRiver(NotCopied):
         finally:
             self._reads_prompt = before
 
-    def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        inputs = kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            inputs = args[0]
-        self._process.check("river")
-        self.abandon_pass()
-        batch, num_tokens = inputs.shape[:2]
-        self._running_phase = self.phase or self._phase_of(
-            num_tokens, kwargs.get("past_key_values")
-        )
-        is_real = self.is_real
-        leaves_by_mean = self._running_phase == "prefill" and self.policy.prefill == "sequence"
-        asks = leaves_by_mean or self.policy.batch == "minimum" or self.depth_limit is not None
-        if is_real is None and asks:
-            attention_mask = kwargs.get("attention_mask")
-            if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-                is_real = attention_mask[:, -num_tokens:].bool().cpu()
-        self.router.begin_pass(batch, num_tokens, self._running_phase, is_real)
-
     def _phase_of(self, num_tokens: int, past_key_values: Any) -> Phase:
         if self._reads_prompt:
             return "prefill"
@@ -277,18 +268,37 @@ class AttachedRiver(NotCopied):
             refuse_mixed_pass()
         return "prefill"
 
-    def abandon_pass(self) -> None:
-        """Let go of the layers that came back for a pass which was cut short."""
+    def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        self._lock.check_process()
         self._evicted.end_pass()
+        inputs = next(
+            given
+            for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+            if given is not None
+        )
+        shape = inputs.shape[:2]
+        rule, self._is_decoding = self._rule, False
+        if rule is None:
+            phase = self.phase or self._phase_of(shape[1], kwargs.get("past_key_values"))
+            self._is_decoding = phase == "decode"
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.ndim == 2:  # [B, positions]; it hides padding
+                is_real = mask[:, -shape[1] :].bool().cpu()
+            else:
+                is_real = torch.ones(shape, dtype=torch.bool)
+            rule = RoutingRule.of_policy(self.policy, self.num_layers, phase, is_real)
+        self.router.begin_pass(*shape, rule)
 
-    def _before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if self.resident_layers < self.num_layers:
-            raise RiverError("the model can't be saved while layers are evicted; keep all of them")
+    def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self.router.end_pass()
+        self._evicted.end_pass()
+        if self._is_decoding:
+            exit_layers = self.last_exit_layers.flatten()
+            self.exit_counts += torch.bincount(exit_layers, minlength=self.num_layers + 1)
 
     def _before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        router = self.router
-        if router.route is not Route.RIVER:
-            self._evicted.before_layer(index, router.least_depth, router.most_depth)
+        if self.router.route is not Route.RIVER:
+            self._evicted.before_layer(index)
 
     def _after_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
@@ -298,14 +308,9 @@ class AttachedRiver(NotCopied):
         self.router.after_layer(index + 1, hidden_states, new_hidden_states)
         self._evicted.after_layer(index)
 
-    def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        self.router.end_pass()
-        self._evicted.end_pass()
-        if self._running_phase == "decode":
-            counts = torch.bincount(
-                self.router.exit_layers.flatten(), minlength=self.num_layers + 1
-            )
-            self.exit_counts += counts
+    def _before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self.resident_layers < self.num_layers:
+            raise RiverError("the model can't be saved while layers are evicted; keep all of them")
 
 
 def attach_river(
@@ -319,7 +324,7 @@ def attach_river(
     """Let `model` run with an exit river until `detach_river(model)`.
 
     The model's `forward` and `generate` then follow `policy`. `generate` may be called by several
-    threads, which take turns; passes of the model itself are for one thread at a time. Move the
+    threads, one at a time; passes of the model itself are for one thread at a time. Move the
     model to its device and dtype before; afterwards its weights may not be moved.
 
     Args:
@@ -357,10 +362,10 @@ def attach_river(
 
 
 def check_is_river(river: object) -> None:
-    """See that it is a river, a folder, or how to build one.
+    """Validate a river, the folder of one, or how to build one.
 
     Raises:
-        ConfigError: it isn't.
+        ConfigError: it is none of them.
     """
     if river is not None and not isinstance(river, str | Path | River | RiverConfig):
         raise ConfigError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from river_llm.config import DraftConfig, Mode, SamplingConfig
+from river_llm.config import DraftConfig, SamplingConfig
 from river_llm.errors import ConfigError
-from river_llm.generation import GenerationResponse
-from river_llm.river_lm import RiverLM
+from river_llm.generate import GenerationResponse
+from river_llm.lm import PolicyChoice, RiverLM
 from river_llm.text.prompt import Message, encode_prompt
 
 
@@ -16,12 +16,11 @@ class Conversation:
     """A chat that keeps its KV cache from turn to turn, as the turns before left it.
 
     The cache of earlier turns holds what their exits wrote; in lossless mode, what the backbone
-    wrote. If the model answers something else in between, it is lost, and the next turn runs the
+    wrote. If the model streams another answer in between, it is lost, and the next turn runs the
     whole conversation by the prefill rule.
 
     Attributes:
         messages: all turns so far.
-        mode: ``"river"`` or ``"lossless"``.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class Conversation:
         lm: RiverLM,
         system: str | None = None,
         *,
-        mode: Mode = "river",
+        policy: PolicyChoice = ...,
         drafts: DraftConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_control_tokens: bool = False,
@@ -45,7 +44,7 @@ class Conversation:
         if system:
             self.messages.append({"role": "system", "content": system})
         self._lm = lm
-        self.mode: Mode = mode
+        self._policy = policy
         self._drafts = drafts
         self._chat_template_kwargs = chat_template_kwargs
         self._allow_control_tokens = allow_control_tokens
@@ -68,7 +67,11 @@ class Conversation:
         answer: list[str] = []
         try:
             for response in self._lm.stream_tokens(
-                token_ids, self._sampling, reuse_cache=True, mode=self.mode, drafts=self._drafts
+                token_ids,
+                self._sampling,
+                reuse_cache=True,
+                policy=self._policy,
+                drafts=self._drafts,
             ):
                 answer.append(response.text)
                 yield response

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from river_llm.config import DraftConfig, Mode
+from river_llm.config import DraftConfig
 from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.generation import GenerationResult, check_prompt
-from river_llm.lossless.statistics import LosslessStatistics
-from river_llm.river_lm import RiverLM
+from river_llm.generate import GenerationResult, check_prompt
+from river_llm.generate.rows import new_sequence, prefill
+from river_llm.lm import RiverLM
 from river_llm.text.prompt import Prompt, encode_prompt
 
 
@@ -26,7 +24,7 @@ class Difference:
         prompt: number of the prompt, from 0.
         place: number of the token in the answer, from 0.
         backbone, lossless: the two tokens; None where that answer had ended.
-        top_tokens, top_logits: the backbone's two likeliest tokens there and their logits, before
+        top_tokens, top_logits: the backbone's two most likely tokens there and their logits, before
             any sampling setting; empty where the backbone's answer had ended.
     """
 
@@ -104,54 +102,58 @@ def check_exactness(
         raise ConfigError("give one prompt or more, in batches of one or more")
     if sampling.get("temperature", 0) > 0 and sampling.get("seed") is None:
         raise ConfigError("sampled answers are comparable with a seed only; give one")
-    for number, prompt in enumerate(prompts, start=1):
-        _check_prompt(lm, number, prompt, raw)
-    policy = lm.policy
-    lm.policy = ExitPolicy.never()
-    tally = _Tally()
+    encoded = [_encode(lm, number, prompt, raw) for number, prompt in enumerate(prompts, 1)]
+    pairs: list[_Pair] = []
+
+    def answer(batch: Sequence[Prompt], policy: ExitPolicy | None) -> list[GenerationResult]:
+        of_mode = drafts if policy is None else None
+        return lm.generate_batch(batch, raw=raw, policy=policy, drafts=of_mode, **sampling)
+
     try:
         for number, first in enumerate(range(0, len(prompts), batch_size)):
-            batch = list(prompts[first : first + batch_size])
-            modes: tuple[Mode, Mode] = ("river", "lossless")
-            answers: dict[Mode, list[GenerationResult]] = {}
-            for mode in modes if number % 2 else reversed(modes):  # neither always comes first
-                of_mode = drafts if mode == "lossless" else None
-                answers[mode] = lm.generate_batch(
-                    batch, raw=raw, mode=mode, drafts=of_mode, **sampling
-                )
-            differences = []
-            for i, prompt in enumerate(batch):
-                pair = (answers["river"][i].tokens, answers["lossless"][i].tokens)
-                if pair[0] != pair[1]:
-                    differences.append(_difference(lm, first + i, prompt, raw, *pair))
-            tally.note(answers["river"], answers["lossless"], differences)
+            batch = prompts[first : first + batch_size]
+            if number % 2:  # neither always comes first
+                backbone = answer(batch, ExitPolicy.never())
+                lossless = answer(batch, None)
+            else:
+                lossless = answer(batch, None)
+                backbone = answer(batch, ExitPolicy.never())
+            pair = _Pair(backbone, lossless)
+            for i, (exact, other) in enumerate(zip(backbone, lossless, strict=True)):
+                if exact.tokens != other.tokens:
+                    text = encoded[first + i]
+                    pair.differences.append(
+                        _difference(lm, first + i, text, exact.tokens, other.tokens)
+                    )
+            pairs.append(pair)
             if progress:
-                progress(tally.prompts, len(prompts))
+                progress(min(first + batch_size, len(prompts)), len(prompts))
     except KeyboardInterrupt:
-        raise InterruptedCheckError(tally.exactness(), len(prompts)) from None
-    finally:
-        lm.policy = policy
-    return tally.exactness()
+        raise InterruptedCheckError(_exactness(pairs), len(prompts)) from None
+    return _exactness(pairs)
 
 
-def _check_prompt(lm: RiverLM, number: int, prompt: Prompt, raw: bool) -> None:
+def _encode(lm: RiverLM, number: int, prompt: Prompt, raw: bool) -> list[int]:
     try:
-        check_prompt(len(encode_prompt(lm.tokenizer, prompt, raw)), lm.engine.context_length)
+        token_ids = encode_prompt(lm.tokenizer, prompt, raw)
+        check_prompt(len(token_ids), lm.engine.context_length)
     except (ConfigError, ContextFullError) as error:
         raise type(error)(f"prompt {number}: {error}") from error
+    return token_ids
 
 
 def _difference(
-    lm: RiverLM, number: int, prompt: Prompt, raw: bool, backbone: list[int], lossless: list[int]
+    lm: RiverLM, number: int, prompt: list[int], backbone: list[int], lossless: list[int]
 ) -> Difference:
-    pairs = zip(backbone, lossless, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(backbone), len(lossless)))
+    places = zip(backbone, lossless, strict=False)
+    shorter = min(len(backbone), len(lossless))
+    place = next((i for i, (a, b) in enumerate(places) if a != b), shorter)
     tokens: tuple[int, ...] = ()
     logits: tuple[float, ...] = ()
     if place < len(backbone):
-        text = [*encode_prompt(lm.tokenizer, prompt, raw), *backbone[:place]]
-        lm.engine.truncate(0)
-        top = lm.engine.prefill(torch.tensor([text])).logits[0].float().topk(2)
+        text = [*prompt, *backbone[:place]]
+        with new_sequence(lm.engine, len(text)) as sequence:
+            top = prefill(lm.engine, sequence, text, None).logits[0].float().topk(2)
         tokens, logits = tuple(top.indices.tolist()), tuple(top.values.tolist())
     return Difference(
         number,
@@ -163,73 +165,66 @@ def _difference(
     )
 
 
-class _Tally:
-    def __init__(self) -> None:
-        self.prompts = 0
-        self._differences: list[Difference] = []
-        self._tokens = [0, 0]  # decoded, of the backbone and of lossless mode
-        self._seconds = [0.0, 0.0]
-        self._ratios: list[float] = []
-        self._all_tokens = self._verifications = 0
-        self._accepted = self._ngram = 0
-        self._draft_seconds = self._verify_seconds = 0.0
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The answers of one batch, both ways, and where they differ."""
 
-    def note(
-        self,
-        backbone: Sequence[GenerationResult],
-        lossless: Sequence[GenerationResult],
-        differences: Sequence[Difference],
-    ) -> None:
-        """The answers of one batch, both ways, and where they differ."""
-        self.prompts += len(backbone)
-        self._differences += differences
-        self._all_tokens += sum(len(result.tokens) for result in backbone)
-        speeds = []
-        for which, results in enumerate((backbone, lossless)):
-            decoded = sum(len(result.tokens) - 1 for result in results)
-            seconds = max(_decode_seconds(result) for result in results)
-            self._tokens[which] += decoded
-            self._seconds[which] += seconds
-            speeds.append(decoded / seconds if seconds else 0.0)
+    backbone: list[GenerationResult]
+    lossless: list[GenerationResult]
+    differences: list[Difference] = field(default_factory=list)
+
+
+def _exactness(pairs: Sequence[_Pair]) -> Exactness:
+    """Of all batches."""
+    backbone, lossless = _Speed(), _Speed()
+    ratios = []
+    for pair in pairs:
+        speeds = backbone.add(pair.backbone), lossless.add(pair.lossless)
         if all(speeds):
-            self._ratios.append(speeds[1] / speeds[0])
-        for found in _of_lossless(lossless):
-            self._verifications += found.verifications
-            self._accepted += found.accepted_tokens
-            self._ngram += found.ngram_tokens
-        last = max(_of_lossless(lossless), key=lambda found: found.verify_seconds)
-        self._draft_seconds += last.draft_seconds
-        self._verify_seconds += last.verify_seconds
-
-    def exactness(self) -> Exactness:
-        """Of all batches."""
-        speeds = [t / s if s else 0.0 for t, s in zip(self._tokens, self._seconds, strict=True)]
-        several = len(self._ratios) > 1
-        decoded = max(1, self._tokens[1])
-        seconds = self._draft_seconds + self._verify_seconds
-        return Exactness(
-            prompts=self.prompts,
-            tokens=self._all_tokens,
-            differences=self._differences,
-            backbone_tokens_per_second=speeds[0],
-            lossless_tokens_per_second=speeds[1],
-            speed_up=speeds[1] / speeds[0] if speeds[0] else 0.0,
-            speed_up_quartiles=tuple(
-                statistics.quantiles(self._ratios, method="inclusive") if several else self._ratios
-            ),
-            tokens_per_verification=self._tokens[1] / max(1, self._verifications),
-            draft_share=self._accepted / decoded,
-            ngram_share=self._ngram / decoded,
-            draft_time_share=self._draft_seconds / seconds if seconds else 0.0,
-        )
+            ratios.append(speeds[1] / speeds[0])
+    found = [result.lossless for pair in pairs for result in pair.lossless if result.lossless]
+    # times are of all that ran together
+    longest = [
+        max((r.lossless for r in pair.lossless if r.lossless), key=lambda one: one.verify_seconds)
+        for pair in pairs
+    ]
+    draft_seconds = sum(one.draft_seconds for one in longest)
+    seconds = draft_seconds + sum(one.verify_seconds for one in longest)
+    decoded = max(1, lossless.tokens)
+    quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios
+    return Exactness(
+        prompts=sum(len(pair.backbone) for pair in pairs),
+        tokens=sum(len(result.tokens) for pair in pairs for result in pair.backbone),
+        differences=[difference for pair in pairs for difference in pair.differences],
+        backbone_tokens_per_second=backbone.tokens_per_second,
+        lossless_tokens_per_second=lossless.tokens_per_second,
+        speed_up=lossless.tokens_per_second / backbone.tokens_per_second
+        if backbone.tokens_per_second
+        else 0.0,
+        speed_up_quartiles=tuple(quartiles),
+        tokens_per_verification=lossless.tokens / max(1, sum(one.verifications for one in found)),
+        draft_share=sum(one.accepted_tokens for one in found) / decoded,
+        ngram_share=sum(one.ngram_tokens for one in found) / decoded,
+        draft_time_share=draft_seconds / seconds if seconds else 0.0,
+    )
 
 
-def _decode_seconds(result: GenerationResult) -> float:
-    speed = result.decode_tokens_per_second
-    return (len(result.tokens) - 1) / speed if speed else 0.0
+@dataclass(slots=True)
+class _Speed:
+    """Decoded tokens, and the seconds that they took."""
 
+    tokens: int = 0
+    seconds: float = 0.0
 
-def _of_lossless(results: Sequence[GenerationResult]) -> Iterator[LosslessStatistics]:
-    for result in results:
-        if result.lossless is not None:
-            yield result.lossless
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def add(self, batch: Sequence[GenerationResult]) -> float:
+        """Answers that ran together; their tokens per second."""
+        tokens = sum(len(result.tokens) - 1 for result in batch)
+        speeds = [(len(result.tokens) - 1, result.decode_tokens_per_second) for result in batch]
+        seconds = max((count / speed for count, speed in speeds if speed), default=0.0)
+        self.tokens += tokens
+        self.seconds += seconds
+        return tokens / seconds if seconds else 0.0

@@ -165,6 +165,16 @@ class ExitPolicy:
             return self.layer_thresholds
         return (math.inf,) * num_layers
 
+    def prefill_thresholds(self, num_layers: int) -> tuple[float, ...]:
+        """The same for the tokens of a prompt; with ``"sequence"``, for their mean similarity.
+
+        Raises:
+            ConfigError: the policy names more layers than the model has.
+        """
+        if self.prefill in ("backbone", "river"):
+            return (math.inf if self.prefill == "backbone" else -math.inf,) * num_layers
+        return self.thresholds(num_layers)
+
     def describe(self) -> str:
         """A few words for a table: ``similarity > 0.97``."""
         if self.kind == "fixed":

@@ -1,14 +1,14 @@
 """Which tokens of the running pass are still in the backbone, and which are in the river.
 
-One `ExitRouter` accompanies a model. It is told when a pass begins and what each layer made of its
-input; it applies the exit policy, and every linear layer asks it which weights to use for which
-row. A row is one token of one sequence: row `b * T + t` of a pass over `[B, T]` tokens.
+One `ExitRouter` accompanies a model. It is told by which rule the tokens of a pass leave, and what
+each layer made of its input; every linear layer asks it which weights to use for which row. A row
+is one token of one sequence: row `b * T + t` of a pass over `[B, T]` tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy, check_is_policy
+from river_llm.exit_policy import ExitPolicy
 
 Phase = Literal["prefill", "decode"]
 
@@ -30,6 +30,48 @@ class Route(Enum):
     BOTH = 2  # some here, some there
 
 
+@dataclass(frozen=True, slots=True)
+class RoutingRule:
+    """By what the tokens `[B, T]` of one pass leave the backbone. All tensors are on the CPU.
+
+    Attributes:
+        thresholds: float32 `[L]` for all tokens, or `[B, T, L]`: a token leaves after l layers
+            where its similarity exceeds entry l; see `ExitPolicy.thresholds`.
+        is_real: bool `[B, T]`, false for padding and for tokens that only fill a row up, which have
+            no say in where others go; None where all are real.
+        mean_groups: int64 `[B, T]`, tokens of one group are compared by their mean similarity.
+        minimum_groups: int64 `[B, T]`, and then by the smallest of their group. Groups are numbered
+            from 0; tokens that left, or are not real, have no part in their group.
+        record_similarities: whether the router keeps them.
+    """
+
+    thresholds: Tensor
+    is_real: Tensor | None = None
+    mean_groups: Tensor | None = None
+    minimum_groups: Tensor | None = None
+    record_similarities: bool = False
+
+    @classmethod
+    def of_policy(
+        cls, policy: ExitPolicy, num_layers: int, phase: Phase, is_real: Tensor
+    ) -> RoutingRule:
+        """What a policy says of a pass over tokens `[B, T]` that is all prefill or all decoding."""
+        prefills = phase == "prefill"
+        thresholds = (policy.prefill_thresholds if prefills else policy.thresholds)(num_layers)
+        sequences = torch.arange(len(is_real)).unsqueeze(1).expand_as(is_real)
+        leaves_whole = prefills and policy.prefill == "sequence"
+        if leaves_whole:
+            together = torch.zeros_like(sequences)
+        else:  # those of one column
+            together = torch.arange(is_real.shape[1]).expand_as(is_real)
+        return cls(
+            torch.tensor(thresholds),
+            None if bool(is_real.all()) else is_real,
+            mean_groups=sequences if leaves_whole else None,
+            minimum_groups=together if policy.batch == "minimum" else None,
+        )
+
+
 class ExitRouter:
     """The exit decision of every token, pass by pass.
 
@@ -37,39 +79,26 @@ class ExitRouter:
         route: where the rows of the layer that runs now go.
         backbone_rows, river_rows: the row indices of either side, while `route` is BOTH.
         in_backbone: bool `[B, T]`, which tokens of the running pass haven't left.
-        exit_layers: int64 `[B, T]`, how many backbone layers each token of the last pass ran.
+        exit_layers: int64 `[B, T]`, how many backbone layers each token of the last pass ran; of
+            no meaning for tokens that aren't real.
         depth_limit: tokens still in the backbone after so many layers leave there, from the next
             pass on; None: no limit.
-        held_back: tokens of all passes so far that left by the depth limit and not by the policy;
-            padding doesn't count.
-        least_depth, most_depth: layers that tokens of the running pass run in the backbone by
-            policy and limit, whatever their similarities: the deepest one surely and at most.
+        depth_capped: real tokens of all passes so far that left by the depth limit alone.
+        record_similarities: whether to keep those of passes whose rules don't ask for it.
         similarities: float32 `[L, B, T]` of the last pass, NaN where a token had left before;
-            None unless `record_similarities` is set.
+            None unless they were recorded.
     """
 
-    def __init__(self, policy: ExitPolicy, num_layers: int) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
+        self._depth_limit: int | None = None
+        self.depth_capped = 0
         self.record_similarities = False
-        self.depth_limit = None
-        self.held_back = 0
-        self.least_depth = self.most_depth = num_layers
         self.route = Route.BACKBONE
         self.backbone_rows = self.river_rows = torch.empty(0, dtype=torch.long)
         self.in_backbone = torch.empty(0, 0, dtype=torch.bool)
         self.exit_layers = torch.empty(0, 0, dtype=torch.long)
         self.similarities: Tensor | None = None
-        self.set_policy(policy)
-
-    def set_policy(self, policy: ExitPolicy) -> None:
-        """Use `policy` from the next pass on.
-
-        Raises:
-            ConfigError: it is none, or names more layers than the model has.
-        """
-        check_is_policy(policy)
-        self.thresholds = policy.thresholds(self.num_layers)
-        self.policy = policy
 
     @property
     def depth_limit(self) -> int | None:
@@ -84,40 +113,25 @@ class ExitRouter:
         check_depth_limit(limit, self.num_layers)
         self._depth_limit = limit
 
-    def begin_pass(
-        self, batch: int, num_tokens: int, phase: Phase, is_real: Tensor | None = None
-    ) -> None:
-        """Start a pass over `[batch, num_tokens]` tokens.
-
-        Args:
-            is_real: bool `[batch, num_tokens]`, false for padding and for tokens that only fill a
-                row up, which have no say in another token's exit; None where all are real.
-        """
-        rule = self.policy.prefill if phase == "prefill" else "token"
-        if rule == "backbone":
-            self._pass_thresholds = (math.inf,) * self.num_layers
-        elif rule == "river":
-            self._pass_thresholds = (-math.inf,) * self.num_layers
-        else:
-            self._pass_thresholds = self.thresholds
-        self._pass_limit = self.num_layers if self.depth_limit is None else self.depth_limit
-        self.least_depth, self.most_depth = _depths(self._pass_thresholds, self._pass_limit)
-        self._held_back = 0  # in this pass
-        self._leave_by_sequence = rule == "sequence"
-        self._leave_together = self.policy.batch == "minimum"
-        self._is_real = is_real
+    def begin_pass(self, batch: int, num_tokens: int, rule: RoutingRule) -> None:
+        """Start a pass over `[batch, num_tokens]` tokens."""
+        self._rule = rule
+        self._limit = self.num_layers if self.depth_limit is None else self.depth_limit
+        thresholds = rule.thresholds.float()
+        columns = thresholds.reshape(-1, self.num_layers)  # of the real tokens
+        if rule.is_real is not None and thresholds.ndim == 3:
+            columns = thresholds[rule.is_real]
+        self._thresholds = thresholds.expand(batch, num_tokens, self.num_layers)
+        self._are_finite = columns.isfinite().any(0).tolist()
+        self._may_leave = (columns < math.inf).any(0).tolist()
+        self._capped = 0  # in this pass
         self.in_backbone = torch.ones(batch, num_tokens, dtype=torch.bool)
         self.exit_layers = torch.full((batch, num_tokens), self.num_layers)
         self.route = Route.BACKBONE
-        self.similarities = (
-            torch.full((self.num_layers, batch, num_tokens), math.nan)
-            if self.record_similarities
-            else None
-        )
-        if self.most_depth == 0:
-            if self._pass_thresholds[0] > -math.inf:
-                self._hold_back(self.in_backbone)
-            self.leave(self.in_backbone, after=0)
+        self.similarities = None
+        if rule.record_similarities or self.record_similarities:
+            self.similarities = torch.full((self.num_layers, batch, num_tokens), math.nan)
+        self._let_leave(0, None)
 
     def after_layer(self, layers_run: int, layer_input: Tensor, layer_output: Tensor) -> None:
         """Let tokens leave after `layers_run` layers.
@@ -127,60 +141,70 @@ class ExitRouter:
         """
         if self.route is Route.RIVER:
             return
-        is_last = layers_run == self.num_layers
-        threshold = math.inf if is_last else self._pass_thresholds[layers_run]
-        is_limit = layers_run == self._pass_limit and not is_last
-        if threshold == math.inf and self.similarities is None and not is_limit:
-            return
-        leaving = self.in_backbone & (threshold < math.inf)
-        if math.isfinite(threshold) or self.similarities is not None:
-            # s[t,b,l] = cos(h[t,b,l-1], h[t,b,l]), in float32: [B, T]
+        decides = layers_run < self.num_layers and self._are_finite[layers_run]
+        similarity = None
+        if decides or self.similarities is not None:
+            # s[b,t,l] = cos(h[b,t,l-1], h[b,t,l]), in float32: [B, T]
             similarity = F.cosine_similarity(layer_input.float(), layer_output.float(), dim=-1)
             similarity = similarity.cpu()
             if self.similarities is not None:
                 self.similarities[layers_run - 1] = similarity.where(self.in_backbone, math.nan)
-            if math.isfinite(threshold):
-                leaving = (self._join(similarity) > threshold) & self.in_backbone
-        if is_limit:
-            self._hold_back(self.in_backbone & ~leaving)
-            leaving = self.in_backbone
-        self.leave(leaving, after=layers_run)
+        if layers_run < self.num_layers:
+            self._let_leave(layers_run, similarity if decides else None)
 
     def end_pass(self) -> None:
         """The pass came to its end."""
         self.route = Route.BACKBONE
-        self.held_back += self._held_back
+        self.depth_capped += self._capped
 
-    def _join(self, similarity: Tensor) -> Tensor:
-        """What is held against the threshold: `[B or 1, T or 1]`, from similarities `[B, T]`."""
-        if self._leave_by_sequence:
-            if self._is_real is None:
-                similarity = similarity.mean(1, keepdim=True)
-            else:
-                of_real = similarity.where(self._is_real, 0.0).sum(1, keepdim=True)
-                similarity = of_real / self._is_real.sum(1, keepdim=True)
-        if self._leave_together:
-            counts = self.in_backbone if self._is_real is None else self.in_backbone & self._is_real
-            if self._leave_by_sequence:
-                counts = counts.any(1, keepdim=True)
-            similarity = similarity.where(counts, math.inf).amin(0, keepdim=True)
+    def _let_leave(self, layers_run: int, similarity: Tensor | None) -> None:
+        """Apply rule and limit; `similarity` is `[B, T]`, or None where it decides nothing."""
+        leaving = torch.zeros_like(self.in_backbone)
+        if self._may_leave[layers_run]:
+            threshold = self._thresholds[..., layers_run]
+            leaving = threshold == -math.inf
+            if similarity is not None:
+                leaving = leaving | (self._joined(similarity) > threshold)
+            leaving = leaving & self.in_backbone
+        if layers_run == self._limit:
+            self._capped += int(self._counting(self.in_backbone & ~leaving).sum())
+            leaving = self.in_backbone
+        if bool(leaving.any()):
+            self._leave(leaving, after=layers_run)
+
+    def _counting(self, tokens: Tensor) -> Tensor:
+        """The real ones of the tokens, bool `[B, T]`."""
+        return tokens if self._rule.is_real is None else tokens & self._rule.is_real
+
+    def _joined(self, similarity: Tensor) -> Tensor:
+        """What is held against the thresholds, from similarities `[B, T]`: of their groups."""
+        counting = self._counting(self.in_backbone)
+        groups = self._rule.mean_groups
+        if groups is not None:
+            sums = similarity.new_zeros(int(groups.max()) + 1)
+            counts = sums.index_add(0, groups[counting], torch.ones(int(counting.sum())))
+            sums = sums.index_add(0, groups[counting], similarity[counting])
+            similarity = (sums / counts)[groups]
+        groups = self._rule.minimum_groups
+        if groups is not None:
+            # a row that is no number says nothing of its neighbours
+            least = torch.full((int(groups.max()) + 1,), math.inf).scatter_reduce(
+                0, groups[counting], similarity[counting].nan_to_num(math.inf), "amin"
+            )
+            similarity = least.where(least.isfinite(), math.nan)[groups]
         return similarity
 
-    def _hold_back(self, tokens: Tensor) -> None:
-        """Count the tokens, bool `[B, T]`, that leave by the depth limit alone."""
-        if self._is_real is not None:
-            tokens = tokens & self._is_real
-        self._held_back += int(tokens.sum())
-
-    def leave(self, leaving: Tensor, after: int) -> None:
+    def _leave(self, leaving: Tensor, after: int) -> None:
         """Let the tokens `leaving`, bool `[B, T]`, leave the backbone after `after` layers."""
-        if not bool(leaving.any()):
-            return
         self.exit_layers[leaving] = after
         self.in_backbone = self.in_backbone & ~leaving
-        rows = self.in_backbone.flatten()
-        if not bool(rows.any()):
+        if not bool(self._counting(self.in_backbone).any()):
             self.route = Route.RIVER
+            return
+        rows = self.in_backbone.flatten()
+        if self._rule.is_real is not None:  # others go where it costs no second product
+            rows = rows | ~self._rule.is_real.flatten()
+        if bool(rows.all()):
             return
         self.route = Route.BOTH
         self.backbone_rows = rows.nonzero().flatten()
@@ -188,7 +212,7 @@ class ExitRouter:
 
 
 def check_depth_limit(limit: int | None, num_layers: int) -> None:
-    """See that a model of so many layers can have this limit.
+    """Validate the depth limit of a model of so many layers.
 
     Raises:
         ConfigError: it has fewer layers.
@@ -198,14 +222,3 @@ def check_depth_limit(limit: int | None, num_layers: int) -> None:
             f"the depth limit is {limit}, but the model has {num_layers} layers; "
             f"choose 0 to {num_layers}"
         )
-
-
-def _depths(thresholds: Sequence[float], limit: int) -> tuple[int, int]:
-    """How many layers the deepest token runs in the backbone: surely, and at most."""
-    most = least = min(limit, len(thresholds))
-    for depth in range(most - 1, -1, -1):
-        if thresholds[depth] == -math.inf:
-            most = least = depth
-        elif depth > 0 and thresholds[depth] < math.inf:  # before the first layer it says nothing
-            least = depth
-    return least, most

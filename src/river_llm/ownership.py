@@ -13,33 +13,6 @@ from typing import Any, NoReturn
 from river_llm.errors import RiverError
 
 
-class OwnProcess:
-    """Remembers which process made it."""
-
-    def __init__(self) -> None:
-        self._id = os.getpid()
-
-    @property
-    def is_this(self) -> bool:
-        """Whether this is the process."""
-        return os.getpid() == self._id
-
-    def check(self, what: str = "engine") -> None:
-        """Validate that this is the process.
-
-        Args:
-            what: belongs to it.
-
-        Raises:
-            RiverError: it is a fork of it.
-        """
-        if not self.is_this:
-            raise RiverError(
-                f"this {what} belongs to the process that made it; make another one after a fork, "
-                'and start processes by "spawn" where PyTorch has computed before'
-            )
-
-
 class NotCopied:
     """What belongs to one model, thread or process: a copy of it would run the original's."""
 
@@ -67,25 +40,36 @@ class NotCopiedEngine(NotCopied):
 class ProcessLock(NotCopiedEngine):
     """A lock of the threads of one process; whoever holds it may take it again."""
 
-    def __init__(self) -> None:
-        self._process = OwnProcess()
+    def __init__(self, what: str = "engine") -> None:
+        """`what` it guards, for an error."""
+        self._what = what
+        self._process = os.getpid()
         self._lock = RLock()
+
+    def check_process(self) -> None:
+        """Validate that this is the process that made it.
+
+        Raises:
+            RiverError: it is a fork of it, where a thread that held the lock would never give it
+                back.
+        """
+        if os.getpid() != self._process:
+            raise RiverError(
+                f"this {self._what} belongs to the process that made it; make another one after a "
+                'fork, and start processes by "spawn" where PyTorch has computed before'
+            )
 
     def acquire_at_once(self) -> bool:
         """Take it if no other thread holds it, and this is its process."""
-        return self._process.is_this and self._lock.acquire(blocking=False)
+        return os.getpid() == self._process and self._lock.acquire(blocking=False)
 
     def release(self) -> None:
         """Let another thread have it."""
         self._lock.release()
 
     def __enter__(self) -> None:
-        """Wait for it.
-
-        Raises:
-            RiverError: this is a fork, where a thread that held it would never give it back.
-        """
-        self._process.check()
+        """Wait for it; errors as of `check_process`."""
+        self.check_process()
         self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:

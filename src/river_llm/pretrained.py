@@ -22,8 +22,9 @@ from river_llm.engines import (
     choose_engine,
     make_engine,
 )
+from river_llm.engines.step import Offloading
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
+from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.load.model import load_backbone
 from river_llm.load.repacked_weights import (
     PackedModel,
@@ -47,10 +48,9 @@ class Pretrained:
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    river_config: RiverConfig | None
+    river_config: RiverConfig
     stop_tokens: frozenset[int]
     fallback_reason: str | None = None
-    river_directory: Path | None = None
     residency: ResidencyPlan | None = None
 
 
@@ -80,24 +80,20 @@ def load_pretrained(
     check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
     offload = OffloadConfig.of(offload, no_miss)
     bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
-    policy = policy or ExitPolicy.similarity(DEFAULT_THRESHOLD)
+    policy = policy or ExitPolicy.never()  # of lossless mode
     device = device or _default_device()
-    directory = Path(river) if isinstance(river, str | Path) else None
     find_packed = None
     may_be_packed = engine != "torch" and dtype is torch.bfloat16 and not trust_remote_code
     if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
         find_packed = partial(packed_folder, name_or_path, river, **bits)
     folder = find_packed() if find_packed else None
     packed = read_packed(folder, policy, threads, offload, kv_bits) if folder else None
-    if folder is not None and not isinstance(river, str | Path):
-        directory = folder.directory  # where what is learnt about drafts may go too
     if packed is not None:
         return Pretrained(
             packed.engine,
             packed.tokenizer,
             packed.river_config,
             packed.stop_tokens,
-            river_directory=directory,
             residency=packed.residency,
         )
     check = partial(choose_engine, choice=engine, kv_bits=kv_bits, **bits)
@@ -105,15 +101,13 @@ def load_pretrained(
         name_or_path, river, dtype, device, trust_remote_code, progress, check
     )
     ends = stop_tokens(model, tokenizer)
-    chosen, reason = make_engine(
-        model, made, policy, engine, threads=threads, kv_bits=kv_bits, **bits
-    )
+    chosen, reason = make_engine(model, made, engine, threads=threads, kv_bits=kv_bits, **bits)
     if folder is not None and find_packed and isinstance(chosen, CpuEngine):
         packed = PackedModel(chosen, tokenizer, made.config, ends)
         if find_packed() == folder:  # else files were changed while they were read
             keep_packed(folder, packed)
-    residency = _offload(chosen, folder, offload) if offload is not None else None
-    return Pretrained(chosen, tokenizer, made.config, ends, reason, directory, residency)
+    residency = _offload(chosen, folder, offload, policy) if offload is not None else None
+    return Pretrained(chosen, tokenizer, made.config, ends, reason, residency)
 
 
 def load_with_river(
@@ -132,7 +126,9 @@ def load_with_river(
     return attach_river(model, made, policy=policy), tokenizer
 
 
-def _offload(engine: Engine, folder: CachedFolder | None, config: OffloadConfig) -> ResidencyPlan:
+def _offload(
+    engine: Engine, folder: CachedFolder | None, config: OffloadConfig, policy: ExitPolicy
+) -> ResidencyPlan:
     """Evict layers of an engine that was just made."""
     if isinstance(engine, CpuEngine):
         if folder is None:
@@ -140,8 +136,9 @@ def _offload(engine: Engine, folder: CachedFolder | None, config: OffloadConfig)
                 "the native engine offloads to the packed copy that it keeps in the cache, and "
                 "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
             )
-        return offload_packed(engine, folder, config)
-    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, engine.policy)
+        return offload_packed(engine, folder, config, policy)
+    assert isinstance(engine, Offloading)
+    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, policy)
     engine.keep_layers(plan.resident)
     return plan
 

@@ -4,11 +4,11 @@ A safetensors file of:
 
     tokens       int64 [T]
     thresholds   float64 [L], by which each of them left the backbone
-    cache.*      keys and values, in a form of the engine's own (`Engine.read_cache`)
+    cache.*      keys and values, in a form of the engine's own (`CacheAccess.read_cache`)
 
-Its metadata says what it belongs to (`Engine.cache_identity`), of how many positions the text was
-whose rotary angles the keys have, and the digest of all of it. It is written aside and renamed, and
-checked as a whole before any of it is used.
+Its metadata says what it belongs to (`CacheAccess.cache_identity`), of how many positions the text
+was whose rotary angles the keys have, and the digest of all of it. It is written aside and renamed,
+and checked as a whole before any of it is used.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import river_llm
-from river_llm.cached_text import CachedText, common_beginning
-from river_llm.engines import Engine
+from river_llm.cached_text import CachedText, Thresholds, common_prefix
+from river_llm.engines.step import CacheAccess, Engine
 from river_llm.errors import PromptCacheError
 
 # Goes up with every change of the file, and of the numbers that engines compute.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STAGING_PREFIX = ".writing-"
 _FORMAT = "river-llm prompt cache"
 _PART = "cache."
@@ -43,14 +43,15 @@ _OTHER_FILE = "or give another file"
 
 
 def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
-    """Write the exact beginning of the text that the engine's cache holds, whole or not at all.
+    """Write a text of the engine's cache, as far as it is exact, whole or not at all.
 
     Raises:
         PromptCacheError: something else is in that place, or it can't be written.
     """
     target = check_writable(path)
     tokens = text.tokens[: text.exact]
-    tensors = {f"{_PART}{name}": part for name, part in engine.read_cache(len(tokens)).items()}
+    parts = _access(engine).read_cache(text.sequence, len(tokens))
+    tensors = {f"{_PART}{name}": part for name, part in parts.items()}
     tensors["tokens"] = torch.tensor(tokens)
     tensors["thresholds"] = torch.tensor(text.thresholds, dtype=torch.float64)
     metadata = {
@@ -79,12 +80,16 @@ def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def read_prompt_cache(path: Path, engine: Engine) -> tuple[CachedText, dict[str, Tensor]]:
-    """The text in a file, and its keys and values for `Engine.write_cache`, mapped from the file.
+def read_prompt_cache(path: Path, engine: Engine, thresholds: Thresholds | None) -> CachedText:
+    """A new sequence of the engine with the text in a file.
+
+    Args:
+        thresholds: by which the tokens of prompts leave; None: not each on its own.
 
     Raises:
-        PromptCacheError: there is none, it is damaged, or it belongs to another model, river or
-            setting of the engine.
+        PromptCacheError: there is none, it is damaged, or it belongs to another model, river,
+            setting of the engine, or thresholds.
+        ContextFullError: it doesn't fit the model's context.
     """
     tensors, metadata = _open(path)
     try:
@@ -96,17 +101,28 @@ def read_prompt_cache(path: Path, engine: Engine) -> tuple[CachedText, dict[str,
         if metadata.pop("digest") != _digest(tensors, metadata):
             raise _damaged(path, "its bytes are not those that were written")
         tokens = tensors.pop("tokens").tolist()
-        thresholds = tuple(tensors.pop("thresholds").tolist())
-        theirs = json.loads(metadata["identity"])
+        theirs = tuple(tensors.pop("thresholds").tolist())
+        identity = json.loads(metadata["identity"])
         positions = int(metadata["positions"])
     except (KeyError, ValueError) as error:
         raise _damaged(path, _brief(error)) from error
-    is_backbone = all(threshold == math.inf for threshold in thresholds)
+    is_backbone = all(threshold == math.inf for threshold in theirs)
     for name, value in _identity(engine, tokens).items():
-        if theirs.get(name) != value and not (name == "river" and is_backbone):
-            raise _other(path, name, theirs.get(name), value)
+        if identity.get(name) != value and not (name == "river" and is_backbone):
+            raise _other(path, name, identity.get(name), value)
+    if theirs != thresholds:
+        raise PromptCacheError(
+            f"the tokens in {path} left the backbone otherwise than prompts of this run do; take "
+            f"the prefill rule with which it was written, {_OTHER_FILE}"
+        )
     parts = {name.removeprefix(_PART): part for name, part in tensors.items()}
-    return CachedText(tokens, len(tokens), thresholds, positions, is_loaded=True), parts
+    sequence = engine.add_sequence(positions)
+    try:
+        _access(engine).write_cache(sequence, parts, len(tokens))
+    except BaseException:
+        engine.drop_sequence(sequence)
+        raise
+    return CachedText(sequence, tokens, len(tokens), theirs, positions, is_loaded=True)
 
 
 def check_writable(path: Path) -> Path:
@@ -140,7 +156,7 @@ def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
 
 def is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
     """Whether a prompt begins with less than half of what is kept."""
-    return 2 * common_beginning(prompt, kept) < len(kept)
+    return 2 * common_prefix(prompt, kept) < len(kept)
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,8 +179,14 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _damaged(path, _brief(error)) from error
 
 
+def _access(engine: Engine) -> CacheAccess:
+    if not isinstance(engine, CacheAccess):
+        raise PromptCacheError(f"the {engine.name} engine has no prompt caches; take another")
+    return engine
+
+
 def _identity(engine: Engine, tokens: Sequence[int]) -> dict[str, str]:
-    return {"river-llm": river_llm.__version__, **engine.cache_identity(tokens)}
+    return {"river-llm": river_llm.__version__, **_access(engine).cache_identity(tokens)}
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -177,18 +199,12 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _other(path: Path, name: str, theirs: Any, ours: str) -> PromptCacheError:
-    if name == "model":
-        return PromptCacheError(
-            f"{path} is of another model, or of other weights; take that model, {_OTHER_FILE}"
-        )
-    if name == "river":
-        return PromptCacheError(
-            f"the tokens in {path} ran through another river; take that one, {_OTHER_FILE}"
-        )
-    return PromptCacheError(
-        f"{path} was written with {name} {theirs}, this run has {ours}; take the same, "
-        f"{_OTHER_FILE}"
-    )
+    why = {
+        "model": f"{path} is of another model, or of other weights; take that model",
+        "river": f"the tokens in {path} ran through another river; take that one",
+    }
+    other = f"{path} was written with {name} {theirs}, this run has {ours}; take the same"
+    return PromptCacheError(f"{why.get(name, other)}, {_OTHER_FILE}")
 
 
 def _damaged(path: Path, why: str) -> PromptCacheError:

@@ -228,14 +228,14 @@ class OffloadStatistics:
         misses: evicted layers that had to be brought back, each time.
         bytes_read: for that.
         seconds_waited: by the computation, for that.
-        held_back: tokens that left where the layers that stay end, and would have gone deeper.
+        depth_capped: tokens that left where the layers that stay end, and would have gone deeper.
     """
 
     resident_layers: int
     misses: int = 0
     bytes_read: int = 0
     seconds_waited: float = 0.0
-    held_back: int = 0
+    depth_capped: int = 0
 
     def since(self, earlier: OffloadStatistics) -> OffloadStatistics:
         """What came after `earlier`."""

@@ -12,7 +12,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
-    decoding_mode,
+    draft_config,
     exit_policy,
     offload_config,
     river_config,
@@ -25,7 +25,7 @@ from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError,
 
 if TYPE_CHECKING:
     from river_llm.conversation import Conversation
-    from river_llm.river_lm import RiverLM
+    from river_llm.lm import RiverLM
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 _COMMAND = re.compile(r"/[a-z]+", re.IGNORECASE)  # not /usr/bin, and not /tmp in a sentence
@@ -42,7 +42,6 @@ def chat(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
-    mode: options.Mode = options.ModeName.river,
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
@@ -75,17 +74,10 @@ def chat(
     if system is not None:
         check_text("--system", system)
     check_stdin()
-    of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
-    decoding, drafts = decoding_mode(
-        mode,
-        of_policy,
-        draft_tokens,
-        draft_exit_layer,
-        draft_lm_head_bits,
-        draft_vocabulary,
-        ngram,
-    )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    drafts = draft_config(
+        chosen, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
+    )
     built = river_config(river, bits, group_size, quantizer)
     loading = LoadOptions(
         model=model,
@@ -100,9 +92,9 @@ def chat(
         lm_head_bits=lm_head_bits,
         kv_bits=kv_bits,
         drafts=drafts,
-        offload=offload_config(offload, no_miss, decoding),
+        offload=offload_config(offload, no_miss, chosen),
     )
-    check_prompt_cache(prompt_cache, mode, prefill)
+    check_prompt_cache(prompt_cache, chosen)
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
@@ -112,12 +104,11 @@ def chat(
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
     settings: dict[str, Any] = {
         **asdict(sampling),
-        "mode": decoding,
         "drafts": drafts,
         "chat_template_kwargs": variables,
         "allow_control_tokens": allow_control_tokens,
     }
-    cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, lm)
     _converse(lm, cache, system, settings)
 
 
@@ -158,7 +149,7 @@ def _read_line(lines: StdinLines) -> str | None:
 
 def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, text: str) -> None:
     from river_llm.cli import render
-    from river_llm.generation import GenerationResult
+    from river_llm.generate import GenerationResult
 
     responses = []
     try:
@@ -174,9 +165,8 @@ def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, t
         return
     render.stdout.print()
     if responses:
-        result = GenerationResult.of(
-            lm.engine, responses, responses[-1].prompt_tokens, conversation.mode
-        )
+        prompt_tokens = responses[-1].prompt_tokens
+        result = GenerationResult.of(lm.engine, responses, prompt_tokens, lm.policy)
         if result.lossless is not None:
             render.stderr.print(render.lossless_line(result.lossless), style="dim")
         render.stderr.print(render.statistics_line(result), style="dim")

@@ -11,7 +11,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, describe_loaded, load
-from river_llm.cli.settings import decoding_mode, river_config, sampling_config
+from river_llm.cli.settings import draft_config, river_config, sampling_config
 from river_llm.cli.streams import print_json
 from river_llm.cli.usage import usage_error
 from river_llm.errors import DataError
@@ -19,7 +19,7 @@ from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.exactness import Difference, Exactness
-    from river_llm.river_lm import RiverLM
+    from river_llm.lm import RiverLM
     from river_llm.text.prompt import Prompt
 
 
@@ -68,16 +68,8 @@ def check_exact(
 ) -> None:
     """Answer prompts by the backbone alone and in lossless mode, in turn: whether all tokens are
     the same (else the exit code is 1), and how much faster lossless mode is."""
-    from river_llm.exit_policy import ExitPolicy
-
-    _, drafts = decoding_mode(
-        options.ModeName.lossless,
-        (),
-        draft_tokens,
-        draft_exit_layer,
-        draft_lm_head_bits,
-        draft_vocabulary,
-        ngram,
+    drafts = draft_config(
+        None, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
     )
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, None
@@ -88,7 +80,7 @@ def check_exact(
     loading = LoadOptions(
         model=model,
         river=river_config(river, bits, group_size, quantizer),
-        policy=ExitPolicy.never(),
+        policy=None,
         dtype=dtype,
         device=device,
         threads=threads,
@@ -207,5 +199,5 @@ def _line(lm: RiverLM, difference: Difference) -> str:
         f"{shown(difference.backbone)}, lossless mode {shown(difference.lossless)}"
     )
     pairs = zip(difference.top_tokens, difference.top_logits, strict=True)
-    likeliest = ", ".join(f"{shown(token)} {logit:.4f}" for token, logit in pairs)
-    return f"{line}; likeliest there: {likeliest}" if likeliest else line
+    best = ", ".join(f"{shown(token)} {logit:.4f}" for token, logit in pairs)
+    return f"{line}; most likely there: {best}" if best else line

@@ -1,4 +1,4 @@
-"""`river-llm generate`: answer one prompt through the river."""
+"""`river-llm generate`: answer one prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import LoadOptions, describe_loaded, load
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings import (
-    decoding_mode,
+    draft_config,
     exit_policy,
     offload_config,
     river_config,
@@ -24,9 +24,9 @@ from river_llm.cli.usage import check_text, usage_error
 from river_llm.errors import InterruptedRunError, PromptCacheError, RiverError
 
 if TYPE_CHECKING:
-    from river_llm.comparison import ArmResult
-    from river_llm.config import DraftConfig, Mode, SamplingConfig
-    from river_llm.river_lm import RiverLM
+    from river_llm.comparison import VariantResult
+    from river_llm.config import DraftConfig, SamplingConfig
+    from river_llm.lm import RiverLM
 
 
 def generate(
@@ -46,7 +46,6 @@ def generate(
     exit_layer: options.ExitLayer = None,
     first_layer: options.FirstLayer = 1,
     prefill: options.Prefill = None,
-    mode: options.Mode = options.ModeName.river,
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
@@ -69,8 +68,8 @@ def generate(
         bool,
         typer.Option(
             "--compare",
-            help="Then run backbone, full quantisation and River in turn along the backbone's "
-            "own greedy answer: speed, exit depth, agreement.",
+            help="Then run backbone, lossless mode, River and full quantisation in turn along the "
+            "backbone's own greedy answer: speed, exit depth, agreement.",
         ),
     ] = False,
     prompt_cache: options.PromptCacheFile = None,
@@ -88,17 +87,10 @@ def generate(
 ) -> None:
     """Answer a prompt; every token in the colour of the layer at which it left the backbone, or in
     lossless mode of what guessed it: green the river, blue the text itself, red nothing."""
-    of_policy = (policy, threshold, exit_layer, prefill, None if first_layer == 1 else first_layer)
-    decoding, drafts = decoding_mode(
-        mode,
-        of_policy,
-        draft_tokens,
-        draft_exit_layer,
-        draft_lm_head_bits,
-        draft_vocabulary,
-        ngram,
-    )
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
+    drafts = draft_config(
+        chosen, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
+    )
     built = river_config(river, bits, group_size, quantizer)
     loading = LoadOptions(
         model=model,
@@ -113,15 +105,11 @@ def generate(
         lm_head_bits=lm_head_bits,
         kv_bits=kv_bits,
         drafts=drafts,
-        offload=offload_config(offload, no_miss, decoding),
+        offload=offload_config(offload, no_miss, chosen),
     )
     if compare and no_miss:
         raise usage_error("--compare runs the whole backbone: leave out --no-miss")
-    check_prompt_cache(prompt_cache, mode, prefill)
-    if compare and drafts is not None:
-        raise usage_error(
-            "--compare goes with --mode river; river-llm check-exact compares lossless"
-        )
+    check_prompt_cache(prompt_cache, chosen)
     if prompt == "-":
         prompt = read_stdin()
     check_text("the prompt", prompt)
@@ -148,7 +136,7 @@ def generate(
         chat_template_kwargs=variables,
         allow_control_tokens=allow_control_tokens,
     )
-    cache = None if prompt_cache is None else PromptCache(prompt_cache, lm, decoding)
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, lm)
     settings = {
         **describe_loaded(loading, lm),
         "no_miss": no_miss,
@@ -157,7 +145,7 @@ def generate(
         "allow_control_tokens": allow_control_tokens,
         "sampling": {key: value for key, value in asdict(sampling).items() if key != "processors"},
     }
-    _answer(lm, cache, token_ids, sampling, decoding, drafts, compare, json_output, settings)
+    _answer(lm, cache, token_ids, sampling, drafts, compare, json_output, settings)
 
 
 def _answer(
@@ -165,7 +153,6 @@ def _answer(
     cache: PromptCache | None,
     token_ids: list[int],
     sampling: SamplingConfig,
-    mode: Mode,
     drafts: DraftConfig | None,
     compare: bool,
     json_output: bool,
@@ -173,7 +160,7 @@ def _answer(
 ) -> None:
     from river_llm.cli import render
     from river_llm.cli.progress import ProgressLines
-    from river_llm.generation import GenerationResult
+    from river_llm.generate import GenerationResult
 
     responses = []
     is_interrupted = False
@@ -182,7 +169,7 @@ def _answer(
         lines.start()
     try:
         for response in lm.stream_tokens(
-            token_ids, sampling, reuse_cache=cache is not None, mode=mode, drafts=drafts
+            token_ids, sampling, reuse_cache=cache is not None, drafts=drafts
         ):
             responses.append(response)
             lines.done, lines.total = len(responses), sampling.max_new_tokens
@@ -194,7 +181,7 @@ def _answer(
         is_interrupted = True
     finally:
         lines.stop()
-    result = GenerationResult.of(lm.engine, responses, len(token_ids), mode)
+    result = GenerationResult.of(lm.engine, responses, len(token_ids), lm.policy)
     if not json_output:
         render.stdout.print()
         if result.lossless is not None:
@@ -210,19 +197,19 @@ def _answer(
             not_kept = error
         except InterruptedRunError as error:
             not_kept, is_interrupted = error, True
-    arms = None
+    variants = None
     if compare and not is_interrupted:
         try:
-            arms = _compare(lm, token_ids, sampling.max_new_tokens)
+            variants = _compare(lm, token_ids, sampling.max_new_tokens)
         except KeyboardInterrupt:
             is_interrupted = True
     if json_output:
         output = {**settings, **asdict(result)}
-        if arms is not None:
-            output["comparison"] = [asdict(arm) for arm in arms]
+        if variants is not None:
+            output["comparison"] = [asdict(variant) for variant in variants]
         print_json(output)
-    elif arms is not None:
-        render.stdout.print(render.comparison_table(arms, lm.engine.num_layers))
+    elif variants is not None:
+        render.stdout.print(render.comparison_table(variants, lm.engine.num_layers))
     if compare and is_interrupted:
         before = "" if not_kept is None else f"{not_kept}; "
         raise InterruptedRunError(f"{before}interrupted before the comparison was done")
@@ -230,29 +217,26 @@ def _answer(
         raise not_kept
 
 
-def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[ArmResult] | None:
-    """The arms along the backbone's own answer; None if it is too short."""
+def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[VariantResult] | None:
+    """The variants along the backbone's own answer; None if it is too short."""
     from river_llm.cli import render
     from river_llm.cli.progress import LoadingProgress
-    from river_llm.comparison import compare_arms
+    from river_llm.comparison import COMPARED, compare_variants
     from river_llm.config import SamplingConfig
     from river_llm.exit_policy import ExitPolicy
 
-    river_policy = lm.policy
-    assert lm.river_config is not None
-    try:
-        with LoadingProgress("comparing") as progress:
-            lm.policy = ExitPolicy.never()
-            greedy = SamplingConfig(max_new_tokens=max_new_tokens)
-            answer = [response.token for response in lm.stream_tokens(token_ids, greedy)]
-            if len(answer) < 2:
-                render.stderr.print("the backbone's answer is too short to compare along it")
-                return None
-            arms = {
-                "backbone": ExitPolicy.never(),
-                f"full {lm.river_config.bits}-bit": ExitPolicy.always(),
-                f"River, {river_policy.describe()}": river_policy,
-            }
-            return compare_arms(lm.engine, token_ids, answer, arms, progress=progress.steps_done)
-    finally:
-        lm.policy = river_policy
+    with LoadingProgress("comparing") as progress:
+        greedy = SamplingConfig(max_new_tokens=max_new_tokens)
+        stream = lm.stream_tokens(token_ids, greedy, policy=ExitPolicy.never())
+        answer = [response.token for response in stream]
+        if len(answer) < 2:
+            render.stderr.print("the backbone's answer is too short to compare along it")
+            return None
+        river = lm.policy or COMPARED
+        variants = {
+            "backbone": ExitPolicy.never(),
+            "lossless": None,
+            f"River, {river.describe()}": river,
+            f"full {lm.river_config.bits}-bit": ExitPolicy.always(),
+        }
+        return compare_variants(lm, token_ids, answer, variants, progress=progress.steps_done)

@@ -30,11 +30,11 @@ def import_libraries() -> None:
     look through them again and again while they come, and once more when it ends, which together
     takes a quarter as long as the imports themselves. Does nothing the second time.
     """
-    if "river_llm.river_lm" in sys.modules:
+    if "river_llm.lm" in sys.modules:
         return
     gc.disable()
     try:
-        import river_llm.river_lm  # noqa: F401
+        import river_llm.lm  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()

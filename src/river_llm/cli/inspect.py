@@ -56,7 +56,7 @@ def inspect(
 ) -> None:
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, None)
-    offloading = offload_config(offload, no_miss=False, mode="river")
+    offloading = offload_config(offload, no_miss=False, policy=chosen)
     text = _read_text(text, text_file)
     if text is None:
         refuse_idle(context, "no text is read", {"--max-tokens"})

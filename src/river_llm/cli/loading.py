@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from river_llm.attachment import AttachedRiver
     from river_llm.exit_policy import ExitPolicy
-    from river_llm.river_lm import RiverLM
+    from river_llm.lm import RiverLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class LoadOptions:
     Attributes:
         model: its name or path.
         river: the folder of a saved river, or how to build one.
-        policy: when tokens leave the backbone.
+        policy: when tokens leave the backbone; None: lossless mode.
         dtype: of the backbone.
         device: by default CUDA where there is one.
         threads: that compute on a CPU; by default all.
@@ -42,7 +42,7 @@ class LoadOptions:
 
     model: str
     river: Path | RiverConfig
-    policy: ExitPolicy
+    policy: ExitPolicy | None
     dtype: DtypeName
     device: str | None
     threads: int | None
@@ -65,7 +65,8 @@ def load(options: LoadOptions) -> RiverLM:
 
     with LoadingProgress(f"loading {options.model}") as progress:
         prepare_torch(options.threads)
-        from river_llm.river_lm import RiverLM
+        from river_llm.generate import check_drafts
+        from river_llm.lm import RiverLM
 
         lm = RiverLM.from_pretrained(
             options.model,
@@ -83,7 +84,7 @@ def load(options: LoadOptions) -> RiverLM:
             progress=progress.layers_built,
         )
     if options.drafts is not None:
-        lm.check_drafts(options.drafts)
+        check_drafts(lm.engine, options.drafts)
     notes = []
     if lm.residency is not None:
         weights = format_bytes(lm.residency.resident_bytes)

@@ -28,11 +28,6 @@ class EngineName(str, Enum):
     torch = "torch"
 
 
-class ModeName(str, Enum):
-    river = "river"
-    lossless = "lossless"
-
-
 class WeightBits(str, Enum):
     sixteen = "16"
     eight = "8"
@@ -80,7 +75,8 @@ Quantizer = Annotated[
 Policy = Annotated[
     PolicyName | None,
     typer.Option(
-        help="When tokens leave the backbone. \\[default: similarity, threshold 0.9]",
+        help="When tokens leave the backbone. Without a policy, threshold or exit layer every "
+        "token is the backbone's: the river drafts, the backbone verifies (lossless mode).",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -105,14 +101,6 @@ Prefill = Annotated[
         rich_help_panel=_POLICY,
     ),
 ]
-Mode = Annotated[
-    ModeName,
-    typer.Option(
-        help="river: tokens leave the backbone by the policy. lossless: the river drafts, the "
-        "backbone verifies, and every token is the backbone's.",
-        rich_help_panel=_LOSSLESS,
-    ),
-]
 DraftTokens = Annotated[
     int | None,
     typer.Option(
@@ -123,7 +111,7 @@ DraftTokens = Annotated[
 DraftExitLayer = Annotated[
     int | None,
     typer.Option(
-        help="Backbone layers that a drafted token runs. \\[default: what measures fastest]",
+        help="Backbone layers that a drafted token runs. \\[default: 0]",
         rich_help_panel=_LOSSLESS,
     ),
 ]
@@ -243,6 +231,27 @@ TrustRemoteCode = Annotated[
         help="Run code that comes with the model. Read it first.",
         rich_help_panel=_SYSTEM,
     ),
+]
+TaskLimit = Annotated[
+    int | None, typer.Option(min=1, help="Items of a task at most.", rich_help_panel=TASKS)
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the tasks' files are. \\[default: $RIVER_LLM_DATA, else the Hub]",
+        rich_help_panel=TASKS,
+    ),
+]
+AllowCodeExecution = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Let humaneval run the model's programs, confined.",
+        rich_help_panel=TASKS,
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Items that run together.", rich_help_panel=TASKS)
 ]
 PromptCacheFile = Annotated[
     Path | None,

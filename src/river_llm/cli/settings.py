@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_llm.cli.options import (
     DraftHeadBits,
-    ModeName,
     PolicyName,
     PrefillName,
     QuantizerName,
@@ -17,7 +15,6 @@ from river_llm.cli.options import (
 from river_llm.cli.usage import usage_error
 from river_llm.config import (
     DraftConfig,
-    Mode,
     RiverConfig,
     SamplingConfig,
 )
@@ -34,8 +31,8 @@ def exit_policy(
     exit_layer: int | None,
     first_layer: int,
     prefill: PrefillName | None,
-) -> ExitPolicy:
-    """The policy that the options name.
+) -> ExitPolicy | None:
+    """The policy that the options name; None: lossless mode.
 
     Raises:
         typer.Exit: they contradict each other, or one is out of its range.
@@ -44,6 +41,13 @@ def exit_policy(
 
     if threshold is not None and exit_layer is not None:
         raise usage_error("give --threshold or --exit-layer, not both")
+    if policy is None and threshold is None and exit_layer is None:
+        if first_layer != 1 or prefill is not None:
+            name = "--prefill" if first_layer == 1 else "--first-layer"
+            raise usage_error(
+                f"{name} goes with an exit policy: --policy, --threshold or --exit-layer"
+            )
+        return None
     implied = PolicyName.fixed if exit_layer is not None else PolicyName.similarity
     kind = policy or implied
     if threshold is not None and kind != PolicyName.similarity:
@@ -68,38 +72,34 @@ def exit_policy(
         raise usage_error(str(error)) from error
 
 
-def decoding_mode(
-    mode: ModeName,
-    of_policy: Sequence[object],
+def draft_config(
+    policy: ExitPolicy | None,
     tokens: int | None,
     exit_layer: int | None,
     lm_head_bits: DraftHeadBits | None,
     vocabulary: int | None,
     ngram: bool | None,
-) -> tuple[Mode, DraftConfig | None]:
-    """The mode, and how lossless mode drafts.
-
-    Args:
-        of_policy: values of the options of the exit policy, None for those that weren't given.
+) -> DraftConfig | None:
+    """How lossless mode drafts; None with a policy.
 
     Raises:
-        typer.Exit: an option is for the other mode, or out of its range.
+        typer.Exit: an option has no meaning with a policy, or is out of its range.
     """
-    if mode is ModeName.river:
+    if policy is not None:
         given = (tokens, exit_layer, lm_head_bits, vocabulary, ngram)
         if any(value is not None for value in given):
-            raise usage_error("the draft options go with --mode lossless")
-        return "river", None
-    if any(value is not None for value in of_policy):
-        raise usage_error("--mode lossless has no exit policy: every token is the backbone's")
+            raise usage_error("the draft options go with lossless mode: leave the exit policy out")
+        return None
     bits = None if lm_head_bits is None else int(lm_head_bits.value)
     try:
-        return "lossless", DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
+        return DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
 
 
-def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadConfig | None:
+def offload_config(
+    offload: str | None, no_miss: bool, policy: ExitPolicy | None
+) -> OffloadConfig | None:
     """Which backbone layers stay in memory; None: all.
 
     Raises:
@@ -113,8 +113,10 @@ def offload_config(offload: str | None, no_miss: bool, mode: Mode) -> OffloadCon
         raise usage_error(f"--{error}") from error
     if no_miss and config is None:
         raise usage_error("--no-miss goes with --offload N or --offload SIZE")
-    if no_miss and mode == "lossless":
-        raise usage_error("--mode lossless verifies with the whole backbone: leave out --no-miss")
+    if no_miss and policy is None:
+        raise usage_error(
+            "--no-miss keeps tokens from the whole backbone: give --threshold or --exit-layer"
+        )
     return config
 
 

@@ -10,7 +10,7 @@ from river_llm.engines.choice import (
 )
 from river_llm.engines.cpu_engine import CpuEngine
 from river_llm.engines.drafting import Draft, DraftRule
-from river_llm.engines.engine import Engine, StepResult
+from river_llm.engines.step import Engine, StepResult
 from river_llm.engines.native_core import weight_layout
 from river_llm.engines.torch_engine import TorchEngine
 

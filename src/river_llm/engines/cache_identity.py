@@ -54,8 +54,8 @@ def native_identity(
         if table.long_frequencies is not None:
             _add(model_digest, "long rotary", table.long_frequencies.numpy())
         _add(model_digest, "scaling", table.scaling)
-    limit = model.angle_limit
-    _add(model_digest, "limit", [limit and asdict(limit), model.query_scaling])
+    boundary = model.rope_boundary
+    _add(model_digest, "limit", [boundary and asdict(boundary), model.query_scaling])
     for token in _known(token_ids, model.shape["vocab_size"]):
         model_digest.update(core.head_rows(token, 1) if embedding is None else embedding[token])
     river_digest = hashlib.sha256(_json([formats.river_bits, formats.river_group_size]))

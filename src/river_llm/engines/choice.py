@@ -11,11 +11,11 @@ import torch
 from river_llm.attachment import attach_river
 from river_llm.config import is_whole_number
 from river_llm.engines.cpu_engine import CpuEngine
-from river_llm.engines.engine import Engine
+from river_llm.engines.step import Engine
 from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.llama_family import check_supported
 from river_llm.engines.native_core import check_built, is_built, usable_threads
-from river_llm.engines.torch_engine import TorchEngine
+from river_llm.engines.torch import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
 from river_llm.exit_policy import ExitPolicy

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-# (sequence, tokens of its draft so far, logits [V]) -> (token, its margin)
+# (which of the drafted sequences, the tokens of its draft so far, logits [V]) -> (token, margin)
 Choose = Callable[[int, list[int], Tensor], tuple[int, float]]
 
 
@@ -16,39 +15,26 @@ Choose = Callable[[int, list[int], Tensor], tuple[int, float]]
 class DraftRule:
     """Which layers draft, and when a draft ends.
 
-    The margin of a token is 1 - p2 / p1, with the probabilities of the likeliest token and of the
-    second. `chances` says how likely a token of some margin is what the backbone would choose too,
-    and a draft ends with the token at which the product of its chances falls below the least one
-    wanted: the uncertain token is still drafted.
+    The margin of a token is 1 - p2 / p1, with the probabilities of the most likely token and of the
+    second. A draft ends with the first token whose margin is small: that one is still drafted.
 
     Attributes:
         exit_layer: backbone layers that a drafted token runs before it leaves.
         lm_head_bits: of the LM head, one of the engine's `draft_head_bits`.
         vocabulary: drafted tokens are among the first so many; None: among all.
-        least_chances: in [0, 1]; 0 ends no draft. The first counts while one sequence of a batch
-            drafts, the second while two do, and so on; the last one counts for more, too.
-        chances: of margins in equal parts of [0, 1].
+        least_margin: a margin below it ends the draft, one that is NaN too; 0 ends none.
         stop_tokens: end a draft.
     """
 
     exit_layer: int = 0
     lm_head_bits: int = 16
     vocabulary: int | None = None
-    least_chances: tuple[float, ...] = (0.0,)
-    chances: tuple[float, ...] = (1.0,)
+    least_margin: float = 0.0
     stop_tokens: frozenset[int] = frozenset()
 
-    def chance(self, margin: float) -> float:
-        """Of a token with this margin."""
-        return self.chances[margin_class(margin, len(self.chances))]
-
-
-def margin_class(margin: float, parts: int) -> int:
-    """Into which of so many equal parts of [0, 1] a margin falls; one that is no number, into the
-    first."""
-    if math.isnan(margin):
-        return 0
-    return int(min(max(margin, 0.0) * parts, parts - 1))
+    def ends_with(self, token: int, margin: float) -> bool:
+        """Whether a draft ends with this token."""
+        return not margin >= self.least_margin or token in self.stop_tokens
 
 
 @dataclass(slots=True)
@@ -64,7 +50,7 @@ class Draft:
     margins: list[float] = field(default_factory=list)
 
 
-def likeliest_with_margin(sequence: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
+def argmax_with_margin(sequence: int, drafted: list[int], logits: Tensor) -> tuple[int, float]:
     """The token of the largest logit, a `Choose`."""
     del sequence, drafted
     (first, second), tokens = logits.float().topk(2)
@@ -73,34 +59,31 @@ def likeliest_with_margin(sequence: int, drafted: list[int], logits: Tensor) -> 
 
 def draft_step_by_step(
     decode: Callable[[list[int], list[int]], Tensor],
-    token_ids: Sequence[int],
+    tokens: Sequence[int],
     most: Sequence[int],
     rule: DraftRule,
-    choose: Choose,
+    choose: Choose = argmax_with_margin,
 ) -> list[Draft]:
     """Drafts made one step at a time.
 
     Args:
-        decode: (sequences, the next token of each) -> logits `[sequences, V]`, or of the rule's
-            vocabulary; one step of these sequences through the layers that draft.
+        decode: (which of the sequences, the next token of each) -> logits `[sequences, V]`, or of
+            the rule's vocabulary; one step of these sequences through the layers that draft.
+        tokens: the token after which each sequence is drafted.
+        most: drafted tokens of each at most.
     """
-    drafts = [Draft() for _ in token_ids]
-    chances = [1.0] * len(drafts)
+    drafts = [Draft() for _ in tokens]
+    last = list(tokens)
     going = [i for i, count in enumerate(most) if count > 0]
     while going:
-        last = [(drafts[i].tokens or [token_ids[i]])[-1] for i in going]
-        logits = decode(going, last)
-        for i, row in zip(going, logits, strict=True):
-            token, margin = choose(i, drafts[i].tokens, row)
-            drafts[i].tokens.append(token)
+        for i, logits in zip(going, decode(going, [last[i] for i in going]), strict=True):
+            last[i], margin = choose(i, drafts[i].tokens, logits)
+            drafts[i].tokens.append(last[i])
             drafts[i].margins.append(margin)
-            chances[i] *= rule.chance(margin)
-        least = rule.least_chances[min(len(going), len(rule.least_chances)) - 1]
         going = [
             i
             for i in going
             if len(drafts[i].tokens) < most[i]
-            and chances[i] >= least
-            and drafts[i].tokens[-1] not in rule.stop_tokens
+            and not rule.ends_with(last[i], drafts[i].margins[-1])
         ]
     return drafts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +20,10 @@ _FEWEST, _ROOM_SHARE = 16, 32  # positions of each, and a part of those that are
 
 
 def check_kv_bits(kv_bits: int) -> None:
-    """See that a KV cache can have so many bits.
+    """Validate the bits of a KV cache.
 
     Raises:
-        ConfigError: it can't.
+        ConfigError: there is none of so many.
     """
     if kv_bits not in (8, 16):
         raise ConfigError(f"the KV cache has {kv_bits} bits; choose 16 (the model's dtype) or 8")
@@ -58,7 +59,7 @@ def dequantize_states(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 class StatesLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values `[B, G, T, D]` of one layer; all of them, even if attention has a window.
 
-    Each part is the beginning of memory that has room for more, so that a new position is written
+    Each part is the first part of memory that has room for more, so that a new position is written
     where it stays and nothing else is copied; `DynamicLayer` copies the whole layer for each.
     """
 
@@ -78,21 +79,11 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         return self._append("keys", key_states), self._append("values", value_states)
 
-    def _append(self, name: str, new: Tensor) -> Tensor:
-        """Put `new`, `[B, G, N, ...]`, behind what a part holds; the whole part."""
-        part: Tensor = getattr(self, name)
-        begin = part.shape[2]
-        end = begin + new.shape[2]
-        room = self._rooms.get(name)
-        if room is None or part.data_ptr() != room.data_ptr() or room.shape[2] < end:
-            length = end + max(_LEAST_ROOM // len(new), _FEWEST, end // _ROOM_SHARE)
-            room = new.new_empty(*new.shape[:2], length, *new.shape[3:])
-            room[:, :, :begin] = part
-            self._rooms[name] = room
-        room[:, :, begin:end] = new
-        part = room[:, :, :end]
-        setattr(self, name, part)
-        return part
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        if self.is_initialized:
+            for name in self.parts:
+                setattr(self, name, getattr(self, name)[:, :, :length])
 
     def restore(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Become what these `parts` of a layer were; attention gets keys and values of `dtype`."""
@@ -101,28 +92,58 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
             setattr(self, name, parts[name])
         self.is_initialized = True
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` positions."""
-        self._change(lambda part: part[:, :, :length])
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> StatesLayer:
+        """A layer of one sequence for each piece, all ending at its last position. What stands in
+        front of shorter ones is zero: attention hides it, and 0 * NaN would be NaN."""
+        layer = cls()
+        sources = [piece.layer for piece in pieces if piece.layer is not None]
+        layer.dtype, layer.device = sources[0].dtype, sources[0].device
+        lengths = [piece.end - piece.start for piece in pieces]
+        for name in cls.parts:
+            room = _room(getattr(sources[0], name), len(pieces), max(lengths))
+            part = room[:, :, : max(lengths)]
+            for row, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
+                begin = max(lengths) - length
+                part[row, :, :begin] = 0
+                if length:
+                    source = getattr(piece.layer, name)
+                    part[row, :, begin:] = source[piece.row, :, piece.start : piece.end]
+            layer._rooms[name] = room
+            setattr(layer, name, part)
+        layer.is_initialized = True
+        return layer
 
-    def move(self, shifts: Sequence[int], unused: int) -> None:
-        """Move each sequence to the right by so many places, then leave out the first `unused`."""
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        """Put `new`, `[B, G, N, ...]`, behind what a part holds; the whole part."""
+        part: Tensor = getattr(self, name)
+        begin = part.shape[2]
+        end = begin + new.shape[2]
+        room = self._rooms.get(name)
+        if room is None or part.data_ptr() != room.data_ptr() or room.shape[2] < end:
+            room = _room(new, len(new), end)
+            room[:, :, :begin] = part
+            self._rooms[name] = room
+        room[:, :, begin:end] = new
+        part = room[:, :, :end]
+        setattr(self, name, part)
+        return part
 
-        def moved(part: Tensor) -> Tensor:
-            rows = zip(part, shifts, strict=True)
-            return torch.stack([row.roll(shift, dims=1) for row, shift in rows])[:, :, unused:]
 
-        self._change(moved)
-        self._rooms.clear()  # what was moved is elsewhere
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Positions [start, end) of one sequence of a layer; none of them: an empty sequence."""
 
-    def keep(self, sequences: Sequence[int], unused: int) -> None:
-        """Only these sequences of the batch, without the first `unused` positions."""
-        self._change(lambda part: part[list(sequences), :, unused:])
-        self._rooms.clear()  # what was kept is elsewhere
+    layer: StatesLayer | None
+    row: int
+    start: int
+    end: int
 
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in self.parts:
-            setattr(self, name, change(getattr(self, name)))
+
+def _room(like: Tensor, sequences: int, length: int) -> Tensor:
+    """Memory for so many positions of `[B, G, T, ...]`, and for some that may come."""
+    length += max(_LEAST_ROOM // sequences, _FEWEST, length // _ROOM_SHARE)
+    return like.new_empty(sequences, like.shape[1], length, *like.shape[3:])
 
 
 class EightBitLayer(StatesLayer):

@@ -46,7 +46,7 @@ def usable_threads() -> int:
 
 
 def check_built() -> None:
-    """See that it was.
+    """Validate that it was.
 
     Raises:
         RiverError: it wasn't.
@@ -88,13 +88,13 @@ def make_core(
         if bits not in (8, 16):
             raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
     check_kv_bits(kv_bits)
+    boundary = _table_boundary(model)
     try:
         core = _core.Engine(
-            model.shape,
+            model.shape | {"rope_kinds": len(model.rotary), "rope_boundary": boundary or 0},
             backbone=(backbone_bits, model.code_group_size if backbone_bits == 8 else 0),
             river=(held_bits(formats.river_bits), formats.river_group_size),
             head=(head_bits, model.head_group_size if head_bits == 8 else 0),
-            rotary_tables=len(model.rotary),
             threads=usable_threads() if threads is None else threads,
             kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),
             kv_bits=kv_bits,
@@ -103,8 +103,8 @@ def make_core(
     except ValueError as error:
         raise ConfigError(f"native engine: {error}") from error
     for index, parts in enumerate(model.layers):
-        core.set_layer(index, parts)
-    core.set_final_norm(model.final_norm)
+        core.load_layer(index, parts)
+    core.load_head({"final_norm": model.final_norm})
     return core
 
 
@@ -120,35 +120,37 @@ def one_clear_line() -> Iterator[None]:
 
 
 class Positions:
-    """The rotary angles and query scales that a core has, which grow with the text."""
+    """The rotary angles and query scales that a core has, which grow with the longest text."""
 
     def __init__(self, core: Any, model: NativeModel) -> None:
         self._core = core
         self._model = model
-        self._are_long: bool | None = False  # None: some positions have other angles
-        limit = model.angle_limit
-        changes_once = limit is not None and not limit.keep_changing
-        self._limit = limit.positions if limit is not None and changes_once else None
+        self._boundary = _table_boundary(model)
         self.cover(min(_ROTARY_BLOCK, model.context_length or _ROTARY_BLOCK))
 
     def cover(self, end: int) -> None:
-        """Have angles up to position `end`, those that a pass ending there takes."""
-        is_long = self._limit is not None and end > self._limit
+        """Have those of the positions before `end`."""
         have = self._core.positions
-        if is_long != self._are_long:
-            have = 0
-        if have >= end and have > 0:
+        if have >= end:
             return
-        # round up, but not over the place where the angles change
         limit = self._model.context_length or end
-        if self._limit is not None and not is_long:
-            limit = min(limit, self._limit)
         end = max(end, min(-(-end // _ROTARY_BLOCK) * _ROTARY_BLOCK, limit))
-        self._are_long = None
-        for place, table in enumerate(self._model.rotary):
-            cosines, sines = table.angles(have, end, is_long)
-            self._core.set_rotary(place, have, cosines.numpy(), sines.numpy())
-        scales = self._model.query_scales(end)
-        if scales is not None:
-            self._core.set_query_scales(scales.numpy())
-        self._are_long = is_long
+        tables = self._model.rotary
+        if self._boundary is None:
+            angles = [table.angles(have, end) for table in tables]
+        else:
+            short = min(have, self._boundary), min(end, self._boundary)
+            angles = [table.angles(*short) for table in tables]
+            angles += [table.angles(have, end, is_long=True) for table in tables]
+        scales = self._model.query_scales(have, end)
+        self._core.load_positions(
+            have, [(cosines.numpy(), sines.numpy()) for cosines, sines in angles], scales.numpy()
+        )
+
+
+def _table_boundary(model: NativeModel) -> int | None:
+    """The length of a text beyond which its rotary angles are the long ones; None: nowhere."""
+    boundary = model.rope_boundary
+    if boundary is None or all(table.long_frequencies is None for table in model.rotary):
+        return None
+    return boundary.positions

@@ -17,7 +17,7 @@ class RotaryTable:
         frequencies: float32 `[rotary_dim / 2]`, angle of each position over the position.
         scaling: of cosines and sines.
         long_frequencies: in place of the others for every position, once there are more than
-            `AngleLimit.positions`; None: the same.
+            `RopeBoundary.positions`; None: the same.
     """
 
     frequencies: Tensor
@@ -35,8 +35,8 @@ class RotaryTable:
 
 
 @dataclass(frozen=True, slots=True)
-class AngleLimit:
-    """A number of positions above which the rotary angles of all of them are others.
+class RopeBoundary:
+    """A number of positions above which rotary angles are others (RoPE rescaling).
 
     Attributes:
         positions: up to so many they are the usual ones.
@@ -73,10 +73,10 @@ class NativeModel:
     Attributes:
         shape: sizes and constants, as `_core.Engine` takes them.
         layers: norms and biases (float32 arrays), window and rotary table of each decoder layer, as
-            `_core.Engine.set_layer` takes them.
+            `_core.Engine.load_layer` takes them.
         final_norm: float32 `[hidden_size]`.
         rotary: the tables that the layers name.
-        angle_limit: None: the angles never change.
+        rope_boundary: None: the angles never change.
         query_scaling: (beta, original context): queries are multiplied by position, see
             `query_scales`; None: they aren't.
         context_length: the most positions; None if there is no limit.
@@ -86,20 +86,21 @@ class NativeModel:
     layers: list[dict[str, Any]]
     final_norm: Any
     rotary: list[RotaryTable]
-    angle_limit: AngleLimit | None
+    rope_boundary: RopeBoundary | None
     query_scaling: tuple[float, int] | None
     context_length: int | None
 
-    def query_scales(self, positions: int) -> Tensor | None:
-        """What queries are multiplied with by position, float32 `[positions]`; None: nothing.
+    def query_scales(self, first: int, end: int) -> Tensor:
+        """What queries of the positions [first, end) are multiplied with, float32; none of them
+        where that is nothing.
 
         Ministral 3 (after Llama 4) scales by 1 + beta * log(1 + floor(position / original
         context)).
         """
         if self.query_scaling is None:
-            return None
+            return torch.empty(0)
         beta, original = self.query_scaling
-        places = torch.arange(positions, dtype=torch.float32)
+        places = torch.arange(first, end, dtype=torch.float32)
         scales: Tensor = 1 + beta * torch.log(1 + torch.floor(places / original))
         return scales
 
@@ -133,3 +134,6 @@ class WeightFormats:
 def held_bits(bits: int) -> int:
     """In how many bits the core holds a code of `bits`: 4, 6 or 8."""
     return next(width for width in (4, 6, 8) if bits <= width)
+
+
+AngleLimit = RopeBoundary  # until strategies/ are gone

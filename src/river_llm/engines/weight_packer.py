@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from river_llm.backbone import linear_weight
 from river_llm.bit_packing import pack_codes, unpack_codes
 from river_llm.config import RiverConfig
-from river_llm.engines.llama_family import PROJECTIONS, layer_projections
+from river_llm.engines.llama import layer_projections
 from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
 from river_llm.errors import RiverError
 from river_llm.quantization import QuantizedMatrix, quantize
@@ -19,7 +19,6 @@ from river_llm.quantization import QuantizedMatrix, quantize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BACKBONE, _RIVER = 0, 1
 _HEAD_ROWS = 8192  # of the LM head that are quantised at a time
 
 
@@ -45,35 +44,35 @@ class WeightPacker:
         """Both sides of a decoder layer."""
         layer = self._model.model.layers[index]
         projections = layer_projections(self._model, index)
-        for projection in range(len(PROJECTIONS)):
-            pieces = projections[projection]
-            weights = [
-                weight if rows is None else weight[rows]
-                for weight, rows in (
-                    (linear_weight(layer.get_submodule(name)).detach(), rows)
-                    for name, rows in pieces
-                )
-            ]
+
+        def weight(name: str, rows: slice | None) -> Any:
+            whole = linear_weight(layer.get_submodule(name)).detach()
+            part = whole if rows is None else whole[rows]
             if self._formats.backbone_bits == 16:
-                self._core.set_weights(index, projection, [_bfloat16_bits(w) for w in weights])
-            else:
-                codes = [_codes(quantize(w, self._backbone)) for w in weights]
-                self._core.set_codes(index, projection, _BACKBONE, codes)
-            exits = [_codes(exit_layer[name], rows) for name, rows in pieces]
-            self._core.set_codes(index, projection, _RIVER, exits)
+                return _bfloat16_bits(part)
+            return _codes(quantize(part, self._backbone))
+
+        self._core.load_layer(
+            index,
+            {
+                "backbone": [[weight(*piece) for piece in pieces] for pieces in projections],
+                "river": [
+                    [_codes(exit_layer[name], rows) for name, rows in pieces]
+                    for pieces in projections
+                ],
+            },
+        )
 
     def pack_head(self) -> Any:
         """LM head; returns the embedding as bfloat16 in uint16 `[V, C]` where its rows can't be
         read from the head, else None."""
-        model = self._model
-        weight = model.get_output_embeddings().weight.detach()
-        if self._formats.lm_head_bits == 16:
-            self._core.set_head_weights(_bfloat16_bits(weight))
-        else:
-            self._core.set_head_codes(_codes(quantize(weight, self._head)))
-        if self._tied_head and self._formats.lm_head_bits == 16:
+        weight = self._model.get_output_embeddings().weight.detach()
+        in_codes = self._formats.lm_head_bits != 16
+        packed = _codes(quantize(weight, self._head)) if in_codes else _bfloat16_bits(weight)
+        self._core.load_head({"weights": packed})
+        if self._tied_head and not in_codes:
             return None
-        return _bfloat16_bits(model.get_input_embeddings().weight.detach())
+        return _bfloat16_bits(self._model.get_input_embeddings().weight.detach())
 
 
 def quantized_head(core: Any, vocab_size: int, bits: int, group_size: int) -> Any:
@@ -87,7 +86,7 @@ def quantized_head(core: Any, vocab_size: int, bits: int, group_size: int) -> An
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """See that the model still has its weights.
+    """Validate that the model still has its weights.
 
     Raises:
         RiverError: an engine has taken them over (`CpuEngine`, ``free_model``), or they are

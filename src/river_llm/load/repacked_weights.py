@@ -159,14 +159,16 @@ def keep_packed(folder: CachedFolder, packed: PackedModel) -> None:
     folder.keep(num_bytes, partial(_write, packed=packed))
 
 
-def offload_packed(engine: CpuEngine, folder: CachedFolder, config: OffloadConfig) -> ResidencyPlan:
+def offload_packed(
+    engine: CpuEngine, folder: CachedFolder, config: OffloadConfig, policy: ExitPolicy
+) -> ResidencyPlan:
     """Evict layers of an engine whose packed copy was just written.
 
     Raises:
         ConfigError: the model can't be offloaded so.
         RiverError: the copy isn't there.
     """
-    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, engine.policy)
+    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, policy)
     if not folder.is_whole():
         raise RiverError(
             f"offloading needs a packed copy of the model in {folder.directory.parent}, and it "
@@ -237,7 +239,6 @@ def read_engine(
         model,
         WeightFormats(**description["formats"]),
         fill,
-        policy,
         threads=threads,
         kv_bits=kv_bits,
         resident_layers=None if plan is None else plan.resident,

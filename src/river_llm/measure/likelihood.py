@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from river_llm.engines import Engine
-from river_llm.engines.engine import check_logits
+from river_llm.engines.step import check_logits
 from river_llm.errors import LogitsError
 
 _LOGIT_ROWS = 256  # whose logits are held at a time

@@ -1,4 +1,4 @@
-#include "team.h"
+#include "thread_pool.h"
 
 #include <algorithm>
 #include <fstream>
@@ -36,7 +36,7 @@ inline void pause() {
 
 }  // namespace
 
-Team::Team(int size)
+ThreadPool::ThreadPool(int size)
     : size_(std::max(1, size)),
       jobs_(new Counter[static_cast<size_t>(size_)]),
       arrived_(new Counter[static_cast<size_t>(size_)]),
@@ -49,9 +49,9 @@ Team::Team(int size)
   }
 }
 
-Team::~Team() { stop(); }
+ThreadPool::~ThreadPool() { stop(); }
 
-void Team::stop() {
+void ThreadPool::stop() {
   stopping_ = true;
   for (int t = 1; t < size_; ++t) {
     jobs_[t].value.fetch_add(1);
@@ -60,7 +60,7 @@ void Team::stop() {
   for (auto& thread : threads_) thread.join();
 }
 
-void Team::barrier(int thread) {
+void ThreadPool::barrier(int thread) {
   const uint32_t now = arrive(thread);
   for (int t = 0; t < running_; ++t) {
     const auto is_here = [&] {
@@ -75,19 +75,19 @@ void Team::barrier(int thread) {
   }
 }
 
-uint32_t Team::arrive(int thread) {
+uint32_t ThreadPool::arrive(int thread) {
   const uint32_t now = arrived_[thread].value.load(std::memory_order_relaxed) + 1;
   arrived_[thread].value.store(now, std::memory_order_release);
   return now;
 }
 
-std::chrono::nanoseconds Team::stalled() const {
+std::chrono::nanoseconds ThreadPool::stalled() const {
   std::chrono::nanoseconds longest{0};
   for (int t = 0; t < running_; ++t) longest = std::max(longest, waits_[t].stalled);
   return longest;
 }
 
-void Team::start(int threads, void (*call)(void*, int), void* function) {
+void ThreadPool::start(int threads, void (*call)(void*, int), void* function) {
   call_ = call;
   function_ = function;
   running_ = std::clamp(threads, 1, size_);
@@ -101,7 +101,7 @@ void Team::start(int threads, void (*call)(void*, int), void* function) {
   barrier(0);
 }
 
-void Team::work(int thread) {
+void ThreadPool::work(int thread) {
   std::atomic<uint32_t>& job = jobs_[thread].value;
   for (uint32_t seen = 0;; ++seen) {
     int spins = 0;
@@ -121,7 +121,7 @@ void Team::work(int thread) {
   }
 }
 
-void Crew::passed(std::chrono::nanoseconds time, std::chrono::nanoseconds stalled) {
+void AdaptiveThreads::passed(std::chrono::nanoseconds time, std::chrono::nanoseconds stalled) {
   const bool was_stalled = 4 * stalled > time;
   if (was_stalled && ++stalls_ > 1 && threads_ > 1) {
     --threads_;

@@ -1,4 +1,4 @@
-// A team of threads that run one function together and meet at barriers: the caller is thread 0,
+// A pool of threads that run one function together and meet at barriers: the caller is thread 0,
 // the others stay alive from call to call.
 #pragma once
 
@@ -12,12 +12,12 @@
 
 namespace river {
 
-class Team {
+class ThreadPool {
  public:
-  explicit Team(int size);  // throws std::system_error where threads can't be had
-  ~Team();
-  Team(const Team&) = delete;
-  Team& operator=(const Team&) = delete;
+  explicit ThreadPool(int size);  // throws std::system_error where threads can't be had
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
 
@@ -69,9 +69,9 @@ class Team {
 // How many threads a pass takes: all, but fewer while another process keeps one of their cores busy.
 // Threads that share a core with it make the others wait for a time slice at every barrier; then
 // fewer threads, which the system keeps on the cores that are free, are faster.
-class Crew {
+class AdaptiveThreads {
  public:
-  explicit Crew(int size) : size_(size), threads_(size) {}
+  explicit AdaptiveThreads(int size) : size_(size), threads_(size) {}
 
   int threads() const { return threads_; }
   // What a pass with threads() threads took, and how much of it was stalled.

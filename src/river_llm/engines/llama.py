@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from river_llm.engines.native_core import MOST_DIMS_OF_CODES, holds_heads
-from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable
+from river_llm.engines.native_model import NativeModel, RopeBoundary, RotaryTable
 from river_llm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ PROJECTIONS = ("qkv", "output", "gate_up", "down")
 
 
 def check_supported(model: PreTrainedModel, kv_bits: int = 16) -> None:
-    """See that the native engine knows the model's architecture and sizes, with a KV cache of so
-    many bits.
+    """Validate that the native engine knows the model's architecture and sizes, with a KV cache of
+    so many bits.
 
     Raises:
         UnsupportedModelError: it doesn't; the message says why.
@@ -78,7 +78,7 @@ def check_supported(model: PreTrainedModel, kv_bits: int = 16) -> None:
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise _unsupported("knows no bias of the LM head")
     layer_types = _rotary_layer_types(model)
-    if layer_types != [None] and angle_limit(model) is not None:
+    if layer_types != [None] and rope_boundary(model) is not None:
         raise _unsupported("knows no rotary angles that change for one kind of layer")
     for layer_type in layer_types:
         _rotary_table(model, layer_type)
@@ -97,7 +97,7 @@ def describe(model: PreTrainedModel) -> NativeModel:
         layers=[_layer_parts(model, index) for index in range(model.config.num_hidden_layers)],
         final_norm=_norm_weight(model, model.model.norm),
         rotary=rotary,
-        angle_limit=angle_limit(model),
+        rope_boundary=rope_boundary(model),
         query_scaling=_query_scaling(model),
         context_length=getattr(model.config, "max_position_embeddings", None),
     )
@@ -134,22 +134,23 @@ def _shape(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def angle_limit(model: PreTrainedModel) -> AngleLimit | None:
+def rope_boundary(model: PreTrainedModel) -> RopeBoundary | None:
     """Above how many positions the model's rotary angles change; None: never."""
-    limits = []
+    boundaries = []
     for parameters in _rope_parameters(model):
         kind = parameters.get("rope_type")
         if kind == "dynamic":
-            limits.append(AngleLimit(int(model.config.max_position_embeddings), keep_changing=True))
+            positions = int(model.config.max_position_embeddings)
+            boundaries.append(RopeBoundary(positions, keep_changing=True))
         elif kind == "longrope":
-            limit = int(parameters["original_max_position_embeddings"])
-            limits.append(AngleLimit(limit, keep_changing=False))
-    if not limits:
+            positions = int(parameters["original_max_position_embeddings"])
+            boundaries.append(RopeBoundary(positions, keep_changing=False))
+    if not boundaries:
         return None
-    return AngleLimit(
-        min(limit.positions for limit in limits),
-        # where kinds of layer have limits of their own, their angles change more than once
-        keep_changing=len(limits) > 1 or limits[0].keep_changing,
+    return RopeBoundary(
+        min(boundary.positions for boundary in boundaries),
+        # where kinds of layer have boundaries of their own, their angles change more than once
+        keep_changing=len(boundaries) > 1 or boundaries[0].keep_changing,
     )
 
 
@@ -177,8 +178,7 @@ def _rotary_table(model: PreTrainedModel, layer_type: str | None) -> RotaryTable
     rotary = model.model.rotary_emb
     prefix = "" if layer_type is None else f"{layer_type}_"
     arguments = () if layer_type is None else (layer_type,)
-    limit = angle_limit(model)
-    changes = limit is not None and not limit.keep_changing
+    boundary = rope_boundary(model)
 
     def own(end: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the last 32 positions before `end`, in a text that ends there."""
@@ -187,10 +187,10 @@ def _rotary_table(model: PreTrainedModel, layer_type: str | None) -> RotaryTable
         half = cosines.shape[-1] // 2
         return cosines[0, :, :half], sines[0, :, :half]
 
-    ends = {False: limit.positions if limit is not None else model.config.max_position_embeddings}
+    ends = {False: boundary.positions if boundary else model.config.max_position_embeddings}
+    if boundary is not None and not boundary.keep_changing:
+        ends[True] = boundary.positions + 1
     frequencies = {}
-    if changes and limit is not None:
-        ends[True] = limit.positions + 1
     own(1)  # a longer text may have changed it
     for is_long, end in ends.items():
         own(end)  # it sets its frequencies by the end of the text
@@ -238,7 +238,7 @@ def layer_projections(
 
 
 def _layer_parts(model: PreTrainedModel, index: int) -> dict[str, Any]:
-    """What `_core.Engine.set_layer` takes."""
+    """What `_core.Engine.load_layer` takes."""
     layer = model.model.layers[index]
     attention = layer.self_attn
     parts: dict[str, Any] = {

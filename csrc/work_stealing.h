@@ -1,6 +1,6 @@
-// Work that the threads of a team share: each begins with its own part, in order, so that it reads
-// memory in a row, and one that is done helps the others. Threads are never equally fast where they
-// share the memory's bandwidth, and at a barrier the slowest one counts.
+// Parallel loops with work stealing: each thread begins with its own part, in order, so that it reads
+// memory in a row, and one that is done takes from the others. Threads are never equally fast where
+// they share the memory's bandwidth, and at a barrier the slowest one counts.
 #pragma once
 
 #include <atomic>
@@ -19,33 +19,33 @@ inline Range share(int count, int thread, int threads) {
           static_cast<int>(static_cast<int64_t>(count) * (thread + 1) / threads)};
 }
 
-class WorkShare {
+class WorkStealing {
  public:
-  explicit WorkShare(int threads)
+  explicit WorkStealing(int threads)
       : threads_(threads), taken_(new Counter[2 * static_cast<size_t>(threads)]) {}
 
-  // A new stretch of work for `threads` threads. Before they start.
+  // Loops of `threads` threads follow. Before they start.
   void reset(int threads) {
     threads_ = threads;
     for (int i = 0; i < 2 * threads; ++i) taken_[i].value.store(0, std::memory_order_relaxed);
   }
 
-  // Calls body(Range) for pieces of at most `piece` items until all `count` are taken. All threads
-  // call it with the same count, in the same order of calls, with a barrier between two calls;
-  // `turn` counts a thread's calls since the reset.
+  // Calls body(Range) for at most `grain` items at a time until all `count` are taken. All threads
+  // call it with the same count, in the same order of calls, with a barrier between two calls; `loop`
+  // counts a thread's calls since the reset.
   template <class Body>
-  void hand_out(int count, int piece, int thread, int turn, Body&& body) {
-    Counter* now = taken_.get() + (turn % 2) * threads_;
-    Counter* next = taken_.get() + ((turn + 1) % 2) * threads_;  // nobody uses it at this turn
+  void parallel_for(int count, int grain, int thread, int loop, Body&& body) {
+    Counter* now = taken_.get() + (loop % 2) * threads_;
+    Counter* next = taken_.get() + ((loop + 1) % 2) * threads_;  // nobody uses it in this loop
     next[thread].value.store(0, std::memory_order_relaxed);
     for (int i = 0; i < threads_; ++i) {
       const int owner = (thread + i) % threads_;
       const Range own = share(count, owner, threads_);
       std::atomic<int>& taken = now[owner].value;
       while (own.begin + taken.load(std::memory_order_relaxed) < own.end) {
-        const int begin = own.begin + taken.fetch_add(piece, std::memory_order_relaxed);
+        const int begin = own.begin + taken.fetch_add(grain, std::memory_order_relaxed);
         if (begin >= own.end) break;
-        body(Range{begin, begin + piece < own.end ? begin + piece : own.end});
+        body(Range{begin, begin + grain < own.end ? begin + grain : own.end});
       }
     }
   }
@@ -56,7 +56,7 @@ class WorkShare {
   };
 
   int threads_;
-  std::unique_ptr<Counter[]> taken_;  // [turn % 2][thread]
+  std::unique_ptr<Counter[]> taken_;  // [loop % 2][thread]
 };
 
 }  // namespace river

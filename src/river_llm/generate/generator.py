@@ -1,0 +1,272 @@
+"""The loop that generates text: requests join, step together, and leave."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from river_llm.engines.step import NO_TOKEN, Engine, Offloading, StepResult, check_tokens
+from river_llm.errors import ConfigError, ContextFullError, LogitsError
+from river_llm.generate.events import NewToken, Outcome, StepEvent
+from river_llm.generate.lossless import Guess, Speculation, accept, check_drafts
+from river_llm.generate.request import Request
+from river_llm.generate.rows import Part, build_step, decode_part, prompt_part, runs_whole
+
+Observer = Callable[[StepEvent], None]
+Keep = Callable[[Request], None]
+
+
+class Generator:
+    """Requests that share the steps of one engine, each with its own sampling, policy and end.
+
+    Requests may be added and cancelled between steps. Prompts run in parts, and between two parts
+    those that are further on decode a token. Not for more than one thread at a time.
+
+    Attributes:
+        engine: computes the steps. Sequences of others are left alone.
+        observers: are called with the event of every step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.observers: list[Observer] = []
+        self._running: dict[Request, tuple[Observer | None, Keep | None]] = {}
+        self._cancelled: deque[Request] = deque()  # another thread may append
+        self._speculation = Speculation(engine)
+        self._prefilled_last = self._is_stepping = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._running
+
+    def add(
+        self,
+        request: Request,
+        observer: Observer | None = None,
+        sequence: int | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        """Let a request join.
+
+        Args:
+            observer: is called with the event of each of its steps.
+            sequence: of the engine that holds the first tokens of the prompt, all but one or fewer;
+                it is the request's from now on. None: a new one.
+            keep: takes the sequence over when the request leaves, and has its last tokens; by
+                default, and where it failed, the engine forgets it.
+
+        Raises:
+            RiverError: see `check_request`.
+        """
+        check_request(self.engine, request)
+        if sequence is None:
+            sequence = self.engine.add_sequence(request.prompt_length)
+        request.sequence = sequence
+        request.cached_tokens = self.engine.length(sequence)
+        request.fit(self.engine.context_length)
+        self._running[request] = (observer, keep)
+
+    def cancel(self, request: Request) -> None:
+        """Let a request leave before its end. Any thread may ask for it; it has left by the next
+        step."""
+        self._cancelled.append(request)
+
+    def step(self) -> StepEvent:
+        """Run the next rows, and give each request the tokens that come of them; not while idle.
+
+        Raises:
+            RiverError: see `Engine.forward`; all requests are as they were before.
+        """
+        self.remove_cancelled()
+        self._is_stepping = True
+        try:
+            start = time.perf_counter()
+            prompts = self._prompt_parts()
+            decoding = [] if prompts else [r for r in self._running if r.exit_layers]
+            guesses = self._speculation.draft(decoding)
+            drafted_at = time.perf_counter()
+            parts = prompts or {r: self._decode_part(r, guesses.get(r)) for r in decoding}
+            result = self.engine.forward(build_step(list(parts.values())))
+            self._prefilled_last = bool(prompts)
+            outcomes = {
+                request: self._outcome(request, part, guesses.get(request), result)
+                for request, part in parts.items()
+            }
+            event = StepEvent(start, drafted_at, time.perf_counter(), outcomes)
+            if decoding:
+                self._speculation.learn(guesses, event)
+            self._finish(event)
+        finally:
+            self._is_stepping = False
+        return event
+
+    def _finish(self, event: StepEvent) -> None:
+        """Let those go that have ended, and tell who watches."""
+        observers = [*self.observers, *(self._running[request][0] for request in event.outcomes)]
+        for request in event.outcomes:
+            if request.has_ended:
+                self._remove(request)
+        for observer in observers:
+            if observer is not None:
+                observer(event)
+
+    def remove_cancelled(self) -> None:
+        """Let go of the requests that were cancelled; within a step, it is done after it."""
+        while self._cancelled and not self._is_stepping:
+            request = self._cancelled.popleft()
+            if request in self._running:
+                request.finish_reason = "interrupted"
+                self._remove(request)
+
+    def _remove(self, request: Request) -> None:
+        _, keep = self._running.pop(request)
+        sequence = request.sequence
+        assert sequence is not None
+        if keep is None or request.error is not None:
+            self.engine.drop_sequence(sequence)
+        else:
+            self.engine.truncate(sequence, len(request.tokens) - 1)  # what was drafted behind
+            keep(request)
+        request.sequence = None
+
+    # ---- schedule ----
+
+    def _prompt_parts(self) -> dict[Request, Part]:
+        """The next parts of prompts; none where there are none, or where it is the others' turn."""
+        waiting = [request for request in self._running if not request.exit_layers]
+        if self._prefilled_last and len(waiting) < len(self._running):
+            return {}
+        engine = self.engine
+        parts: dict[Request, Part] = {}
+        left = engine.prefill_rows
+        for request in waiting:
+            sequence, prompt = request.sequence, request.tokens
+            assert sequence is not None
+            # at least one token has to run; after Ctrl-C all may have
+            start = min(engine.length(sequence), request.prompt_length - 1)
+            engine.truncate(sequence, start)
+            count = request.prompt_length - start
+            if left is not None and not runs_whole(request.policy):
+                count = min(count, left)
+            if count > 0:
+                parts[request] = prompt_part(
+                    sequence, prompt, start, count, request.policy, engine.num_layers
+                )
+                left = None if left is None else max(0, left - count)
+        return parts
+
+    def _decode_part(self, request: Request, guess: Guess | None) -> Part:
+        sequence = request.sequence
+        assert sequence is not None
+        self.engine.truncate(sequence, len(request.tokens) - 1)  # Ctrl-C left more
+        tokens = [request.tokens[-1], *(guess.tokens if guess else [])]
+        return decode_part(sequence, tokens, request.policy, self.engine.num_layers)
+
+    # ---- postprocess ----
+
+    def _outcome(
+        self, request: Request, part: Part, guess: Guess | None, result: StepResult
+    ) -> Outcome:
+        """Give a request the tokens that its logits come to."""
+        is_prompt = not request.exit_layers
+        drafted = guess.tokens if guess else []
+        tokens: list[NewToken] = []
+        if part.logits:
+            chosen = self._chosen(request, part, drafted, result)
+            tokens = self._take(request, part, guess, chosen, result)
+        if drafted and not request.has_ended:
+            self.engine.truncate(part.sequence, len(request.tokens) - 1)
+        accepted = sum(token.origin != "backbone" for token in tokens)
+        ends_within = accepted == len(tokens)  # what was drafted behind the end doesn't count
+        return Outcome(
+            prompt_tokens=len(part.tokens) if is_prompt else 0,
+            drafted=accepted if ends_within else len(drafted),
+            accepted=accepted,
+            tokens=tokens,
+        )
+
+    def _chosen(
+        self, request: Request, part: Part, drafted: Sequence[int], result: StepResult
+    ) -> list[int]:
+        """The request's own tokens, as many as are right; none where that has to be tried again
+        without a draft, or failed."""
+        best: list[int] = []
+        if request.sampler.takes_argmax:
+            best = result.best_tokens[part.first_logit :][: part.logits].tolist()
+
+        def choose(place: int) -> int:
+            if best and best[place] != NO_TOKEN:
+                return best[place]
+            text = [*request.tokens, *drafted[:place]]  # if there is no token, this says why
+            return request.sampler.choose(text, result.logits[part.first_logit + place])
+
+        try:
+            tokens = accept(drafted, choose)
+        except LogitsError as error:
+            if not drafted:
+                request.error = error
+            # else a drafted token whose states are no numbers may have reached those before it
+            request.may_draft = False
+            return []
+        request.may_draft = True
+        return tokens
+
+    def _take(
+        self,
+        request: Request,
+        part: Part,
+        guess: Guess | None,
+        tokens: Sequence[int],
+        result: StepResult,
+    ) -> list[NewToken]:
+        """Append tokens to the answer, up to its end."""
+        first_row = part.first_row + len(part.tokens) - part.logits
+        exit_layers = result.exit_layers[first_row:][: len(tokens)].tolist()
+        drafted = guess.tokens if guess else []
+        taken: list[NewToken] = []
+        for place, (token, exit_layer) in enumerate(zip(tokens, exit_layers, strict=True)):
+            was_drafted = place < len(drafted) and drafted[place] == token
+            origin = guess.source if guess and was_drafted else "backbone"
+            text = request.take(token, exit_layer)
+            taken.append(NewToken(token, text, exit_layer, origin))
+            if request.has_ended:
+                break
+        return taken
+
+
+def check_prompt(length: int, context_length: int | None) -> None:
+    """Validate that a prompt of so many tokens fits the model's context; None: there is no limit.
+
+    Raises:
+        ContextFullError: it doesn't.
+    """
+    if context_length is not None and length > context_length:
+        raise ContextFullError(
+            f"the prompt has {length} tokens, the model's context holds {context_length}; "
+            "shorten the prompt"
+        )
+
+
+def check_request(engine: Engine, request: Request) -> None:
+    """Validate that an engine can serve a request.
+
+    Raises:
+        ConfigError: the prompt is empty, the model has fewer layers than the policy names, or the
+            engine can't verify or draft as it should.
+        ContextFullError: the prompt doesn't fit the model's context.
+        RiverError: the embedding has no row for a token.
+    """
+    if not request.tokens:
+        raise ConfigError("the prompt is empty; give some text")
+    check_prompt(request.prompt_length, engine.context_length)
+    check_tokens(request.tokens, engine.vocab_size)
+    if request.policy is not None:
+        request.policy.thresholds(engine.num_layers)
+        return
+    check_drafts(engine, request.drafts)
+    if isinstance(engine, Offloading) and engine.depth_limit is not None:
+        raise ConfigError(
+            "lossless mode verifies with the whole backbone; it can't go with no_miss"
+        )

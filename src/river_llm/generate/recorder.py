@@ -1,0 +1,135 @@
+"""Watches a request: its tokens as responses, with time, memory and what drafts have brought."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from river_llm.engines.step import Engine, Offloading
+from river_llm.generate.events import NewToken, Outcome, StepEvent
+from river_llm.generate.request import Request
+from river_llm.generate.responses import GenerationResponse, LosslessStatistics
+from river_llm.memory import peak_memory_bytes
+from river_llm.residency import OffloadStatistics
+
+
+class Recorder:
+    """An observer of a `Generator`, for one of its requests.
+
+    Attributes:
+        responses: of the tokens that came, for others to take away.
+    """
+
+    def __init__(self, engine: Engine, request: Request, *, with_offload: bool = False) -> None:
+        """Begins when the request is added. `with_offload`: layers may be evicted."""
+        self.responses: deque[GenerationResponse] = deque()
+        self._engine, self._request = engine, request
+        self._start = time.perf_counter()
+        self._first_token_at = 0.0
+        self._prompt_tokens = 0  # that have run
+        self._generated = self._layers = 0
+        self._memory = 0
+        self._offloaded_before = self._offload_so_far() if with_offload else None
+        self._drafts = _DraftCounter() if request.is_lossless else None
+
+    def __call__(self, event: StepEvent) -> None:
+        """Note a step."""
+        outcome = event.outcomes.get(self._request)
+        if outcome is None:
+            return
+        self._prompt_tokens += outcome.prompt_tokens
+        if self._drafts is not None and self._generated and outcome.tokens:
+            self._drafts.note(event, outcome)
+        lossless = None if self._drafts is None else self._drafts.statistics()
+        offload = self._offload()
+        for number, new in enumerate(outcome.tokens, start=1):
+            self._generated += 1
+            self._layers += new.exit_layer
+            ends = self._request.has_ended and number == len(outcome.tokens)
+            if self._generated == 1:
+                self._first_token_at = event.end
+            if self._generated == 1 or ends:
+                self._memory = peak_memory_bytes(self._engine.device)
+            self.responses.append(self._response(new, event.end, ends, lossless, offload))
+
+    def _response(
+        self,
+        new: NewToken,
+        now: float,
+        ends: bool,
+        lossless: LosslessStatistics | None,
+        offload: OffloadStatistics | None,
+    ) -> GenerationResponse:
+        prefill_seconds = self._first_token_at - self._start
+        decoded = self._generated - 1
+        return GenerationResponse(
+            text=new.text,
+            token=new.token,
+            exit_layer=new.exit_layer,
+            finish_reason=self._request.finish_reason if ends else None,
+            prompt_tokens=self._request.prompt_length,
+            generated_tokens=self._generated,
+            time_to_first_token=prefill_seconds,
+            prompt_tokens_per_second=self._prompt_tokens / prefill_seconds,
+            decode_tokens_per_second=decoded / (now - self._first_token_at) if decoded else None,
+            mean_exit_layer=self._layers / self._generated,
+            peak_memory_bytes=self._memory,
+            origin=new.origin,
+            lossless=lossless,
+            offload=offload,
+            cached_prompt_tokens=self._request.cached_tokens,
+        )
+
+    def _offload(self) -> OffloadStatistics | None:
+        if self._offloaded_before is None:
+            return None
+        so_far = self._offload_so_far()
+        return None if so_far is None else so_far.since(self._offloaded_before)
+
+    def _offload_so_far(self) -> OffloadStatistics | None:
+        engine = self._engine
+        return engine.offload_statistics if isinstance(engine, Offloading) else None
+
+
+class _DraftCounter:
+    """Counts the verifications of one answer."""
+
+    def __init__(self) -> None:
+        self._verifications = self._tokens = self._ngram_tokens = 0
+        self._drafted: list[int] = []  # drafts that had a token at this position
+        self._accepted: list[int] = []
+        self._draft_seconds = self._verify_seconds = 0.0
+
+    def note(self, event: StepEvent, outcome: Outcome) -> None:
+        """A verification, which gave a token or more."""
+        self._verifications += 1
+        self._tokens += len(outcome.tokens)
+        self._ngram_tokens += sum(new.origin == "ngram" for new in outcome.tokens)
+        while len(self._drafted) < outcome.drafted:
+            self._drafted.append(0)
+            self._accepted.append(0)
+        for position in range(outcome.drafted):
+            self._drafted[position] += 1
+            self._accepted[position] += position < outcome.accepted
+        self._draft_seconds += event.drafted_at - event.start
+        self._verify_seconds += event.end - event.drafted_at
+
+    def statistics(self) -> LosslessStatistics:
+        """So far."""
+        accepted = sum(self._accepted)
+        return LosslessStatistics(
+            verifications=self._verifications,
+            tokens_per_verification=self._tokens / self._verifications
+            if self._verifications
+            else None,
+            drafted_tokens=sum(self._drafted),
+            accepted_tokens=accepted,
+            ngram_tokens=self._ngram_tokens,
+            draft_share=accepted / self._tokens if self._tokens else None,
+            acceptance_by_position=tuple(
+                accepted / drafted
+                for accepted, drafted in zip(self._accepted, self._drafted, strict=True)
+            ),
+            draft_seconds=self._draft_seconds,
+            verify_seconds=self._verify_seconds,
+        )

@@ -1,0 +1,413 @@
+"""RiverLM: a language model with its exit river, from a name to text in two calls."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
+from river_llm.engines import Engine, EngineChoice
+from river_llm.engines.step import Offloading
+from river_llm.errors import ConfigError
+from river_llm.exit_policy import ExitPolicy, check_is_policy
+from river_llm.generate import (
+    GenerationResponse,
+    GenerationResult,
+    Request,
+    check_request,
+)
+from river_llm.generate.runner import Runner
+from river_llm.load.source import DEFAULT_MODEL
+from river_llm.pretrained import load_pretrained
+from river_llm.residency import OffloadConfig, ResidencyPlan
+from river_llm.river import Progress, River
+from river_llm.text.prompt import Message, Prompt, encode_prompt, warn_of_unusable_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PolicyChoice = ExitPolicy | None | EllipsisType  # `...` is the model's own
+
+
+class RiverLM:
+    """A model, its tokeniser, its river and the engine that runs them.
+
+    Answers may be streamed side by side, by one thread or by several: each step of the engine is
+    for all of them.
+
+    Attributes:
+        engine: computes the steps and holds the KV cache.
+        tokenizer: of `transformers`.
+        river_config: how the river is quantised.
+        stop_tokens: ids that end an answer.
+        fallback_reason: why the torch engine serves where ``engine="auto"`` could have taken the
+            native one; None if that is not so.
+        residency: which backbone layers stay in memory; None: all of them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        river_config: RiverConfig,
+        stop_tokens: frozenset[int] = frozenset(),
+        policy: ExitPolicy | None = None,
+        *,
+        fallback_reason: str | None = None,
+        residency: ResidencyPlan | None = None,
+    ) -> None:
+        warn_of_unusable_tokens(tokenizer, engine.vocab_size)
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.river_config = river_config
+        self.stop_tokens = stop_tokens
+        self.policy = policy
+        self.fallback_reason = fallback_reason
+        self.residency = residency
+        self._runner = Runner(engine, residency)
+        if residency is not None and residency.config.no_miss and isinstance(engine, Offloading):
+            engine.depth_limit = residency.resident
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        river: str | Path | River | RiverConfig | None = None,
+        policy: ExitPolicy | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        device: torch.device | str | None = None,
+        engine: EngineChoice = "auto",
+        threads: int | None = None,
+        backbone_bits: int = 16,
+        lm_head_bits: int = 16,
+        kv_bits: int = 16,
+        offload: OffloadConfig | str | int | None = None,
+        no_miss: bool = False,
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
+    ) -> RiverLM:
+        """Load a model and load or build its river.
+
+        Args:
+            name_or_path: see `load_backbone`.
+            river: the folder of a river that was saved, a `River`, or a `RiverConfig` to build one
+                by; by default 4-bit HQQ in groups of 64 is built.
+            policy: when tokens leave the backbone, see `ExitPolicy`. None: never; the river drafts
+                and the backbone verifies, so that every token is the backbone's (lossless mode).
+            dtype: of the backbone's weights, the activations and the KV cache: bfloat16, which the
+                native engine computes in, float16 or float32. Weights are loaded in it, whatever
+                they are stored in.
+            device: by default CUDA where there is one, else the CPU.
+            engine: ``"cpu"``, the native one, ``"torch"`` or ``"auto"``, see `make_engine`.
+            threads: that compute on a CPU, 1 to 1024; by default as many as the process may use.
+            backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
+            lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
+            kv_bits: 16, which stands for `dtype`, or 8: a KV cache of about half the bytes, and not
+                exactly the model any more.
+            offload: which backbone layers stay in memory: an `OffloadConfig`, or ``"auto"``, a
+                number of layers or a size such as ``"2GiB"``, see there; by default all.
+            no_miss: no token goes deeper than the layers that stay.
+            progress: called while the river is built with (layers done, layers in all).
+
+        What the native engine has packed is kept in the cache, as large as the model and its river,
+        for a quick start the next time.
+
+        Raises:
+            ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
+        """
+        loaded = load_pretrained(
+            name_or_path,
+            river,
+            policy,
+            dtype,
+            device=device,
+            engine=engine,
+            threads=threads,
+            backbone_bits=backbone_bits,
+            lm_head_bits=lm_head_bits,
+            kv_bits=kv_bits,
+            offload=offload,
+            no_miss=no_miss,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        return cls(
+            loaded.engine,
+            loaded.tokenizer,
+            loaded.river_config,
+            loaded.stop_tokens,
+            policy,
+            fallback_reason=loaded.fallback_reason,
+            residency=loaded.residency,
+        )
+
+    @property
+    def policy(self) -> ExitPolicy | None:
+        """When tokens leave the backbone; None: lossless mode. May be set at any time, for the
+        answers to come.
+
+        Raises:
+            ConfigError: what it is set to is no policy, or names layers that the model hasn't.
+        """
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy | None) -> None:
+        if policy is not None:
+            check_is_policy(policy)
+            policy.thresholds(self.engine.num_layers)
+        self._policy = policy
+
+    # ---- answers ----
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        policy: PolicyChoice = ...,
+        drafts: DraftConfig | None = None,
+        reuse_cache: bool = False,
+        raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
+        **sampling: Any,
+    ) -> GenerationResult:
+        """Answer a prompt.
+
+        Args:
+            prompt: a string, or messages `[{"role": "user", "content": ...}, ...]`.
+            policy: when tokens leave the backbone; None: lossless mode. By default `self.policy`.
+            drafts: how lossless mode drafts.
+            reuse_cache: run only what isn't in the KV cache yet, see `stream_tokens`.
+            raw: give a string to the model as it is, without the chat template; what spells a
+                control token in it is one.
+            chat_template_kwargs: further variables that the chat template reads, such as
+                ``{"enable_thinking": False}``.
+            allow_control_tokens: what spells a control token in a message is one; by default it is
+                text.
+            **sampling: fields of `SamplingConfig`.
+
+        Raises:
+            ConfigError: the prompt is empty or no prompt, the chat template can't take it, or a
+                setting is unknown or out of its range.
+            ContextFullError: the prompt doesn't fit the model's context.
+            LogitsError: the next token can't be chosen.
+        """
+        chosen = self._chosen_policy(policy)
+        stream = self.stream(
+            prompt,
+            policy=chosen,
+            drafts=drafts,
+            reuse_cache=reuse_cache,
+            raw=raw,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_control_tokens=allow_control_tokens,
+            **sampling,
+        )
+        responses = list(stream)
+        return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, chosen)
+
+    def chat(self, messages: str | Sequence[Message], **settings: Any) -> GenerationResult:
+        """Answer the last of `messages` (or a single user message) through the chat template.
+
+        Every call starts anew; `Conversation` keeps the cache from turn to turn. Further arguments
+        are those of `generate`.
+
+        Raises:
+            ConfigError: the model has no chat template, and what `generate` raises.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate(messages, **settings)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        policy: PolicyChoice = ...,
+        drafts: DraftConfig | None = None,
+        reuse_cache: bool = False,
+        **settings: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Answer a prompt token by token; arguments and errors as of `generate`. In lossless mode a
+        token appears once it is verified."""
+        (token_ids,), sampling = self._encode([prompt], **settings)
+        return self.stream_tokens(token_ids, sampling, reuse_cache, policy=policy, drafts=drafts)
+
+    def stream_tokens(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingConfig,
+        reuse_cache: bool = False,
+        *,
+        policy: PolicyChoice = ...,
+        drafts: DraftConfig | None = None,
+    ) -> Iterator[GenerationResponse]:
+        """Continue a prompt given in tokens.
+
+        Args:
+            reuse_cache: keep what the KV cache holds of this prompt's beginning, as the exits of
+                the answer before left it, and run only the rest. Lossless mode keeps nothing that
+                exits have written, and of a loaded prompt cache nothing is kept that this prompt
+                would read otherwise.
+            policy, drafts: see `generate`.
+        """
+        (request,) = self._requests([token_ids], sampling, policy, drafts)
+        return self._runner.stream(request, reuse_cache)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        policy: PolicyChoice = ...,
+        drafts: DraftConfig | None = None,
+        **settings: Any,
+    ) -> list[GenerationResult]:
+        """Answer several prompts at once, none if there are none; arguments and errors as of
+        `generate`, but that nothing of the KV cache is reused.
+
+        Every answer is what the prompt alone would give, up to the rounding of larger matrix
+        products; sampled ones have random numbers of their own.
+        """
+        if isinstance(prompts, str):
+            raise ConfigError(
+                "generate_batch takes a list of prompts, not one string; put it in []"
+            )
+        encoded, sampling = self._encode(prompts, **settings)
+        return self.generate_batch_tokens(encoded, sampling, policy=policy, drafts=drafts)
+
+    def generate_batch_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        policy: PolicyChoice = ...,
+        drafts: DraftConfig | None = None,
+    ) -> list[GenerationResult]:
+        """Continue several prompts given in tokens; else as `generate_batch`."""
+        requests = self._requests(prompts, sampling, policy, drafts)
+        return [
+            GenerationResult.of(self.engine, responses, request.prompt_length, request.policy)
+            for request, responses in zip(requests, self._runner.run(requests), strict=True)
+        ]
+
+    def _encode(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
+        **sampling: Any,
+    ) -> tuple[list[list[int]], SamplingConfig]:
+        settings = SamplingConfig.of(sampling)
+        encoded = [
+            encode_prompt(
+                self.tokenizer,
+                prompt,
+                raw,
+                chat_template_kwargs=chat_template_kwargs,
+                allow_control_tokens=allow_control_tokens,
+            )
+            for prompt in prompts
+        ]
+        return encoded, settings
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        policy: PolicyChoice,
+        drafts: DraftConfig | None,
+    ) -> list[Request]:
+        chosen = self._chosen_policy(policy)
+        if drafts is not None and chosen is not None:
+            raise ConfigError("drafts are for lossless mode; it goes with policy=None")
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        requests = [
+            Request(
+                prompt,
+                self.tokenizer,
+                sampling,
+                chosen,
+                drafts=drafts,
+                stop_tokens=self.stop_tokens,
+                index=index,
+                name=f"prompt {index + 1} of {len(prompts)}: " if len(prompts) > 1 else "",
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            check_request(self.engine, request)
+        return requests
+
+    def _chosen_policy(self, policy: PolicyChoice) -> ExitPolicy | None:
+        """Raises ConfigError where it is none, or names layers that the model hasn't."""
+        if isinstance(policy, EllipsisType):
+            return self._policy
+        if policy is not None:
+            check_is_policy(policy)
+            policy.thresholds(self.engine.num_layers)
+        return policy
+
+    # ---- the KV cache between answers ----
+
+    def forget_cache(self) -> None:
+        """Let go of the keys and values that are kept of the last answer."""
+        self._runner.forget()
+
+    @property
+    def prompt_cache_tokens(self) -> list[int]:
+        """The tokens that `save_prompt_cache` would write."""
+        kept = self._runner.kept
+        return [] if kept is None else kept.tokens[: kept.exact]
+
+    def save_prompt_cache(self, path: str | Path, length: int | None = None) -> int:
+        """Write the keys and values of the last prompt to a file, so that it needn't be read again
+        (`prompt_cache`); what is written in its place is whole or not at all.
+
+        Of the answer only what a prompt would read likewise is written: in lossless mode and with a
+        policy that treats prompt and answer alike all of it, else nothing.
+
+        Args:
+            length: at most so many tokens.
+
+        Returns:
+            How many tokens were written.
+
+        Raises:
+            PromptCacheError: there is nothing to write, or it can't be written.
+            ConfigError: the length is no positive number.
+        """
+        if length is not None and length < 1:
+            raise ConfigError(f"the length of the prompt cache is {length}; it must be 1 or more")
+        return self._runner.save(Path(path), length)
+
+    def load_prompt_cache(self, path: str | Path, policy: PolicyChoice = ...) -> int:
+        """Read what `save_prompt_cache` has written.
+
+        Answers with ``reuse_cache=True`` then run only what comes after the common prefix of its
+        tokens and their prompt's. They are what they are when the whole prompt is read: on the
+        native engine bit for bit, on PyTorch up to the rounding of larger matrix products.
+
+        Args:
+            policy: of the answers to come. Those for which the file's tokens would be others (with
+                another policy, or where the text's length changes the model's rotary angles) read
+                their whole prompt.
+
+        Returns:
+            How many tokens the file holds.
+
+        Raises:
+            PromptCacheError: there is no such file, it is damaged, or it belongs to another model,
+                river, engine or prefill rule. The KV cache stays as it was.
+        """
+        return self._runner.load(Path(path), self._chosen_policy(policy))
