@@ -6,34 +6,33 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.cli.options import ModeName, PrefillName
 from river_llm.cli.usage import usage_error
+from river_llm.config import PolicyConfig
 from river_llm.errors import InterruptedRunError, PromptCacheError
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from river_llm.config import Mode
-    from river_llm.generation import GenerationResponse
-    from river_llm.river_lm import RiverLM
+    from river_llm.generate import GenerationResponse
+    from river_llm.lm import RiverLM
 
 
-def check_prompt_cache(path: Path | None, mode: ModeName, prefill: PrefillName | None) -> None:
-    """See that prompts can be kept at all.
+def check_prompt_cache(path: Path | None, policy: PolicyConfig) -> None:
+    """Validate that prompts can be kept at all.
 
     Raises:
         typer.Exit: by their prefill rule, they can't.
     """
-    if path is not None and mode is ModeName.river and prefill is PrefillName.sequence:
+    if path is not None and policy.prefill == "sequence":
         raise usage_error(
             "--prompt-cache doesn't go with --prefill sequence: the prompt leaves as a whole, so "
-            "its beginning would be another one in another prompt"
+            "its prefix would be another one in another prompt"
         )
 
 
 class PromptCache:
     """The file, and what it holds."""
 
-    def __init__(self, path: Path, lm: RiverLM, mode: Mode) -> None:
+    def __init__(self, path: Path, lm: RiverLM) -> None:
         """Load the file if it is there.
 
         Raises:
@@ -48,7 +47,7 @@ class PromptCache:
         self._is_new = False  # loaded, and not used yet
         self._is_left = False  # it was said that it holds another text
         if path.exists():
-            lm.load_prompt_cache(path, mode)
+            lm.load_prompt_cache(path)
             self._kept, self._is_new = lm.prompt_cache_tokens, True
         else:
             check_writable(path)
