@@ -14,7 +14,7 @@ import torch
 
 from river_llm import DraftConfig, ExitPolicy, River, RiverLM
 from river_llm.cli.check_exact import read_prompts
-from river_llm.exactness import check_exactness
+from river_llm.measure.exactness import check_exactness
 from river_llm.load.model import load_backbone
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from river_llm.benchmark.environment import describe_run
-from river_llm.plots import save_figure
+from river_llm.measure.plots import save_figure
 
 PACKAGES = ("river-llm", "torch", "transformers", "lm-eval")
 

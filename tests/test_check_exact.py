@@ -39,7 +39,7 @@ from river_llm import (
 from river_llm.cli.check_exact import read_prompts
 from river_llm.config import Mode
 from river_llm.engines import CpuEngine
-from river_llm.exactness import Difference, Exactness, check_exactness
+from river_llm.measure.exactness import Difference, Exactness, check_exactness
 from river_llm.lossless import LosslessDecoder
 from river_llm.lossless.rounds import VerifiedToken
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverConfig, RiverError, RiverLM, SamplingConfig
 from river_llm import __version__ as version
-from river_llm.comparison import ArmResult
+from river_llm.measure.comparison import ArmResult
 from river_llm.load.model import load_backbone
 from river_llm.residency import OffloadConfig
 

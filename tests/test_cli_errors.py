@@ -128,7 +128,7 @@ class TestWrongUsage:
         outcome.check_fails(2, "stdin can't be read: Bad file descriptor")
 
     def test_a_plot_without_matplotlib_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("river_llm.plots.has_matplotlib", lambda: False)
+        monkeypatch.setattr("river_llm.measure.plots.has_matplotlib", lambda: False)
         outcome = run("inspect", "--text", "words", "--plot", "figure.png")
         outcome.check_fails(2, "pip install 'river-llm[plot]'")
 

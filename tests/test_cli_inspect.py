@@ -13,7 +13,7 @@ from command_line import run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverConfig
-from river_llm.inspection import inspect_text
+from river_llm.measure.inspection import inspect_text
 from river_llm.pretrained import load_with_river
 
 pytest_plugins = ["cli_models"]

@@ -12,7 +12,7 @@ from command_line import run, run_process
 from rich.console import Console
 
 from river_llm.cli import render
-from river_llm.comparison import ArmResult
+from river_llm.measure.comparison import ArmResult
 from river_llm.sizes import format_bytes
 
 pytest_plugins = ["cli_models"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_llm import ExitPolicy, River, attach_river
-from river_llm.comparison import compare_arms
+from river_llm.measure.comparison import compare_arms
 from river_llm.engines import StepResult, TorchEngine
 
 PROMPT = [7, 8, 9]
@@ -86,7 +86,7 @@ class ScriptedEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     engine = ScriptedEngine()
     clock = SimpleNamespace(perf_counter=lambda: engine.now)
-    monkeypatch.setattr("river_llm.comparison.time", clock)
+    monkeypatch.setattr("river_llm.measure.comparison.time", clock)
     return engine
 
 

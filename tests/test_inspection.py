@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from river_llm import ExitPolicy, River, RiverConfig, attach_river
 from river_llm.attachment import AttachedRiver
 from river_llm.engines import TorchEngine
-from river_llm.inspection import TextInspection, inspect_text
+from river_llm.measure.inspection import TextInspection, inspect_text
 
 TOKENS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 CONFIG = RiverConfig(bits=3)

@@ -33,7 +33,7 @@ from river_llm.checked_generate import (
 )
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverError
-from river_llm.exit_policy import DEFAULT_THRESHOLD, ExitPolicy, check_is_policy
+from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.exit_router import ExitRouter, Phase, Route, RoutingRule
 from river_llm.kernels import KernelChoice, make_kernel
 from river_llm.offloading import EvictedLayers

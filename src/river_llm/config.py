@@ -1,26 +1,44 @@
-"""What the user sets: how the exit river is quantised, how tokens are chosen."""
+"""Every setting once: its default, what it means, what it may be.
+
+`RiverLM`, the command line, lm-eval's arguments and saved results all read these dataclasses, so a
+new setting is one line here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard, TypeVar, get_args
 
 from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from typing_extensions import Self
+
+    from river_llm.exit_policy import ExitPolicy
 
     LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 
 Quantizer = Literal["hqq", "rtn"]
-Mode = Literal["river", "lossless"]
+EngineChoice = Literal["auto", "cpu", "torch"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+PolicyName = Literal["never", "always", "fixed", "similarity"]
+Prefill = Literal["backbone", "river", "sequence"]
 
+DEFAULT_MODEL = "smollm2"
+DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/quality.md
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-MIN_TEMPERATURE = 1e-4  # besides 0
+MOST_DRAFT_TOKENS = 64
+MOST_THREADS = 1024  # of the native core
+MIN_TEMPERATURE = 1e-4  # besides 0: below it logits would leave the range of float32
+
+_T = TypeVar("_T")
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
@@ -34,86 +52,350 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class RiverConfig:
-    """How every linear weight of an exit layer is quantised. Activations stay in 16 bits (W4A16).
+class Allowed:
+    """What a setting may be: a test, and the same in words ("it must be ...")."""
 
-    Attributes:
-        bits: width of a code: 2, 3, 4, 5, 6 or 8.
-        group_size: consecutive inputs of one output row that share a scale and a zero: 32, 64 or
-            128. It has to divide the input width of every linear layer.
-        quantizer: ``"hqq"`` (half-quadratic quantisation, Badri and Shaji 2023), the paper's
-            default, or ``"rtn"`` (round to nearest), the plain reference.
+    test: Callable[[Any], bool]
+    words: str
 
-    Raises:
-        ConfigError: a value is none of the above.
+
+def whole(least: int, most: int | None = None, note: str = "") -> Allowed:
+    """A whole number from `least` on."""
+    end = f"from {least} to {most}" if most is not None else f", {least} or more"
+    return Allowed(
+        lambda value: is_whole_number(value) and least <= value <= (math.inf if most is None else most),
+        f"a whole number{' ' * (most is not None)}{end}{note}",
+    )
+
+
+def number(test: Callable[[float], bool], words: str) -> Allowed:
+    """A real number for which `test` holds."""
+    return Allowed(lambda value: is_number(value) and test(value), words)
+
+
+def one_of(*values: Any) -> Allowed:
+    """One of these, and of their type."""
+    return Allowed(
+        lambda value: any(value == one and type(value) is type(one) for one in values),
+        "one of " + ", ".join(map(str, values)),
+    )
+
+
+def setting(
+    default: _T,
+    help: str,
+    allowed: Allowed | None = None,
+    *,
+    advanced: bool = False,
+    option: tuple[str, ...] = (),
+) -> _T:
+    """A field of a settings class.
+
+    Args:
+        help: one sentence, which the command line shows.
+        allowed: what it may be beside None, where that is the default; None: anything.
+        advanced: the command line lists it under "Advanced".
+        option: its names on the command line, if not its own; an empty string: it has none there.
     """
+    metadata = {"help": help, "allowed": allowed, "advanced": advanced, "option": option}
+    return field(default=default, metadata=metadata)
 
-    bits: int = 4
-    group_size: int = 64
-    quantizer: Quantizer = "hqq"
+
+class Settings:
+    """Base of the settings: frozen dataclasses whose fields are made by `setting`."""
+
+    __slots__ = ()
+    noun: ClassVar[str] = "setting"
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or not isinstance(self.bits, int):
-            raise ConfigError(f"bits is {self.bits!r}; choose one of {_listed(BITS)}")
-        if self.group_size not in GROUP_SIZES or not isinstance(self.group_size, int):
-            raise ConfigError(
-                f"group size is {self.group_size!r}; choose one of {_listed(GROUP_SIZES)}"
-            )
-        if self.quantizer not in get_args(Quantizer):
-            raise ConfigError(
-                f"quantizer is {self.quantizer!r}; choose one of {_listed(get_args(Quantizer))}"
-            )
+        for one in fields(self):
+            value, allowed = getattr(self, one.name), one.metadata["allowed"]
+            if allowed is None or (value is None and one.default is None) or allowed.test(value):
+                continue
+            raise ConfigError(f"{one.name} is {value!r}; it must be {allowed.words}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From names and values.
+
+        Raises:
+            ConfigError: a name is unknown, or a value out of its range.
+        """
+        known = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"there is no {cls.noun} {name!r}; there are {', '.join(known)}")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> RiverConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ConfigError: a field is unknown or out of its range.
-        """
-        unknown = set(fields) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(f"unknown river setting {_listed(sorted(unknown))}")
-        return cls(**fields)
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """How tokens are chosen and when generation stops.
+class RiverConfig(Settings):
+    """How every linear weight of an exit layer is quantised. Activations stay in 16 bits (W4A16).
 
-    Attributes:
-        max_new_tokens: at most this many, the stop token among them.
-        temperature: 0 takes the likeliest token (greedy); else from `MIN_TEMPERATURE` (0.0001),
-            below which logits divided by it would leave the range of float32.
-        top_k: sample among the k likeliest only; 0 for all.
-        top_p: sample among the likeliest that hold this share of the probability.
-        min_p: leave out tokens less likely than this share of the likeliest one's probability.
-        repetition_penalty: above 1 makes tokens that stand in the text already less likely.
-        seed: of the random numbers; sequence i of a batch uses seed + i. None draws a new one.
-        stop: a string, or several, that end the text where one first appears; not part of it. None
-            is no string.
-        processors: more logits processors of `transformers`, or functions like them of (token ids
-            `[1, T]`, logits `[1, V]`) that give logits; after the penalty, before the temperature.
-            In lossless mode they are asked about drafted text too, so their answer may depend on
-            nothing but what they are given.
+    HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. The group size
+    has to divide the input width of every linear layer.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] | str | None = ()
-    processors: tuple[LogitsFunction, ...] = ()
+    noun: ClassVar[str] = "river setting"
+
+    bits: int = setting(4, "Bits of a river's weight.", one_of(*BITS), advanced=True)
+    group_size: int = setting(
+        64, "Weights that share a scale and a zero.", one_of(*GROUP_SIZES), advanced=True
+    )
+    quantizer: Quantizer = setting(
+        "hqq",
+        "How weights are quantised: hqq, or rtn (round to nearest).",
+        one_of(*get_args(Quantizer)),
+        advanced=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig(Settings):
+    """How a model is loaded, and what computes.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    engine: EngineChoice = setting(
+        "auto",
+        "What computes: the native engine (cpu), or PyTorch (torch), for every model and device.",
+        one_of(*get_args(EngineChoice)),
+        advanced=True,
+    )
+    threads: int | None = setting(
+        None, "CPU threads; by default all cores of the process.", whole(1, MOST_THREADS)
+    )
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1 ...; by default CUDA where there is one.", advanced=True
+    )
+    dtype: Dtype = setting(
+        "bfloat16",
+        "Of weights, activations and KV cache; the native engine has bfloat16.",
+        one_of(*get_args(Dtype)),
+        advanced=True,
+    )
+    backbone_bits: int = setting(
+        16,
+        "Bits of the backbone's weights: 16, or 8 (native engine; not the exact model).",
+        one_of(16, 8),
+        advanced=True,
+    )
+    lm_head_bits: int = setting(
+        16,
+        "Bits of the LM head: 16, or 8 (native engine; faster, not the exact model).",
+        one_of(16, 8),
+        advanced=True,
+    )
+    kv_bits: int = setting(
+        16,
+        "Bits of the KV cache: 16 (the dtype), or 8 (half the bytes; not the exact model).",
+        one_of(16, 8),
+        advanced=True,
+    )
+    offload: str | int | None = setting(
+        None,
+        "Backbone layers that stay in memory: off (all of them), auto (as many as tokens need), "
+        "the first N, or as many as fit a size such as 2GiB.",
+    )
+    no_miss: bool = setting(
+        False,
+        "Tokens that would go deeper than the layers that stay leave after the last of them.",
+        advanced=True,
+    )
+    trust_remote_code: bool = setting(
+        False, "Run code that comes with the model. Read it first.", advanced=True
+    )
+
+    def __post_init__(self) -> None:
+        dtype = str(self.dtype).removeprefix("torch.")  # a torch.dtype too
+        object.__setattr__(self, "dtype", dtype)
+        super(EngineConfig, self).__post_init__()  # slots make another class
+        if self.engine == "cpu" and dtype != "bfloat16":
+            raise ConfigError(
+                f"the native engine computes in bfloat16, not in {dtype}; leave the dtype out, or "
+                "take --engine torch"
+            )
+        for name, bits in (("backbone", self.backbone_bits), ("LM head", self.lm_head_bits)):
+            if bits == 8 and self.engine == "torch":
+                raise ConfigError(
+                    f"8 bits of the {name} are for the native engine; take --engine cpu"
+                )
+        from river_llm.residency import OffloadConfig  # which needs this module
+
+        OffloadConfig.of(self.offload, self.no_miss)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as PyTorch has it."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig(Settings):
+    """When tokens leave the backbone, as the command line names it; see `ExitPolicy`.
+
+    Raises:
+        ConfigError: a value is out of its range, or two contradict each other.
+    """
+
+    policy: PolicyName | None = setting(
+        None,
+        "When tokens leave the backbone; without it, and without --threshold and --exit-layer, "
+        "answers are lossless.",
+        one_of(*get_args(PolicyName)),
+        advanced=True,
+    )
+    threshold: float | None = setting(
+        None,
+        "Leave after the first layer whose similarity exceeds this.",
+        number(lambda value: -1 <= value <= 1, "a cosine, in [-1, 1]"),
+    )
+    exit_layer: int | None = setting(
+        None, "Every token leaves after this many layers.", whole(0)
+    )
+    first_layer: int = setting(
+        1, "First layer after which --threshold counts.", whole(1), advanced=True
+    )
+    prefill: Prefill | None = setting(
+        None,
+        "How the prompt runs in river mode: backbone, river, or sequence (the paper's: it leaves "
+        "as a whole); by default backbone, with --policy always river.",
+        one_of(*get_args(Prefill)),
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        super(PolicyConfig, self).__post_init__()
+        if self.threshold is not None and self.exit_layer is not None:
+            raise ConfigError("threshold and exit_layer exclude each other; give one of them")
+        kind = self.kind
+        for name, given, needed in (
+            ("threshold", self.threshold is not None, "similarity"),
+            ("exit_layer", self.exit_layer is not None, "fixed"),
+            ("first_layer", self.first_layer != 1, "similarity"),
+        ):
+            if given and kind != needed:
+                raise ConfigError(f"{name} goes with the policy {needed}, not {kind or 'lossless'}")
+        if kind == "fixed" and self.exit_layer is None:
+            raise ConfigError("the policy fixed needs exit_layer")
+        if kind is None and self.prefill is not None:
+            raise ConfigError("prefill goes with a policy; lossless mode runs prompts in full")
+
+    @property
+    def kind(self) -> PolicyName | None:
+        """The policy that the settings come to; None: none, which is lossless mode."""
+        if self.policy is not None:
+            return self.policy
+        if self.exit_layer is not None:
+            return "fixed"
+        return "similarity" if self.threshold is not None else None
+
+    def exit_policy(self) -> ExitPolicy | None:
+        """The policy; None: lossless mode."""
+        from river_llm.exit_policy import ExitPolicy
+
+        rules = {} if self.prefill is None else {"prefill": self.prefill}
+        if self.kind is None:
+            return None
+        if self.kind == "similarity":
+            tau = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+            return ExitPolicy.similarity(tau, self.first_layer, **rules)
+        if self.exit_layer is not None:
+            return ExitPolicy.fixed(self.exit_layer, **rules)
+        return ExitPolicy.always(**rules) if self.kind == "always" else ExitPolicy.never(**rules)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig(Settings):
+    """How tokens are chosen and when generation stops.
+
+    `stop` may be one string or several. `processors` are more logits processors of `transformers`,
+    or functions like them of (token ids `[1, T]`, logits `[1, V]`) that give logits; they come after
+    the penalty and before the temperature. In lossless mode they are asked about drafted text too,
+    so their answer may depend on nothing but what they are given.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    noun: ClassVar[str] = "sampling setting"
+
+    max_new_tokens: int = setting(
+        256, "Tokens of the answer at most.", whole(1), option=("--max-new-tokens", "-n")
+    )
+    temperature: float = setting(
+        0.0,
+        "0 is greedy.",
+        number(
+            lambda value: value == 0 or MIN_TEMPERATURE <= value < math.inf,
+            f"0 (greedy), or a number, {MIN_TEMPERATURE} or more",
+        ),
+    )
+    top_k: int = setting(
+        0,
+        "Sample among so many most probable tokens; 0 takes all.",
+        whole(0),
+        advanced=True,
+    )
+    top_p: float = setting(
+        1.0,
+        "Sample among the most probable tokens that hold this share.",
+        number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    )
+    min_p: float = setting(
+        0.0,
+        "Leave out tokens less probable than this share of the most probable one.",
+        number(lambda value: 0 <= value <= 1, "between 0 and 1"),
+        advanced=True,
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "Above 1 makes tokens of the text less probable.",
+        number(lambda value: 0 < value < math.inf, "above 0 and finite"),
+        advanced=True,
+    )
+    seed: int | None = setting(
+        None,
+        "Of the random numbers; sequence i of a batch takes seed + i. By default a new one.",
+        Allowed(
+            lambda value: is_whole_number(value) and 0 <= value < 2**63,
+            "a whole number in [0, 2**63)",
+        ),
+    )
+    stop: tuple[str, ...] | str | None = setting(
+        (),
+        "End the answer at this string, which may spell special tokens; may be repeated.",
+        Allowed(
+            lambda value: isinstance(value, tuple)
+            and all(isinstance(one, str) and one for one in value),
+            "a string or several, no empty string",
+        ),
+    )
+    processors: tuple[LogitsFunction, ...] = setting(
+        (),
+        "More logits processors.",
+        Allowed(
+            lambda value: isinstance(value, tuple) and all(map(callable, value)),
+            "functions of (token ids, logits)",
+        ),
+        option=("",),
+    )
 
     def __post_init__(self) -> None:
         if self.stop is None or isinstance(self.stop, str):
@@ -121,117 +403,66 @@ class SamplingConfig:
         for name in ("stop", "processors"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        ranges = (
-            (
-                "max_new_tokens",
-                is_whole_number(self.max_new_tokens) and self.max_new_tokens >= 1,
-                "a whole number, 1 or more",
-            ),
-            (
-                "temperature",
-                is_number(self.temperature)
-                and (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf),
-                f"0 (the likeliest token), or a number, {MIN_TEMPERATURE} or more",
-            ),
-            (
-                "top_k",
-                is_whole_number(self.top_k) and self.top_k >= 0,
-                "a whole number, 0 (all tokens) or more",
-            ),
-            ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1"),
-            (
-                "repetition_penalty",
-                is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
-                "above 0 and finite",
-            ),
-            (
-                "processors",
-                isinstance(self.processors, tuple) and all(map(callable, self.processors)),
-                "functions of (token ids, logits)",
-            ),
-            (
-                "seed",
-                self.seed is None or (is_whole_number(self.seed) and 0 <= self.seed < 2**63),
-                "a whole number in [0, 2**63)",
-            ),
-            (
-                "stop",
-                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-                "a string or several, no empty string",
-            ),
-        )
-        for name, holds, wanted in ranges:
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        super(SamplingConfig, self).__post_init__()
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> SamplingConfig:
-        """From keyword arguments.
-
-        Raises:
-            ConfigError: one of them is unknown or out of its range.
-        """
-        unknown = [name for name in fields if name not in cls.__dataclass_fields__]
-        if unknown:
-            raise ConfigError(
-                f"there is no setting {unknown[0]!r}; the sampling settings are "
-                f"{_listed(cls.__dataclass_fields__)}; those of the chat template go to "
-                "chat_template_kwargs"
-            )
-        return cls(**fields)
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values, without the processors."""
+        values = super(SamplingConfig, self).to_dict()
+        del values["processors"]
+        return values
 
 
 @dataclass(frozen=True, slots=True)
-class DraftConfig:
+class DraftConfig(Settings):
     """How tokens are guessed in lossless mode. It decides over speed only: whatever is drafted, the
     tokens are the backbone's.
-
-    Attributes:
-        tokens: the length of every draft, 1 to 64; None: as long as it is worth its time, by what
-            was accepted before.
-        exit_layer: backbone layers that a drafted token runs before it leaves, 0 for the river
-            alone; None: the ones with which the run is fastest.
-        lm_head_bits: of the LM head that drafts, 16, 8 or 4; None: those that the engine drafts
-            best with.
-        vocabulary: drafted tokens are among the first so many, which in most tokenizers are the
-            most frequent; None: those with which the run is fastest.
-        ngram: draft what followed the last tokens where they stood in the text before, too.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    tokens: int | None = None
-    exit_layer: int | None = None
-    lm_head_bits: int | None = None
-    vocabulary: int | None = None
-    ngram: bool = True
+    noun: ClassVar[str] = "draft setting"
 
-    def __post_init__(self) -> None:
-        for name in ("tokens", "exit_layer", "vocabulary"):
-            value = getattr(self, name)
-            if value is not None and not is_whole_number(value):
-                raise ConfigError(f"{name} of drafts is {value!r}; it must be a whole number")
-        if self.tokens is not None and not 1 <= self.tokens <= 64:
-            raise ConfigError(f"a draft of {self.tokens} tokens; it must have 1 to 64")
-        if self.exit_layer is not None and self.exit_layer < 0:
-            raise ConfigError(f"the draft's exit layer is {self.exit_layer}; it must be 0 or more")
-        if self.lm_head_bits not in (None, 4, 8, 16):
-            raise ConfigError(
-                f"the drafts' LM head has {self.lm_head_bits} bits; choose 16, 8 or 4"
-            )
-
-        if self.vocabulary is not None and self.vocabulary < 2:
-            raise ConfigError(f"drafts of {self.vocabulary} tokens' vocabulary; give 2 or more")
+    tokens: int | None = setting(
+        None,
+        "Tokens of every draft; by default up to 4, fewer where the river is unsure.",
+        whole(1, MOST_DRAFT_TOKENS),
+        advanced=True,
+        option=("--draft-tokens",),
+    )
+    exit_layer: int = setting(
+        0,
+        "Backbone layers that a drafted token runs.",
+        whole(0),
+        advanced=True,
+        option=("--draft-exit-layer",),
+    )
+    lm_head_bits: int | None = setting(
+        None,
+        "Bits of the LM head that drafts; by default 8 on the native engine, 16 elsewhere.",
+        one_of(16, 8, 4),
+        advanced=True,
+        option=("--draft-lm-head-bits",),
+    )
+    vocabulary: int | None = setting(
+        None,
+        "Draft among the first so many tokens of the vocabulary; by default what the engine does "
+        "fastest.",
+        whole(2),
+        advanced=True,
+        option=("--draft-vocabulary",),
+    )
+    ngram: bool = setting(
+        True, "Draft out of the text itself where it repeats.", advanced=True
+    )
 
     def check_fits(self, num_layers: int, vocab_size: int) -> None:
-        """See that the model has the layers and the tokens that drafts are to have.
+        """Validate that the model has the layers and the tokens that drafts are to have.
 
         Raises:
             ConfigError: it has fewer.
         """
-        if self.exit_layer is not None and self.exit_layer > num_layers:
+        if self.exit_layer > num_layers:
             raise ConfigError(
                 f"the draft's exit layer is {self.exit_layer}, but the model has {num_layers} "
                 f"layers; choose one in [0, {num_layers}]"
@@ -242,5 +473,69 @@ class DraftConfig:
             )
 
 
-def _listed(values: Any) -> str:
-    return ", ".join(str(value) for value in values)
+@dataclass(frozen=True, slots=True)
+class ChatConfig(Settings):
+    """How messages become tokens.
+
+    `chat_template_kwargs` are further variables that the chat template reads, such as
+    ``{"enable_thinking": False}``.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    noun: ClassVar[str] = "prompt setting"
+
+    chat_template_kwargs: Mapping[str, Any] | None = setting(
+        None,
+        "Further variables of the chat template, as a JSON object such as "
+        """'{"enable_thinking": false}'.""",
+        Allowed(lambda value: isinstance(value, Mapping), "an object with variables"),
+        advanced=True,
+    )
+    allow_control_tokens: bool = setting(
+        False,
+        "What spells a control token in a message is one; by default it is text.",
+        advanced=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptConfig(ChatConfig):
+    """The same, of one prompt.
+
+    Raises:
+        ConfigError: a raw prompt is to go through a chat template.
+    """
+
+    raw: bool = setting(
+        False,
+        "Give the prompt to the model as it is, without chat template; what spells a control token "
+        "in it is one.",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        super(PromptConfig, self).__post_init__()
+        if self.raw and (self.chat_template_kwargs or self.allow_control_tokens):
+            raise ConfigError(
+                "a raw prompt goes through no chat template, and its control tokens are what they "
+                "are; leave chat_template_kwargs and allow_control_tokens out"
+            )
+
+
+def split_settings(values: Mapping[str, Any], *kinds: type[Settings]) -> tuple[Any, ...]:
+    """An object of each class, out of names and values that are its fields.
+
+    Raises:
+        ConfigError: a name is a field of none of them, or a value is out of its range.
+    """
+    names = [[one.name for one in fields(kind)] for kind in kinds]  # type: ignore[arg-type]
+    known = [name for of_kind in names for name in of_kind]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"there is no setting {name!r}; there are {', '.join(known)}")
+    return tuple(
+        kind(**{name: values[name] for name in of_kind if name in values})
+        for kind, of_kind in zip(kinds, names, strict=True)
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from river_llm.config import DraftConfig, SamplingConfig
+from river_llm.config import DraftConfig, PromptConfig, SamplingConfig, split_settings
 from river_llm.errors import ConfigError
 from river_llm.generate import GenerationResponse
 from river_llm.lm import PolicyChoice, RiverLM
-from river_llm.text.prompt import Message, encode_prompt
+from river_llm.text.prompt import Message
 
 
 class Conversation:
@@ -30,9 +30,7 @@ class Conversation:
         *,
         policy: PolicyChoice = ...,
         drafts: DraftConfig | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False,
-        **sampling: Any,
+        **settings: Any,
     ) -> None:
         """Arguments as of `RiverLM.generate`; `system` is what the model is told first.
 
@@ -46,9 +44,7 @@ class Conversation:
         self._lm = lm
         self._policy = policy
         self._drafts = drafts
-        self._chat_template_kwargs = chat_template_kwargs
-        self._allow_control_tokens = allow_control_tokens
-        self._sampling = SamplingConfig.of(sampling)
+        self._form, self._sampling = split_settings(settings, PromptConfig, SamplingConfig)
         self._encode({"role": "user", "content": "Hi"})  # what it can't take is said at once
 
     def stream(self, text: str) -> Iterator[GenerationResponse]:
@@ -80,9 +76,4 @@ class Conversation:
                 self.messages += [turn, {"role": "assistant", "content": "".join(answer)}]
 
     def _encode(self, turn: Message) -> list[int]:
-        return encode_prompt(
-            self._lm.tokenizer,
-            [*self.messages, turn],
-            chat_template_kwargs=self._chat_template_kwargs,
-            allow_control_tokens=self._allow_control_tokens,
-        )
+        return self._lm.encode([*self.messages, turn], self._form)

@@ -16,14 +16,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeGuard, get_args
 
-from river_llm.config import is_number, is_whole_number
+from river_llm.config import DEFAULT_THRESHOLD, is_number, is_whole_number
 from river_llm.errors import ConfigError
 
 PolicyKind = Literal["never", "always", "fixed", "similarity", "thresholds"]
 PrefillRule = Literal["backbone", "river", "sequence", "token"]
 BatchRule = Literal["sequence", "minimum"]
 
-DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/quality.md
 
 
 @dataclass(frozen=True, slots=True)

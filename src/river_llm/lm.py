@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
-from river_llm.engines import Engine, EngineChoice
+from river_llm.config import (
+    DEFAULT_MODEL,
+    DraftConfig,
+    EngineConfig,
+    PromptConfig,
+    RiverConfig,
+    SamplingConfig,
+    split_settings,
+)
+from river_llm.engines import Engine
 from river_llm.engines.step import Offloading
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import ExitPolicy, check_is_policy
@@ -23,10 +29,9 @@ from river_llm.generate import (
     check_request,
 )
 from river_llm.generate.runner import Runner
-from river_llm.load.source import DEFAULT_MODEL
-from river_llm.pretrained import load_pretrained
-from river_llm.residency import OffloadConfig, ResidencyPlan
-from river_llm.river import Progress, River
+from river_llm.pretrained import RiverChoice, load_pretrained
+from river_llm.residency import ResidencyPlan
+from river_llm.river import Progress
 from river_llm.text.prompt import Message, Prompt, encode_prompt, warn_of_unusable_tokens
 
 if TYPE_CHECKING:
@@ -36,7 +41,7 @@ PolicyChoice = ExitPolicy | None | EllipsisType  # `...` is the model's own
 
 
 class RiverLM:
-    """A model, its tokeniser, its river and the engine that runs them.
+    """A model, its tokenizer, its river and the engine that runs them.
 
     Answers may be streamed side by side, by one thread or by several: each step of the engine is
     for all of them.
@@ -78,20 +83,11 @@ class RiverLM:
     def from_pretrained(
         cls,
         name_or_path: str | Path = DEFAULT_MODEL,
-        river: str | Path | River | RiverConfig | None = None,
+        river: RiverChoice = None,
         policy: ExitPolicy | None = None,
-        dtype: torch.dtype = torch.bfloat16,
         *,
-        device: torch.device | str | None = None,
-        engine: EngineChoice = "auto",
-        threads: int | None = None,
-        backbone_bits: int = 16,
-        lm_head_bits: int = 16,
-        kv_bits: int = 16,
-        offload: OffloadConfig | str | int | None = None,
-        no_miss: bool = False,
-        trust_remote_code: bool = False,
         progress: Progress | None = None,
+        **settings: Any,
     ) -> RiverLM:
         """Load a model and load or build its river.
 
@@ -101,43 +97,17 @@ class RiverLM:
                 by; by default 4-bit HQQ in groups of 64 is built.
             policy: when tokens leave the backbone, see `ExitPolicy`. None: never; the river drafts
                 and the backbone verifies, so that every token is the backbone's (lossless mode).
-            dtype: of the backbone's weights, the activations and the KV cache: bfloat16, which the
-                native engine computes in, float16 or float32. Weights are loaded in it, whatever
-                they are stored in.
-            device: by default CUDA where there is one, else the CPU.
-            engine: ``"cpu"``, the native one, ``"torch"`` or ``"auto"``, see `make_engine`.
-            threads: that compute on a CPU, 1 to 1024; by default as many as the process may use.
-            backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
-            lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
-            kv_bits: 16, which stands for `dtype`, or 8: a KV cache of about half the bytes, and not
-                exactly the model any more.
-            offload: which backbone layers stay in memory: an `OffloadConfig`, or ``"auto"``, a
-                number of layers or a size such as ``"2GiB"``, see there; by default all.
-            no_miss: no token goes deeper than the layers that stay.
             progress: called while the river is built with (layers done, layers in all).
+            **settings: fields of `EngineConfig`: engine, threads, device, dtype, kv_bits, offload...
 
-        What the native engine has packed is kept in the cache, as large as the model and its river,
-        for a quick start the next time.
+        What the native engine has repacked is kept in the cache, as large as the model and its
+        river, for a quick start the next time.
 
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
-        loaded = load_pretrained(
-            name_or_path,
-            river,
-            policy,
-            dtype,
-            device=device,
-            engine=engine,
-            threads=threads,
-            backbone_bits=backbone_bits,
-            lm_head_bits=lm_head_bits,
-            kv_bits=kv_bits,
-            offload=offload,
-            no_miss=no_miss,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        config = EngineConfig.of(settings)
+        loaded = load_pretrained(name_or_path, river, policy, config, progress)
         return cls(
             loaded.engine,
             loaded.tokenizer,
@@ -174,10 +144,7 @@ class RiverLM:
         policy: PolicyChoice = ...,
         drafts: DraftConfig | None = None,
         reuse_cache: bool = False,
-        raw: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False,
-        **sampling: Any,
+        **settings: Any,
     ) -> GenerationResult:
         """Answer a prompt.
 
@@ -186,13 +153,8 @@ class RiverLM:
             policy: when tokens leave the backbone; None: lossless mode. By default `self.policy`.
             drafts: how lossless mode drafts.
             reuse_cache: run only what isn't in the KV cache yet, see `stream_tokens`.
-            raw: give a string to the model as it is, without the chat template; what spells a
-                control token in it is one.
-            chat_template_kwargs: further variables that the chat template reads, such as
-                ``{"enable_thinking": False}``.
-            allow_control_tokens: what spells a control token in a message is one; by default it is
-                text.
-            **sampling: fields of `SamplingConfig`.
+            **settings: fields of `SamplingConfig` (max_new_tokens, temperature, seed, stop...) and
+                of `PromptConfig` (raw, chat_template_kwargs, allow_control_tokens).
 
         Raises:
             ConfigError: the prompt is empty or no prompt, the chat template can't take it, or a
@@ -202,14 +164,7 @@ class RiverLM:
         """
         chosen = self._chosen_policy(policy)
         stream = self.stream(
-            prompt,
-            policy=chosen,
-            drafts=drafts,
-            reuse_cache=reuse_cache,
-            raw=raw,
-            chat_template_kwargs=chat_template_kwargs,
-            allow_control_tokens=allow_control_tokens,
-            **sampling,
+            prompt, policy=chosen, drafts=drafts, reuse_cache=reuse_cache, **settings
         )
         responses = list(stream)
         return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, chosen)
@@ -238,7 +193,8 @@ class RiverLM:
     ) -> Iterator[GenerationResponse]:
         """Answer a prompt token by token; arguments and errors as of `generate`. In lossless mode a
         token appears once it is verified."""
-        (token_ids,), sampling = self._encode([prompt], **settings)
+        form, sampling = split_settings(settings, PromptConfig, SamplingConfig)
+        token_ids = self.encode(prompt, form)
         return self.stream_tokens(token_ids, sampling, reuse_cache, policy=policy, drafts=drafts)
 
     def stream_tokens(
@@ -280,7 +236,8 @@ class RiverLM:
             raise ConfigError(
                 "generate_batch takes a list of prompts, not one string; put it in []"
             )
-        encoded, sampling = self._encode(prompts, **settings)
+        form, sampling = split_settings(settings, PromptConfig, SamplingConfig)
+        encoded = [self.encode(prompt, form) for prompt in prompts]
         return self.generate_batch_tokens(encoded, sampling, policy=policy, drafts=drafts)
 
     def generate_batch_tokens(
@@ -298,27 +255,27 @@ class RiverLM:
             for request, responses in zip(requests, self._runner.run(requests), strict=True)
         ]
 
-    def _encode(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        raw: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False,
-        **sampling: Any,
-    ) -> tuple[list[list[int]], SamplingConfig]:
-        settings = SamplingConfig.of(sampling)
-        encoded = [
-            encode_prompt(
-                self.tokenizer,
-                prompt,
-                raw,
-                chat_template_kwargs=chat_template_kwargs,
-                allow_control_tokens=allow_control_tokens,
-            )
-            for prompt in prompts
-        ]
-        return encoded, settings
+    def encode(self, prompt: Prompt, form: PromptConfig = PromptConfig()) -> list[int]:  # noqa: B008
+        """The tokens of a prompt.
+
+        Raises:
+            ConfigError: it is empty or no prompt, or the chat template can't take it.
+        """
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            form.raw,
+            chat_template_kwargs=form.chat_template_kwargs,
+            allow_control_tokens=form.allow_control_tokens,
+        )
+
+    def check_drafts(self, drafts: DraftConfig) -> None:
+        """Validate that the engine can draft so.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        check_drafts(self.engine, drafts)
 
     def _requests(
         self,

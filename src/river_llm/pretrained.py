@@ -1,4 +1,4 @@
-"""What `RiverLM.from_pretrained` loads: model, tokeniser, river, and the engine that runs them."""
+"""What `RiverLM.from_pretrained` loads: model, tokenizer, river, and the engine that runs them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from river_llm.attachment import AttachedRiver, attach_river, check_is_river
-from river_llm.config import RiverConfig
-from river_llm.engines import (
-    CpuEngine,
-    Engine,
-    EngineChoice,
-    check_dtype,
-    check_engine_options,
-    check_threads,
-    choose_engine,
-    make_engine,
-)
+from river_llm.config import EngineConfig, RiverConfig
+from river_llm.engines import CpuEngine, Engine, check_threads, choose_engine, make_engine
+from river_llm.engines.native_core import check_built
 from river_llm.engines.step import Offloading
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import ExitPolicy, check_is_policy
@@ -41,6 +33,8 @@ from river_llm.text.stop_tokens import stop_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+RiverChoice = str | Path | River | RiverConfig | None
+
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
@@ -56,74 +50,63 @@ class Pretrained:
 
 def load_pretrained(
     name_or_path: str | Path,
-    river: str | Path | River | RiverConfig | None,
+    river: RiverChoice,
     policy: ExitPolicy | None,
-    dtype: torch.dtype,
-    *,
-    device: torch.device | str | None = None,
-    engine: EngineChoice = "auto",
-    threads: int | None = None,
-    backbone_bits: int = 16,
-    lm_head_bits: int = 16,
-    kv_bits: int = 16,
-    offload: OffloadConfig | str | int | None = None,
-    no_miss: bool = False,
-    trust_remote_code: bool = False,
+    config: EngineConfig,
     progress: Progress | None = None,
 ) -> Pretrained:
     """Load all of it; arguments and errors as of `RiverLM.from_pretrained`."""
     check_is_river(river)
     if policy is not None:
         check_is_policy(policy)
-    check_dtype(dtype, engine)
-    check_threads(threads)
-    check_engine_options(engine, backbone_bits, lm_head_bits, kv_bits)
-    offload = OffloadConfig.of(offload, no_miss)
-    bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
+    check_threads(config.threads)
+    if config.engine == "cpu":
+        check_built()
+    offload = OffloadConfig.of(config.offload, config.no_miss)
     policy = policy or ExitPolicy.never()  # of lossless mode
-    device = device or _default_device()
     find_packed = None
-    may_be_packed = engine != "torch" and dtype is torch.bfloat16 and not trust_remote_code
-    if may_be_packed and torch.device(device).type == "cpu" and not isinstance(river, River):
+    if _may_be_packed(config) and not isinstance(river, River):
+        bits = {"backbone_bits": config.backbone_bits, "lm_head_bits": config.lm_head_bits}
         find_packed = partial(packed_folder, name_or_path, river, **bits)
     folder = find_packed() if find_packed else None
-    packed = read_packed(folder, policy, threads, offload, kv_bits) if folder else None
-    if packed is not None:
-        return Pretrained(
-            packed.engine,
-            packed.tokenizer,
-            packed.river_config,
-            packed.stop_tokens,
-            residency=packed.residency,
-        )
-    check = partial(choose_engine, choice=engine, kv_bits=kv_bits, **bits)
-    model, tokenizer, made = _load(
-        name_or_path, river, dtype, device, trust_remote_code, progress, check
-    )
+    if folder is not None:
+        packed = read_packed(folder, policy, config.threads, offload, config.kv_bits)
+        if packed is not None:
+            return Pretrained(
+                packed.engine,
+                packed.tokenizer,
+                packed.river_config,
+                packed.stop_tokens,
+                residency=packed.residency,
+            )
+    check = partial(choose_engine, config=config)
+    model, tokenizer, made = _load(name_or_path, river, config, progress, check)
     ends = stop_tokens(model, tokenizer)
-    chosen, reason = make_engine(model, made, engine, threads=threads, kv_bits=kv_bits, **bits)
-    if folder is not None and find_packed and isinstance(chosen, CpuEngine):
-        packed = PackedModel(chosen, tokenizer, made.config, ends)
+    engine, reason = make_engine(model, made, config)
+    if folder is not None and find_packed and isinstance(engine, CpuEngine):
         if find_packed() == folder:  # else files were changed while they were read
-            keep_packed(folder, packed)
-    residency = _offload(chosen, folder, offload, policy) if offload is not None else None
-    return Pretrained(chosen, tokenizer, made.config, ends, reason, residency)
+            keep_packed(folder, PackedModel(engine, tokenizer, made.config, ends))
+    residency = _offload(engine, folder, offload, policy) if offload is not None else None
+    return Pretrained(engine, tokenizer, made.config, ends, reason, residency)
 
 
 def load_with_river(
     name_or_path: str | Path,
-    river: str | Path | River | RiverConfig | None = None,
+    river: RiverChoice = None,
     policy: ExitPolicy | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
+    config: EngineConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
-    """The model of `transformers` with its river attached, and its tokeniser; arguments and errors
+    """The model of `transformers` with its river attached, and its tokenizer; arguments and errors
     as of `RiverLM.from_pretrained`."""
-    model, tokenizer, made = _load(name_or_path, river, dtype, device, trust_remote_code, progress)
+    model, tokenizer, made = _load(name_or_path, river, config or EngineConfig(), progress)
     return attach_river(model, made, policy=policy), tokenizer
+
+
+def _may_be_packed(config: EngineConfig) -> bool:
+    """Whether the native engine may serve, with weights that it has packed before."""
+    is_native = config.engine != "torch" and config.dtype == "bfloat16"
+    return is_native and not config.trust_remote_code and _device(config).type == "cpu"
 
 
 def _offload(
@@ -133,8 +116,8 @@ def _offload(
     if isinstance(engine, CpuEngine):
         if folder is None:
             raise ConfigError(
-                "the native engine offloads to the packed copy that it keeps in the cache, and "
-                "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
+                "the native engine offloads to the repacked weights that it keeps in the cache, "
+                "and there are none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
             )
         return offload_packed(engine, folder, config, policy)
     assert isinstance(engine, Offloading)
@@ -145,19 +128,18 @@ def _offload(
 
 def _load(
     name_or_path: str | Path,
-    river: str | Path | River | RiverConfig | None,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-    trust_remote_code: bool,
+    river: RiverChoice,
+    config: EngineConfig,
     progress: Progress | None,
     check: Callable[[PreTrainedModel], object] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, River]:
-    """The model, its tokeniser and its river; `check` may refuse the model before the river is
+    """The model, its tokenizer and its river; `check` may refuse the model before the river is
     built, which takes minutes where the model is large."""
     if isinstance(river, str | Path):
         river = River.load(river)
-    device = device or _default_device()
-    model, tokenizer = load_backbone(name_or_path, dtype, device, trust_remote_code)
+    model, tokenizer = load_backbone(
+        name_or_path, config.torch_dtype, _device(config), config.trust_remote_code
+    )
     if check is not None:
         check(model)
     if not isinstance(river, River):
@@ -165,5 +147,5 @@ def _load(
     return model, tokenizer, river
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(config: EngineConfig) -> torch.device:
+    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))

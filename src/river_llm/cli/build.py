@@ -9,40 +9,33 @@ from typing import Annotated
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import check_device, prepare_torch, torch_dtype
-from river_llm.cli.settings import new_river_config
+from river_llm.cli.loading import prepare_torch
+from river_llm.cli.settings_options import with_settings
+from river_llm.config import EngineConfig, RiverConfig
 from river_llm.sizes import format_bytes
 
 
+@with_settings
 def build(
     model: options.ModelArgument,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder to write the river to.")
     ],
-    bits: options.Bits = 4,
-    group_size: options.GroupSize = 64,
-    quantizer: options.Quantizer = options.QuantizerName.hqq,
-    dtype: options.Dtype = options.DtypeName.bfloat16,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    config: RiverConfig,
+    engine: EngineConfig,
 ) -> None:
     """Build a model's exit river and write it to a folder."""
     from river_llm.cli.progress import LoadingProgress
     from river_llm.cli.render import stderr
 
-    config = new_river_config(bits, group_size, quantizer)
     with LoadingProgress(f"loading {model}") as progress:
-        prepare_torch(threads)
-        from river_llm.load.model import load_backbone
+        prepare_torch(engine)
+        from river_llm.load import load_backbone
         from river_llm.river import River
 
         River.check_place(output)
         backbone, _ = load_backbone(
-            model,
-            torch_dtype(dtype),
-            check_device(device) or "cpu",
-            trust_remote_code,
+            model, engine.torch_dtype, engine.device or "cpu", engine.trust_remote_code
         )
         start = time.perf_counter()
         river = River.build(backbone, config, progress.layers_built)

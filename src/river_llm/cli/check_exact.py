@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import LoadOptions, describe_loaded, load
-from river_llm.cli.settings import draft_config, river_config, sampling_config
+from river_llm.cli.loading import describe_loaded, load, saved_or_new
+from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json
 from river_llm.cli.usage import usage_error
+from river_llm.config import (
+    DEFAULT_MODEL,
+    DraftConfig,
+    EngineConfig,
+    PromptConfig,
+    RiverConfig,
+    SamplingConfig,
+)
 from river_llm.errors import DataError
 from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
-    from river_llm.exactness import Difference, Exactness
+    from river_llm.measure.exactness import Difference, Exactness
     from river_llm.lm import RiverLM
-    from river_llm.text.prompt import Prompt
+    from river_llm.text import Prompt
 
 
+@with_settings
 def check_exact(
     prompts: Annotated[
         Path,
@@ -32,88 +41,48 @@ def check_exact(
             "counts) or prompt.",
         ),
     ],
-    model: options.ModelArgument = "smollm2",
+    drafts: DraftConfig,
+    form: PromptConfig,
+    config: RiverConfig,
+    engine: EngineConfig,
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128, seed=0),
+    model: options.ModelArgument = DEFAULT_MODEL,
+    river: options.RiverPath = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take the first so many prompts only.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 1,
-    river: options.RiverPath = None,
-    bits: options.Bits = 4,
-    group_size: options.GroupSize = 64,
-    quantizer: options.Quantizer = options.QuantizerName.hqq,
-    draft_tokens: options.DraftTokens = None,
-    draft_exit_layer: options.DraftExitLayer = None,
-    draft_lm_head_bits: options.DraftHead = None,
-    draft_vocabulary: options.DraftVocabulary = None,
-    ngram: options.Ngram = None,
-    max_new_tokens: options.MaxNewTokens = 128,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Give prompts to the model without chat template.")
-    ] = False,
     json_output: options.Json = False,
-    engine: options.Engine = options.EngineName.auto,
-    backbone_bits: options.BackboneBits = options.WeightBits.sixteen,
-    lm_head_bits: options.HeadBits = options.WeightBits.sixteen,
-    kv_bits: options.KvBits = options.WeightBits.sixteen,
-    dtype: options.Dtype = options.DtypeName.bfloat16,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Answer prompts by the backbone alone and in lossless mode, in turn: whether all tokens are
-    the same (else the exit code is 1), and how much faster lossless mode is."""
-    drafts = draft_config(
-        None, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
-    )
-    sampling = sampling_config(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, None
-    )
-    settings = asdict(sampling)
-    del settings["processors"]  # there are none
+    """Answer prompts by the backbone alone and in lossless mode, alternating: whether all tokens
+    are the same (else the exit code is 1), and how much faster lossless mode is."""
+    if engine.no_miss:
+        raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
     texts = read_prompts(prompts)[:limit]
-    loading = LoadOptions(
-        model=model,
-        river=river_config(river, bits, group_size, quantizer),
-        policy=None,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        engine=engine,
-        backbone_bits=backbone_bits,
-        lm_head_bits=lm_head_bits,
-        kv_bits=kv_bits,
-        drafts=drafts,
-    )
-    lm = load(loading)
+    built = saved_or_new(river, config)
+    lm = load(model, built, None, engine, drafts)
     from river_llm.cli.progress import LoadingProgress
-    from river_llm.exactness import InterruptedCheckError, check_exactness
+    from river_llm.measure.exactness import InterruptedCheckError, check_exactness
 
     cut_short: InterruptedCheckError | None = None
     try:
         with LoadingProgress("answering") as progress:
             found = check_exactness(
                 lm,
-                texts,
-                raw=raw,
-                drafts=drafts,
+                [lm.encode(text, form) for text in texts],
+                sampling,
+                drafts,
                 batch_size=batch_size,
                 progress=progress.steps_done,
-                **settings,
             )
     except InterruptedCheckError as error:
         cut_short, found = error, error.found
     if json_output:
         output = {
-            **describe_loaded(loading, lm),
+            **describe_loaded(model, built, engine, lm),
+            "drafts": drafts.to_dict(),
             "batch_size": batch_size,
-            "sampling": settings,
+            "sampling": sampling.to_dict(),
             "interrupted": cut_short is not None,
             **asdict(found),
         }
@@ -200,4 +169,4 @@ def _line(lm: RiverLM, difference: Difference) -> str:
     )
     pairs = zip(difference.top_tokens, difference.top_logits, strict=True)
     best = ", ".join(f"{shown(token)} {logit:.4f}" for token, logit in pairs)
-    return f"{line}; most likely there: {best}" if best else line
+    return f"{line}; argmax there: {best}" if best else line

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import LoadOptions, load_attached
-from river_llm.cli.settings import exit_policy, offload_config, river_config
+from river_llm.cli.loading import load_attached, saved_or_new
+from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
-from river_llm.cli.usage import check_text, refuse_idle, usage_error
+from river_llm.cli.usage import check_text, usage_error
+from river_llm.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, EngineConfig, PolicyConfig, RiverConfig
 from river_llm.errors import DataError
 from river_llm.sizes import format_bytes
 from river_llm.text.utf8 import read_text
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from river_llm.attachment import AttachedRiver
-    from river_llm.inspection import TextInspection
+    from river_llm.measure.inspection import TextInspection
     from river_llm.residency import OffloadConfig, ResidencyPlan
 
 
+@with_settings
 def inspect(
-    context: typer.Context,
-    model: options.ModelArgument = "smollm2",
+    policy: PolicyConfig,
+    config: RiverConfig,
+    engine: EngineConfig,
+    model: options.ModelArgument = DEFAULT_MODEL,
+    river: options.RiverPath = None,
     text: Annotated[
         str | None, typer.Option(help="Measure the river on this text; - reads it from stdin.")
     ] = None,
@@ -39,41 +44,20 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Draw it too, as PNG, SVG or PDF. \\[extra: plot]")
     ] = None,
-    river: options.RiverPath = None,
-    bits: options.Bits = 4,
-    group_size: options.GroupSize = 64,
-    quantizer: options.Quantizer = options.QuantizerName.hqq,
-    policy: options.Policy = None,
-    threshold: options.Threshold = None,
-    exit_layer: options.ExitLayer = None,
-    first_layer: options.FirstLayer = 1,
-    offload: options.Offload = None,
     json_output: options.Json = False,
-    dtype: options.Dtype = options.DtypeName.bfloat16,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
-    chosen = exit_policy(policy, threshold, exit_layer, first_layer, None)
-    offloading = offload_config(offload, no_miss=False, policy=chosen)
+    from river_llm.exit_policy import ExitPolicy
+    from river_llm.residency import OffloadConfig
+
+    chosen = policy.exit_policy() or ExitPolicy.similarity(DEFAULT_THRESHOLD)
+    offloading = OffloadConfig.of(engine.offload)
     text = _read_text(text, text_file)
-    if text is None:
-        refuse_idle(context, "no text is read", {"--max-tokens"})
     if plot is not None:
         if text is None:
             raise usage_error("--plot draws what is measured on a text; give --text")
         _check_plot(plot)
-    loading = LoadOptions(
-        model=model,
-        river=river_config(river, bits, group_size, quantizer),
-        policy=chosen,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-    )
-    attached, tokenizer = load_attached(loading)
+    attached, tokenizer = load_attached(model, saved_or_new(river, config), chosen, engine)
     output = {"model": model, **_describe(attached)}
     plan = None
     if offloading is not None:
@@ -96,7 +80,7 @@ def inspect(
         if plan is not None:
             plan.note(output["exit_layers"])
         if plot is not None:
-            from river_llm.plots import plot_inspection
+            from river_llm.measure.plots import plot_inspection
 
             command = shlex.join(["river-llm", *sys.argv[1:]])
             plot_inspection(inspection, attached.policy, command, plot)
@@ -132,7 +116,7 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
 
 
 def _check_plot(plot: Path) -> None:
-    from river_llm.plots import PLOT_SUFFIXES, has_matplotlib
+    from river_llm.measure.plots import PLOT_SUFFIXES, has_matplotlib
 
     if plot.suffix.lower() not in PLOT_SUFFIXES:
         raise usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
@@ -193,7 +177,7 @@ def _inspect(
     attached: AttachedRiver, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
 ) -> tuple[TextInspection, list[str]]:
     from river_llm.errors import ConfigError
-    from river_llm.inspection import inspect_text
+    from river_llm.measure.inspection import inspect_text
 
     config = attached.model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", max_tokens)

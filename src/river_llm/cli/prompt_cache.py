@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from river_llm.cli.usage import usage_error
+from river_llm.config import PolicyConfig
 from river_llm.errors import InterruptedRunError, PromptCacheError
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from river_llm.exit_policy import ExitPolicy
     from river_llm.generate import GenerationResponse
     from river_llm.lm import RiverLM
 
 
-def check_prompt_cache(path: Path | None, policy: ExitPolicy | None) -> None:
-    """See that prompts can be kept at all.
+def check_prompt_cache(path: Path | None, policy: PolicyConfig) -> None:
+    """Validate that prompts can be kept at all.
 
     Raises:
         typer.Exit: by their prefill rule, they can't.
     """
-    if path is not None and policy is not None and policy.prefill == "sequence":
+    if path is not None and policy.prefill == "sequence":
         raise usage_error(
             "--prompt-cache doesn't go with --prefill sequence: the prompt leaves as a whole, so "
-            "its beginning would be another one in another prompt"
+            "its prefix would be another one in another prompt"
         )
 
 

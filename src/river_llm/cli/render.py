@@ -15,7 +15,7 @@ from rich.text import Text
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from river_llm.comparison import VariantResult
+    from river_llm.measure.comparison import VariantResult
     from river_llm.generate import (
         GenerationResponse,
         GenerationResult,

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from river_llm.attachment import attach_river
-from river_llm.config import is_whole_number
-from river_llm.engines.cpu_engine import CpuEngine
-from river_llm.engines.step import Engine
-from river_llm.engines.kv_cache import check_kv_bits
-from river_llm.engines.llama_family import check_supported
+from river_llm.config import EngineConfig
+from river_llm.engines.cpu import CpuEngine
+from river_llm.engines.llama import check_supported
 from river_llm.engines.native_core import check_built, is_built, usable_threads
+from river_llm.engines.step import Engine
 from river_llm.engines.torch import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
 from river_llm.exit_policy import ExitPolicy
-from river_llm.load.model import check_loadable
 from river_llm.river import River
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-EngineChoice = Literal["auto", "cpu", "torch"]
-MAX_THREADS = 1024  # of the core
 
 _log = logging.getLogger(__name__)
 
@@ -46,40 +41,14 @@ def why_not_native(model: PreTrainedModel, kv_bits: int = 16) -> str | None:
     return None
 
 
-def check_dtype(dtype: torch.dtype, choice: EngineChoice) -> None:
-    """Refuse a dtype that the engine doesn't compute in, before anything is loaded.
-
-    Raises:
-        ConfigError: no engine computes in it, or the named one doesn't.
-    """
-    check_loadable(dtype)
-    if choice == "cpu" and dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"the native engine computes in bfloat16, not in {name}; leave the dtype out, or take "
-            "--engine torch"
-        )
-
-
 def check_threads(threads: int | None) -> None:
-    """Refuse a number of threads that no engine takes, before anything is loaded. More than the
-    process has cores are taken, and a warning is logged.
-
-    Raises:
-        ConfigError: it is no whole number from 1 to `MAX_THREADS`.
-    """
-    if threads is None:
-        return
-    if not is_whole_number(threads) or not 1 <= threads <= MAX_THREADS:
-        raise ConfigError(
-            f"threads is {threads!r}; it must be a whole number from 1 to {MAX_THREADS}"
-        )
-    _warn_of_many(threads, usable_threads())
+    """Warn, once in a process, of more threads than cores; None: as many as there are."""
+    if threads is not None:
+        _warn_of_many(threads, usable_threads())
 
 
 @cache
 def _warn_of_many(threads: int, usable: int) -> None:
-    """Once in a process."""
     if threads > usable:
         cores = f"{usable} core{'s' * (usable > 1)}"
         _log.warning(
@@ -91,34 +60,8 @@ def _warn_of_many(threads: int, usable: int) -> None:
         )
 
 
-def check_engine_options(
-    choice: EngineChoice, backbone_bits: int, lm_head_bits: int, kv_bits: int = 16
-) -> None:
-    """Refuse what no engine takes, before anything is loaded.
-
-    Raises:
-        ConfigError: a setting is out of its range, or the named engine hasn't it.
-        RiverError: the native engine is named and was not built.
-    """
-    if choice not in get_args(EngineChoice):
-        names = ", ".join(get_args(EngineChoice))
-        raise ConfigError(f"engine is {choice!r}; choose one of {names}")
-    for name, bits in (("backbone", backbone_bits), ("LM head", lm_head_bits)):
-        if bits not in (8, 16):
-            raise ConfigError(f"the {name} has {bits} bits; choose 16 (bfloat16) or 8")
-        if bits == 8 and choice == "torch":
-            raise ConfigError(f"8 bits of the {name} are for the native engine; take --engine cpu")
-    check_kv_bits(kv_bits)
-    if choice == "cpu":
-        check_built()
-
-
 def choose_engine(
-    model: PreTrainedModel,
-    choice: EngineChoice,
-    backbone_bits: int,
-    lm_head_bits: int,
-    kv_bits: int = 16,
+    model: PreTrainedModel, config: EngineConfig
 ) -> tuple[Literal["cpu", "torch"], str | None]:
     """Which engine serves a model, and why it isn't the native one; needs no river yet.
 
@@ -129,37 +72,22 @@ def choose_engine(
         ConfigError: a setting or the model's device is not for the engine.
         UnsupportedModelError: the architecture, or the width of its heads, is not for the engine.
     """
-    reason = why_not_native(model, kv_bits) if choice == "auto" else None
-    if choice == "cpu" or (choice == "auto" and reason is None):
+    reason = why_not_native(model, config.kv_bits) if config.engine == "auto" else None
+    if config.engine == "cpu" or (config.engine == "auto" and reason is None):
         if model.device.type != "cpu":
             raise ConfigError(f"the native engine needs the model on a CPU, not on {model.device}")
-        check_supported(model, kv_bits)
+        check_supported(model, config.kv_bits)
         return "cpu", None
-    if (backbone_bits, lm_head_bits) != (16, 16):
+    if (config.backbone_bits, config.lm_head_bits) != (16, 16):
         why = f": {reason}" if reason else ""
         raise ConfigError(f"8-bit weights beside the river need the native engine{why}")
     return "torch", reason
 
 
 def make_engine(
-    model: PreTrainedModel,
-    river: River,
-    policy: ExitPolicy,
-    choice: EngineChoice = "auto",
-    *,
-    threads: int | None = None,
-    backbone_bits: int = 16,
-    lm_head_bits: int = 16,
-    kv_bits: int = 16,
+    model: PreTrainedModel, river: River, config: EngineConfig | None = None
 ) -> tuple[Engine, str | None]:
     """The engine for a model that this call takes over, and why it isn't the native one.
-
-    Args:
-        choice: ``"cpu"`` is the native engine; ``"auto"`` takes it where the model is in bfloat16,
-            on a CPU and one that it supports, and the torch engine elsewhere.
-        threads: by default as many as the process may use.
-        backbone_bits, lm_head_bits: 16 (bfloat16), or 8 on the native engine.
-        kv_bits: of the KV cache: 16, which stands for the model's dtype, or 8.
 
     Returns:
         (engine, None), or with the torch engine under ``"auto"`` (engine, reason).
@@ -170,21 +98,22 @@ def make_engine(
         RiverFileError: the river was made from other weights.
         RiverError: the native engine is named and was not built.
     """
-    check_engine_options(choice, backbone_bits, lm_head_bits, kv_bits)
+    config = config or EngineConfig()
+    if config.engine == "cpu":
+        check_built()
     check_weights(model)
-    name, reason = choose_engine(model, choice, backbone_bits, lm_head_bits, kv_bits)
-    if name == "cpu":
-        engine = CpuEngine(
-            model,
-            river,
-            policy,
-            threads=threads,
-            backbone_bits=backbone_bits,
-            lm_head_bits=lm_head_bits,
-            kv_bits=kv_bits,
-            free_model=True,
-        )
-        return engine, None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return TorchEngine(attach_river(model, river, policy=policy), kv_bits), reason
+    name, reason = choose_engine(model, config)
+    if name == "torch":
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        return TorchEngine(attach_river(model, river, policy=ExitPolicy.never()), config.kv_bits), reason
+    engine = CpuEngine(
+        model,
+        river,
+        threads=config.threads,
+        backbone_bits=config.backbone_bits,
+        lm_head_bits=config.lm_head_bits,
+        kv_bits=config.kv_bits,
+        free_model=True,
+    )
+    return engine, None

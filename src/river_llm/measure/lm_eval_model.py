@@ -20,14 +20,13 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from river_llm.config import Mode, SamplingConfig
+from river_llm.config import DEFAULT_MODEL, SamplingConfig
+from river_llm.engines.step import CacheAccess
 from river_llm.errors import ConfigError, DataError
-from river_llm.exit_policy import ExitPolicy
-from river_llm.generation import GenerationResult
-from river_llm.load.source import DEFAULT_MODEL
+from river_llm.generate import GenerationResult
+from river_llm.lm import RiverLM
 from river_llm.measure.likelihood import Candidate, CandidateScore, score_candidates
 from river_llm.measure.lm_eval_arguments import load_model
-from river_llm.river_lm import RiverLM
 from river_llm.text.chat_template import render_messages
 from river_llm.text.prompt import encode_text
 
@@ -62,7 +61,6 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self,
         pretrained: RiverLM | str = DEFAULT_MODEL,
         *,
-        mode: Mode = "river",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_length: int | None = None,
@@ -73,7 +71,6 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         Args:
             pretrained: a model that is loaded, or the name of one.
-            mode: ``"lossless"`` sets a loaded model's policy to never leaving.
             batch_size: ``auto`` is 8.
             max_batch_size: of lm-eval, for batch sizes that are searched for; not used.
             device: of a model to load; CUDA, which lm-eval names by default, only where it is.
@@ -87,11 +84,10 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         super().__init__()
         if isinstance(pretrained, RiverLM):
             lm = pretrained
-            lm.policy = ExitPolicy.never() if mode == "lossless" else lm.policy
         else:
             if str(device).startswith("cuda") and not torch.cuda.is_available():
                 device = None
-            lm = load_model(pretrained, mode=mode, device=device, **model_args)
+            lm = load_model(pretrained, device=device, **model_args)
         context = lm.engine.context_length
         if max_length is not None and not 1 <= max_length <= (context or max_length):
             raise ConfigError(
@@ -104,7 +100,6 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self.max_length: int = max_length or context or _MAX_LENGTH
         self._device = lm.engine.device
         self._lm = lm
-        self._mode: Mode = mode
         self._name = str(lm.tokenizer.name_or_path if pretrained is lm else pretrained)
         self._chat_template_kwargs = chat_template_kwargs
         self._exits: Counter[int] = Counter()
@@ -189,7 +184,9 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self._warn_of_cuts("contexts", cut, len(requests))
         self._lm.forget_cache()
         scores: dict[int, CandidateScore] = {}
-        found = score_candidates(self._lm.engine, candidates, self.batch_size)
+        found = score_candidates(
+            self._lm.engine, self._lm.policy, candidates, self.batch_size
+        )
         for place, score in tqdm(
             found, desc="likelihoods", total=len(requests), disable=disable_tqdm
         ):
@@ -289,12 +286,12 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         if sampling.seed is None and sampling.temperature > 0:
             sampling = replace(sampling, seed=int(torch.randint(_SEEDS, ())))
         if len(prompts) > 1:
-            return lm.generate_batch_tokens(prompts, sampling, mode=self._mode)
+            return lm.generate_batch_tokens(prompts, sampling)
         (prompt,) = prompts
         # examples that prompts share run once, but what leaves as a whole has to run as a whole
-        reuse = lm.policy.prefill != "sequence"
-        stream = lm.stream_tokens(prompt, sampling, reuse_cache=reuse, mode=self._mode)
-        return [GenerationResult.of(lm.engine, list(stream), len(prompt), self._mode)]
+        reuse = lm.policy is None or lm.policy.prefill != "sequence"
+        stream = lm.stream_tokens(prompt, sampling, reuse_cache=reuse)
+        return [GenerationResult.of(lm.engine, list(stream), len(prompt), lm.policy)]
 
     # ---- what is told ----
 
@@ -305,10 +302,9 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         return {
             "river_llm": {
                 "model": self._name,
-                "weights": engine.cache_identity([0]),
-                "river": None if lm.river_config is None else lm.river_config.to_dict(),
-                "policy": lm.policy.to_dict(),
-                "mode": self._mode,
+                "weights": engine.cache_identity([0]) if isinstance(engine, CacheAccess) else None,
+                "river": lm.river_config.to_dict(),
+                "policy": None if lm.policy is None else lm.policy.to_dict(),
                 "engine": engine.name,
                 "setting": engine.setting,
                 "kv_bits": engine.kv_bits,

@@ -14,7 +14,7 @@ from river_llm.exit_policy import ExitPolicy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from river_llm.inspection import TextInspection
+    from river_llm.measure.inspection import TextInspection
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
