@@ -24,8 +24,8 @@ from river_llm.cli.usage import check_text, usage_error
 from river_llm.errors import InterruptedRunError, PromptCacheError, RiverError
 
 if TYPE_CHECKING:
-    from river_llm.comparison import ArmResult
     from river_llm.config import DraftConfig, Mode, SamplingConfig
+    from river_llm.measure.comparison import Compared
     from river_llm.river_lm import RiverLM
 
 
@@ -210,19 +210,19 @@ def _answer(
             not_kept = error
         except InterruptedRunError as error:
             not_kept, is_interrupted = error, True
-    arms = None
+    variants = None
     if compare and not is_interrupted:
         try:
-            arms = _compare(lm, token_ids, sampling.max_new_tokens)
+            variants = _compare(lm, token_ids, sampling.max_new_tokens)
         except KeyboardInterrupt:
             is_interrupted = True
     if json_output:
         output = {**settings, **asdict(result)}
-        if arms is not None:
-            output["comparison"] = [asdict(arm) for arm in arms]
+        if variants is not None:
+            output["comparison"] = [asdict(one) for one in variants]
         print_json(output)
-    elif arms is not None:
-        render.stdout.print(render.comparison_table(arms, lm.engine.num_layers))
+    elif variants is not None:
+        render.stdout.print(render.comparison_table(variants, lm.engine.num_layers))
     if compare and is_interrupted:
         before = "" if not_kept is None else f"{not_kept}; "
         raise InterruptedRunError(f"{before}interrupted before the comparison was done")
@@ -230,13 +230,13 @@ def _answer(
         raise not_kept
 
 
-def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[ArmResult] | None:
-    """The arms along the backbone's own answer; None if it is too short."""
+def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Compared] | None:
+    """The variants along the backbone's own answer; None if it is too short."""
     from river_llm.cli import render
     from river_llm.cli.progress import LoadingProgress
-    from river_llm.comparison import compare_arms
     from river_llm.config import SamplingConfig
     from river_llm.exit_policy import ExitPolicy
+    from river_llm.measure.comparison import compare_variants
 
     river_policy = lm.policy
     assert lm.river_config is not None
@@ -248,11 +248,12 @@ def _compare(lm: RiverLM, token_ids: list[int], max_new_tokens: int) -> list[Arm
             if len(answer) < 2:
                 render.stderr.print("the backbone's answer is too short to compare along it")
                 return None
-            arms = {
+            variants = {
                 "backbone": ExitPolicy.never(),
                 f"full {lm.river_config.bits}-bit": ExitPolicy.always(),
                 f"River, {river_policy.describe()}": river_policy,
             }
-            return compare_arms(lm.engine, token_ids, answer, arms, progress=progress.steps_done)
+            done = progress.steps_done
+            return compare_variants(lm.engine, token_ids, answer, variants, progress=done)
     finally:
         lm.policy = river_policy

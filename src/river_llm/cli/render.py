@@ -15,9 +15,9 @@ from rich.text import Text
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from river_llm.comparison import ArmResult
     from river_llm.generation import GenerationResponse, GenerationResult
     from river_llm.lossless import LosslessStatistics, Origin
+    from river_llm.measure.comparison import Compared
     from river_llm.residency import OffloadStatistics
 
 # What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
@@ -119,21 +119,20 @@ def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:
     return table
 
 
-def comparison_table(arms: Sequence[ArmResult], num_layers: int) -> Table:
-    """Backbone, full quantisation and River side by side; the first arm is the measure."""
+def comparison_table(variants: Sequence[Compared], num_layers: int) -> Table:
+    """Backbone, full quantisation and River side by side; the first one is the measure."""
     caption = Text("tokens/s: median [slowest - fastest round]")
     table = Table(caption=caption, caption_justify="left")
     table.add_column("")
     for heading in ("tokens/s", "speed-up", "exit depth", "agreement"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for arm in arms:
-        speed_up = arm.decode_tokens_per_second / arms[0].decode_tokens_per_second
-        spread = f"[{arm.slowest:.0f} - {arm.fastest:.0f}]"
+    for one in variants:
+        speed_up = one.tokens_per_second.median / variants[0].tokens_per_second.median
         table.add_row(
-            arm.name,
-            Text(f"{arm.decode_tokens_per_second:.1f} {spread}"),
+            one.variant,
+            Text(str(one.tokens_per_second)),
             f"{speed_up:.2f}x",
-            f"{arm.mean_exit_layer:.1f} of {num_layers}",
-            f"{100 * arm.agreement:.0f} %",
+            f"{one.mean_exit_layer:.1f} of {num_layers}",
+            f"{100 * one.agreement:.0f} %",
         )
     return table
