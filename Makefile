@@ -57,13 +57,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-quality: .venv/ready ## perplexity and KL divergence of every arm on TEXT=file
-	$(BIN)/python benchmarks/quality.py $(TEXT)
+quality: .venv/ready ## perplexity and KL divergence of every variant on TEXT=file
+	$(BIN)/python experiments/quality.py $(TEXT)
 
 bench: .venv/ready ## speed beside transformers and llama.cpp, which is compiled first (minutes)
 	@echo "llama-cpp-python: compiling llama.cpp, unless it is there; this takes some minutes"
 	$(BIN)/pip install -c constraints.txt 'llama-cpp-python'
-	$(BIN)/river-llm bench --exit-layer 3,10 --lm-head-bits 8 --peers transformers,llama.cpp
+	$(BIN)/python experiments/baselines.py --exit-layers 3 10 --lm-head-bits 8
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv

@@ -13,8 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverConfig, RiverError, RiverLM, SamplingConfig
 from river_llm import __version__ as version
+<<<<<<< HEAD
 from river_llm.measure.comparison import ArmResult
+=======
+>>>>>>> main
 from river_llm.load.model import load_backbone
+from river_llm.measure.comparison import Compared
 from river_llm.residency import OffloadConfig
 
 pytest_plugins = ["cli_models"]
@@ -293,19 +297,24 @@ def test_stop_ends_the_answer_before_the_string(model: str) -> None:
 
 
 class TestCompare:
-    def test_json_has_three_arms(self, model: str) -> None:
+    def test_json_has_three_variants(self, model: str) -> None:
         options = ("--exit-layer", 2, "--bits", 3)
         output = answer(model, "--compare", *options)
         assert set(output) == {*FIELDS, "comparison"}
         assert output["tokens"] == answer(model, *options)["tokens"]
         assert output["policy"] == ExitPolicy.fixed(2).to_dict()
-        arms = output["comparison"]
-        fields = {field.name for field in dataclasses.fields(ArmResult)}
-        assert all(set(arm) == fields for arm in arms)
-        assert [arm["name"] for arm in arms] == ["backbone", "full 3-bit", "River, exit after 2"]
-        assert [arm["mean_exit_layer"] for arm in arms] == [4, 0, 2]
-        assert arms[0]["agreement"] == 1
-        assert all(0 < a["slowest"] <= a["decode_tokens_per_second"] <= a["fastest"] for a in arms)
+        variants = output["comparison"]
+        fields = {field.name for field in dataclasses.fields(Compared)}
+        assert all(set(one) == fields for one in variants)
+        assert [one["variant"] for one in variants] == [
+            "backbone",
+            "full 3-bit",
+            "River, exit after 2",
+        ]
+        assert [one["mean_exit_layer"] for one in variants] == [4, 0, 2]
+        assert variants[0]["agreement"] == 1
+        speeds = [one["tokens_per_second"] for one in variants]
+        assert all(0 < x["lowest"] <= x["median"] <= x["highest"] for x in speeds)
 
     def test_table_comes_after_the_answer(self, model: str) -> None:
         outcome = run("generate", PROMPT, "-m", model, "-n", 8, "--exit-layer", 2, "--compare")

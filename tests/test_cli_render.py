@@ -12,7 +12,12 @@ from command_line import run, run_process
 from rich.console import Console
 
 from river_llm.cli import render
+<<<<<<< HEAD
 from river_llm.measure.comparison import ArmResult
+=======
+from river_llm.measure.comparison import Compared
+from river_llm.measure.rounds import Spread
+>>>>>>> main
 from river_llm.sizes import format_bytes
 
 pytest_plugins = ["cli_models"]
@@ -74,12 +79,12 @@ def test_exit_depths_are_counted() -> None:
 
 
 def test_the_comparison_is_shown_as_measured() -> None:
-    arms = [
-        ArmResult("backbone", "never leaves", 10.0, 9.0, 12.0, 4.0, 1.0),
-        ArmResult("River", "exit after 1", 25.0, 20.0, 26.0, 1.25, 0.625),
+    variants = [
+        Compared("backbone", "never leaves", Spread(10.0, 9.0, 12.0), 4.0, 1.0),
+        Compared("River", "exit after 1", Spread(25.0, 20.0, 26.0), 1.25, 0.625),
     ]
     output = io.StringIO()
-    Console(file=output, width=100).print(render.comparison_table(arms, 4))
+    Console(file=output, width=100).print(render.comparison_table(variants, 4))
     backbone, river = (
         line for line in output.getvalue().splitlines() if re.search("backbone|River", line)
     )

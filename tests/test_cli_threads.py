@@ -32,12 +32,6 @@ def test_the_environment_decides_if_it_says_how_threads_wait(
     assert chosen(monkeypatch, "generate", OMP_WAIT_POLICY="active") is None
 
 
-def test_baselines_wait_as_they_do_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(monkeypatch, "bench", "--peers", "transformers") is None
-    assert chosen(monkeypatch, "bench", "--peers=llama.cpp") is None
-    assert chosen(monkeypatch, "bench", "--exit-layer", "3") is not None
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has libgomp on Linux")
 def test_it_is_said_before_pytorch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")

@@ -27,7 +27,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from river_llm import ConfigError, DraftConfig, ExitPolicy, River, RiverLM
-from river_llm.benchmark.step_bytes import ModelBytes, step_bytes
 from river_llm.engines import Engine, check_engine_options
 from river_llm.engines.kv_cache import dequantize_states, position_bytes, quantize_states
 from river_llm.engines.native_core import MOST_DIMS_OF_CODES
@@ -255,9 +254,6 @@ class TestBytes:
             seen = sum(min(20, window or 20) for window in windows)
             cache = engine.step_bytes(4, 20) - engine.step_bytes(4, 0)
             assert cache == seen * 2 * heads * state_bytes
-            sizes = ModelBytes.of(subject.model, subject.river, bits)
-            assert sizes.cache(20) == cache
-            assert step_bytes(engine, sizes, [4, 4], 20) == engine.step_bytes(4, 20) + cache
 
     def test_that_the_torch_engine_holds_are_fewer(self) -> None:
         subject, held = subject_of("qwen3"), {}  # heads of 32 dims

@@ -63,7 +63,9 @@ def whole(least: int, most: int | None = None, note: str = "") -> Allowed:
     """A whole number from `least` on."""
     end = f"from {least} to {most}" if most is not None else f", {least} or more"
     return Allowed(
-        lambda value: is_whole_number(value) and least <= value <= (math.inf if most is None else most),
+        lambda value: (
+            is_whole_number(value) and least <= value <= (math.inf if most is None else most)
+        ),
         f"a whole number{' ' * (most is not None)}{end}{note}",
     )
 
@@ -266,9 +268,7 @@ class PolicyConfig(Settings):
         "Leave after the first layer whose similarity exceeds this.",
         number(lambda value: -1 <= value <= 1, "a cosine, in [-1, 1]"),
     )
-    exit_layer: int | None = setting(
-        None, "Every token leaves after this many layers.", whole(0)
-    )
+    exit_layer: int | None = setting(None, "Every token leaves after this many layers.", whole(0))
     first_layer: int = setting(
         1, "First layer after which --threshold counts.", whole(1), advanced=True
     )
@@ -382,8 +382,9 @@ class SamplingConfig(Settings):
         (),
         "End the answer at this string, which may spell special tokens; may be repeated.",
         Allowed(
-            lambda value: isinstance(value, tuple)
-            and all(isinstance(one, str) and one for one in value),
+            lambda value: (
+                isinstance(value, tuple) and all(isinstance(one, str) and one for one in value)
+            ),
             "a string or several, no empty string",
         ),
     )
@@ -452,9 +453,7 @@ class DraftConfig(Settings):
         advanced=True,
         option=("--draft-vocabulary",),
     )
-    ngram: bool = setting(
-        True, "Draft out of the text itself where it repeats.", advanced=True
-    )
+    ngram: bool = setting(True, "Draft out of the text itself where it repeats.", advanced=True)
 
     def check_fits(self, num_layers: int, vocab_size: int) -> None:
         """Validate that the model has the layers and the tokens that drafts are to have.

@@ -24,7 +24,6 @@ PrefillRule = Literal["backbone", "river", "sequence", "token"]
 BatchRule = Literal["sequence", "minimum"]
 
 
-
 @dataclass(frozen=True, slots=True)
 class ExitPolicy:
     """When tokens leave the backbone; made by one of the class methods.

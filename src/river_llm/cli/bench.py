@@ -1,401 +1,206 @@
-"""`river-llm bench`: how fast backbone, river and peers are, in the manner of llama-bench."""
+"""`river-llm bench`: how fast the variants of a model are, in the manner of llama-bench."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from enum import Enum
-from functools import partial
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.bench_memory import bench_memory
 from river_llm.cli.imports import import_libraries
-from river_llm.cli.loading import prepare_torch, torch_dtype
-from river_llm.cli.settings import new_river_config, river_config
+from river_llm.cli.loading import describe_loaded, load, prepare_torch, saved_or_new
+from river_llm.cli.progress import LoadingProgress
+from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json
-from river_llm.cli.usage import usage_error
+from river_llm.cli.usage import refuse_idle, usage_error
+from river_llm.config import DEFAULT_MODEL, EngineConfig, RiverConfig
 from river_llm.errors import InterruptedRunError
 
 if TYPE_CHECKING:
-    from river_llm.benchmark.lineup import Lineup
-    from river_llm.benchmark.subject import Subject
-    from river_llm.benchmark.suite import Result
-    from river_llm.config import RiverConfig
-    from river_llm.exit_policy import ExitPolicy
+    from river_llm.engines import Engine
+    from river_llm.lm import RiverLM
+    from river_llm.measure.rounds import Variant
 
-_TESTS, _ARMS = "Tests", "Arms"
-_Value = TypeVar("_Value", int, float)
+_WORDS = ("engine", "variant", "test")  # columns; the others are numbers
+_WIDEST = 400
 
 
-class ShapeName(str, Enum):
-    llama_3_2_1b = "llama-3.2-1b"
-    llama_3_2_3b = "llama-3.2-3b"
-    llama_3_1_8b = "llama-3.1-8b"
+def _test(words: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=words, rich_help_panel="Tests", **more)
 
 
+def _variant(words: str, *names: str) -> Any:
+    return typer.Option(*names, help=words, rich_help_panel="Variants")
+
+
+@with_settings
 def bench(
-    model: Annotated[
+    context: typer.Context,
+    config: RiverConfig,
+    engine: EngineConfig = EngineConfig(device="cpu"),
+    model: options.Model = DEFAULT_MODEL,
+    shape: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A model directory, a GGUF file, a Hub id (org/name), or smollm2, the default.",
-        ),
+        typer.Option(help="Random weights in place of a model: llama-3.2-1b, -3b, llama-3.1-8b."),
     ] = None,
-    random_weights: Annotated[
-        ShapeName | None,
-        typer.Option(help="Random weights of this shape in place of a model. Speed only."),
-    ] = None,
-    prompt_tokens: Annotated[
-        str,
-        typer.Option(
-            help="Tokens of each prompt test (pp), as 512,1024; 0: none.", rich_help_panel=_TESTS
-        ),
-    ] = "512",
-    new_tokens: Annotated[
-        str,
-        typer.Option(
-            help="Tokens of each decoding test (tg), as 128; 0: none.", rich_help_panel=_TESTS
-        ),
-    ] = "128",
-    depth: Annotated[
-        str,
-        typer.Option(
-            help="Tokens in the cache before each test, as 0,4096.", rich_help_panel=_TESTS
-        ),
-    ] = "0",
-    batch: Annotated[
-        str,
-        typer.Option(help="Sequences that decode together, as 1,2,4,8.", rich_help_panel=_TESTS),
-    ] = "1",
-    threads: Annotated[
-        str | None,
-        typer.Option(
-            help="CPU threads, as 1,2. \\[default: as many as there are cores]",
-            rich_help_panel=_TESTS,
-        ),
-    ] = None,
-    rounds: Annotated[
-        int,
-        typer.Option(min=1, help="In turn, after one that warms up.", rich_help_panel=_TESTS),
-    ] = 5,
-    disturb: Annotated[
-        bool,
-        typer.Option(
-            "--disturb",
-            help="As many rounds again beside a process that keeps one core busy.",
-            rich_help_panel=_TESTS,
-        ),
-    ] = False,
+    prompt_tokens: Annotated[str, _test("Of each prompt test (pp): 512,1024; 0: none.")] = "512",
+    new_tokens: Annotated[str, _test("Of each decoding test (tg): 128,256; 0: none.")] = "128",
+    depth: Annotated[str, _test("Tokens in the cache before each test: 0,4096.")] = "0",
+    batch: Annotated[str, _test("Sequences that decode together: 1,2,4,8.")] = "1",
+    rounds: Annotated[int, _test("Interleaved, after one that warms up.", min=1)] = 5,
     memory: Annotated[
         bool,
-        typer.Option(
+        _test(
+            "Measure memory: backbone, full quantisation, River without and with offloading, each "
+            "in its own process, at every --depth. \\[default: 4K to 64K, --exit-layer 3]",
             "--memory",
-            help="Measure memory in place of speed: backbone, full quantisation, River without and "
-            "with offloading, each in a process of its own, at every --depth. \\[default: 4K to "
-            "64K, --exit-layer 3]",
-            rich_help_panel=_TESTS,
         ),
     ] = False,
-    exit_layer: Annotated[
-        str | None,
-        typer.Option(
-            help="River arms whose tokens leave after so many layers, as 3,10.",
-            rich_help_panel=_ARMS,
-        ),
-    ] = None,
-    threshold: Annotated[
-        str | None,
-        typer.Option(
-            help="River arms whose tokens leave above this similarity, as 0.97,0.98.",
-            rich_help_panel=_ARMS,
-        ),
-    ] = None,
-    lm_head_bits: Annotated[
-        options.WeightBits,
-        typer.Option(
-            help="8: every arm with an 8-bit LM head too (native engine).", rich_help_panel=_ARMS
-        ),
-    ] = options.WeightBits.sixteen,
-    kv_bits: Annotated[
-        options.WeightBits,
-        typer.Option(
-            help="8: every arm with an 8-bit KV cache too; with --memory, every arm has it.",
-            rich_help_panel=_ARMS,
-        ),
-    ] = options.WeightBits.sixteen,
-    peers: Annotated[
-        str | None,
-        typer.Option(
-            help="Others on the same weights: transformers,llama.cpp. \\[extra: bench]",
-            rich_help_panel=_ARMS,
-        ),
-    ] = None,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where llama.cpp's files are kept. \\[default: a temporary directory]",
-            rich_help_panel=_ARMS,
-        ),
-    ] = None,
+    exit_layer: Annotated[str | None, _variant("Tokens leave after so many layers: 3,10.")] = None,
+    threshold: Annotated[str | None, _variant("Tokens leave above this similarity: 0.97.")] = None,
+    lossless: Annotated[bool, _variant("Lossless mode too.", "--lossless")] = False,
     river: options.RiverPath = None,
-    bits: options.Bits = 4,
-    group_size: options.GroupSize = 64,
-    quantizer: options.Quantizer = options.QuantizerName.hqq,
     json_output: options.Json = False,
-    engine: options.Engine = options.EngineName.auto,
-    dtype: options.Dtype = options.DtypeName.bfloat16,
-    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Time backbone, river and peers in turn, beside the memory bandwidth that they could use."""
-    from river_llm.benchmark.disturbance import can_disturb, disturbed_core
-    from river_llm.benchmark.environment import describe_environment, usable_cores
-    from river_llm.cli.bench_table import print_results
-    from river_llm.cli.progress import LoadingProgress
-
-    if random_weights is not None:
-        _check_random(model, river, threshold)
-    config = river_config(river, bits, group_size, quantizer)
-    counts = [usable_cores()] if threads is None else _thread_counts(threads)
-    policies = _policies(bits, exit_layer, threshold)
-    wanted_peers = _wanted_peers(peers)
-    if work_dir is not None and "llama.cpp" not in wanted_peers:
-        raise usage_error("--work-dir goes with --peers llama.cpp")
-    if disturb and not can_disturb():
-        raise usage_error("--disturb needs a system that pins processes to cores (Linux)")
-    numbers = [
-        _numbers("--prompt-tokens", prompt_tokens, int, 0),
-        _numbers("--new-tokens", new_tokens, int, 0),
-        _numbers("--depth", depth, int, 0),
-        _numbers("--batch", batch, int, 1),
-    ]
-    if not any(numbers[0] + numbers[1]):
-        raise usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
+    """Time backbone, full quantisation and River in interleaved rounds, beside the memory bandwidth
+    that they could use."""
+    if shape is not None:
+        idle = {"--model", "--river", "--threshold", "--lossless", "--dtype"}
+        refuse_idle(context, "--shape is random weights: speed at a fixed depth alone", idle)
     if memory:
-        _check_memory(peers, threshold, engine, disturb, batch, prompt_tokens, new_tokens, counts)
-        bench_memory(
-            partial(
-                _load_subject,
-                random_weights,
-                model or "smollm2",
-                config,
-                dtype,
-                trust_remote_code,
-                int(kv_bits.value),
-            ),
-            random_weights.value if random_weights else model or "smollm2",
-            [3] if exit_layer is None else _numbers("--exit-layer", exit_layer, int, 0),
-            [context for context in numbers[2] if context > 0],
-            rounds,
-            counts[0],
-            int(lm_head_bits.value),
-            int(kv_bits.value),
-            json_output,
-        )
-        return
-    head_bits = [16] if lm_head_bits is options.WeightBits.sixteen else [16, 8]
-    cache_bits = [16] if kv_bits is options.WeightBits.sixteen else [16, 8]
-    with ExitStack() as ending:
-        name = random_weights.value if random_weights else model or "smollm2"
-        with LoadingProgress(f"loading {name}") as progress:
-            prepare_torch(counts[0])
-            from river_llm.benchmark.bandwidth import read_bandwidth
-            from river_llm.benchmark.lineup import Lineup
-            from river_llm.benchmark.subject import load_subject, random_subject
-            from river_llm.benchmark.suite import Plan, run_suite
-            from river_llm.benchmark.workload import check_fits, make_workloads
-            from river_llm.engines import check_dtype, check_engine_options, choose_engine
+        idle = {"--prompt-tokens", "--new-tokens", "--batch", "--threshold", "--lossless"}
+        refuse_idle(context, "--memory is of the native engine", idle | {"--engine", "--device"})
+    lengths = _numbers("--prompt-tokens", prompt_tokens), _numbers("--new-tokens", new_tokens)
+    if not any(map(any, lengths)):
+        raise usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
+    depths, batches = _numbers("--depth", depth), _numbers("--batch", batch, 1)
+    exits = [] if exit_layer is None else _numbers("--exit-layer", exit_layer)
+    taus = [] if threshold is None else _numbers("--threshold", threshold, -1, 1, float)
+    import_libraries()
+    from river_llm.engines import CpuEngine
+    from river_llm.measure.bench import LosslessVariant, Text, make_variants, run_bench
+    from river_llm.measure.memory import bench_memory
+    from river_llm.measure.rounds import make_workloads
 
-            check_dtype(torch_dtype(dtype), engine.value)
-            check_engine_options(engine.value, 16, head_bits[-1])
-            if random_weights:
-                subject = random_subject(name, new_river_config(bits, group_size, quantizer))
-            else:
-                subject = load_subject(
-                    name,
-                    config,
-                    torch_dtype(dtype),
-                    trust_remote_code,
-                    progress.layers_built,
-                    partial(
-                        choose_engine,
-                        choice=engine.value,
-                        backbone_bits=16,
-                        lm_head_bits=head_bits[-1],
-                        kv_bits=cache_bits[-1],
-                    ),
-                )
-            workloads = make_workloads(*numbers)
-            check_fits(workloads, subject.context_length)
-            lineup = Lineup(
-                subject.model,
-                subject.river,
-                subject.tokens,
-                policies,
-                engine.value,
-                head_bits,
-                counts,
-                cache_bits,
-            )
-            if "transformers" in wanted_peers:
-                lineup.add_transformers()
-            if "llama.cpp" in wanted_peers:
-                folder = work_dir or ending.enter_context(tempfile.TemporaryDirectory())
-                lineup.add_llama_cpp(Path(folder))
-        core = disturbed_core() if disturb else None
-        plan = Plan(workloads, counts, rounds, core)
-        results: list[Result] = []
-        is_whole = False
-        try:
-            with LoadingProgress(f"timing {name}") as progress:
-                results.extend(run_suite(lineup.arms, plan, read_bandwidth, progress.steps_done))
-            is_whole = True
-        except KeyboardInterrupt:
-            if not results:
-                raise
-    output = {
-        **describe_environment(),
-        **_describe_model(subject, lineup),
-        "rounds": rounds,
-        "threads": counts,
-        "disturbed_core": core,
-        "interrupted": not is_whole,
-        "results": [result.to_dict() for result in results],
-    }
+    if memory:
+        engine = replace(engine, engine="cpu")
+    built = saved_or_new(river, config)
+    heads, caches = (dict.fromkeys((16, bits)) for bits in (engine.lm_head_bits, engine.kv_bits))
+    variants: list[Variant] = []
+    for head, cache in list(product(heads, caches))[-1 if memory else 0 :]:
+        of_widths = replace(engine, lm_head_bits=head, kv_bits=cache)
+        made, lm, output = _load(model, built, of_widths, shape)
+        suffix = ", 8-bit head" * (head == 8) + ", 8-bit KV cache" * (cache == 8)
+        own_bits = output["river"]["bits"]
+        text = Text(lm and lm.tokenizer, made.vocab_size)
+        variants += make_variants(made, text, own_bits, exits, taus, suffix)
+        if lossless and lm is not None:
+            variants.append(LosslessVariant(f"lossless{suffix}", lm, text))
+    threads = engine.threads
+    with LoadingProgress(f"measuring {output['model']}") as progress:
+        done = progress.steps_done
+        if isinstance(made, CpuEngine) and memory:
+            output |= bench_memory(made, own_bits, exits, depths, rounds, threads, done)
+        else:
+            workloads = make_workloads(*lengths, depths, batches, made.context_length)
+            output |= run_bench(variants, workloads, rounds, threads, made.device, progress=done)
     if json_output:
         print_json(output)
     else:
-        print_results(results, output)
-    if not is_whole:
+        _print(output, _memory_row if memory else _speed_row)
+    if output.get("interrupted"):
         raise InterruptedRunError("interrupted; the results are of the tests that were done")
 
 
-def _load_subject(
-    random_weights: ShapeName | None,
-    name: str,
-    config: Path | RiverConfig,
-    dtype: options.DtypeName,
-    trust_remote_code: bool,
-    kv_bits: int,
-) -> Subject:
-    """The model and its river, for `bench_memory`."""
-    prepare_torch(None)
-    from river_llm.benchmark.subject import load_subject, random_subject
-    from river_llm.config import RiverConfig
-    from river_llm.engines.llama_family import check_supported
+def _load(
+    model: str, river: Path | RiverConfig, config: EngineConfig, shape: str | None
+) -> tuple[Engine, RiverLM | None, dict[str, Any]]:
+    """An engine, the model of that name where it isn't random weights, and what describes it."""
+    from river_llm.engines.step import CacheAccess
 
-    if random_weights is not None:
-        assert isinstance(config, RiverConfig)
-        return random_subject(random_weights.value, config)
-    check = partial(check_supported, kv_bits=kv_bits)
-    return load_subject(name, config, torch_dtype(dtype), trust_remote_code, check=check)
+    if shape is None:
+        lm = load(model, river, None, config)
+        described = describe_loaded(model, river, config, lm)
+        if isinstance(lm.engine, CacheAccess):
+            described["fingerprint"] = lm.engine.cache_identity([0])
+        return lm.engine, lm, described
+    assert isinstance(river, RiverConfig)
+    with LoadingProgress(f"making {shape}"):
+        prepare_torch(config)
+        from river_llm.measure.random_weights import random_engine
 
-
-def _check_memory(
-    peers: str | None,
-    threshold: str | None,
-    engine: options.EngineName,
-    disturb: bool,
-    batch: str,
-    prompt_tokens: str,
-    new_tokens: str,
-    counts: list[int],
-) -> None:
-    """See that no option of the speed tests is given with --memory."""
-    if engine is options.EngineName.torch:
-        raise usage_error("--memory measures the native engine")
-    if len(counts) > 1:
-        raise usage_error("--memory takes one number of --threads")
-    given = {
-        "--peers": peers is not None,
-        "--threshold": threshold is not None,
-        "--disturb": disturb,
-        "--batch": batch != "1",
-        "--prompt-tokens": prompt_tokens != "512",
-        "--new-tokens": new_tokens != "128",
-    }
-    for option, is_given in given.items():
-        if is_given:
-            raise usage_error(f"{option} is for speed; leave it out with --memory")
-
-
-def _describe_model(subject: Subject, lineup: Lineup) -> dict[str, Any]:
-    notes = list(lineup.notes)
-    if subject.is_random:
-        notes.insert(0, "random weights: the speeds are those of the shape, no text was computed")
-    return {
-        "model": subject.name,
-        "random_weights": subject.is_random,
-        "architecture": type(subject.model).__name__,
-        "num_layers": len(subject.river.exit_layers),
-        "fingerprint": lineup.fingerprint,
-        "river": subject.river.config.to_dict(),
-        "engine": lineup.engine,
-        "same_top": lineup.same_top,
-        "llama_cpp_build": lineup.llama_cpp_build,
-        "notes": notes,
-    }
-
-
-def _check_random(model: str | None, river: Path | None, threshold: str | None) -> None:
-    if model is not None:
-        raise usage_error("give --model or --random-weights, not both")
-    if river is not None:
-        raise usage_error("--random-weights brings its own river; leave --river out")
-    if threshold is not None:
-        raise usage_error(
-            "--threshold says nothing on random weights; take --exit-layer, a fixed depth"
-        )
+        made = random_engine(shape, river, config)
+    described = {"model": f"{shape} (random weights)", "engine": made.name}
+    return made, None, described | {"river": river.to_dict()}
 
 
 def _numbers(
-    option: str, text: str, kind: Callable[[str], _Value], least: float, most: float | None = None
-) -> list[_Value]:
+    option: str,
+    text: str,
+    least: float = 0,
+    most: float = math.inf,
+    kind: Callable[[str], float] = int,
+) -> list[Any]:
     """`1,2,4` as numbers, each once."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
-        values = []
-    fits = values and all(least <= value and (most is None or value <= most) for value in values)
-    if not fits:
-        limits = f"from {least} to {most}" if most is not None else f"of {least} or more"
+        values = [math.nan]
+    if not all(least <= value <= most for value in values):
+        limits = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
         raise usage_error(f"{option} takes numbers {limits}, as 1,2,4; not {text!r}")
     return list(dict.fromkeys(values))
 
 
-def _thread_counts(text: str) -> list[int]:
-    import_libraries()
-    from river_llm.engines.choice import MAX_THREADS
+def _print(
+    output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], dict[str, str]]
+) -> None:
+    """A table, wide enough that no figure is cut off."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-    return _numbers("--threads", text, int, 1, MAX_THREADS)
+    river = output["river"]
+    print(
+        f"{output['model']}, river of {river['bits']} bits in groups of {river['group_size']} "
+        f"({river['quantizer']}); {output['processor']}, {output['date']}"
+    )
+    rows = list(map(row_of, output["results"]))
+    table = Table(box=None, pad_edge=False)
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    Console(width=_WIDEST, highlight=False, markup=False).print(table)
 
 
-def _policies(bits: int, exit_layer: str | None, threshold: str | None) -> dict[str, ExitPolicy]:
-    """The arms on our own engine, by name; the backbone first."""
-    from river_llm.exit_policy import ExitPolicy
+def _speed_row(result: Mapping[str, Any]) -> dict[str, str]:
+    from river_llm.measure.rounds import Spread
 
-    depths = [] if exit_layer is None else _numbers("--exit-layer", exit_layer, int, 0)
-    taus = [] if threshold is None else _numbers("--threshold", threshold, float, -1, 1)
-    rivers = [*map(ExitPolicy.fixed, depths), *map(ExitPolicy.similarity, taus)]
+    depth, read = result["mean_exit_layer"], result["bytes_per_token"]
+    fraction = result["bandwidth_fraction"]
     return {
-        "backbone": ExitPolicy.never(),
-        f"full {bits}-bit": ExitPolicy.always(),
-        **{policy.describe(): policy for policy in rivers},
+        **{word: result[word] for word in _WORDS},
+        "tokens/s": str(Spread(**result["tokens_per_second"])),
+        "x backbone": f"{next(iter(result['ratios'].values()))['median']:.2f}",
+        "exit depth": "" if depth is None else f"{depth:.1f}",
+        "MB/token": "" if read is None else f"{read / 1e6:.1f}",
+        "GB/s": f"{result['bandwidth'] / 1e9:.1f}",
+        "of it": "" if fraction is None else f"{100 * fraction:.0f} %",
     }
 
 
-def _wanted_peers(text: str | None) -> list[str]:
-    from river_llm.benchmark.peers import INSTALL_LLAMA_CPP, PEERS, llama_cpp_is_installed
-
-    names = [] if text is None else text.split(",")
-    for name in names:
-        if name not in PEERS:
-            raise usage_error(f"--peers takes {', '.join(PEERS)}; not {name!r}")
-    if "llama.cpp" in names and not llama_cpp_is_installed():
-        raise usage_error(f"--peers llama.cpp needs llama-cpp-python: {INSTALL_LLAMA_CPP}")
-    return names
+def _memory_row(result: Mapping[str, Any]) -> dict[str, str]:
+    sizes = ("steady", "peak", "expected", "base")
+    return {
+        "variant": result["variant"],
+        "context": str(result["context"]),
+        **{f"{size} MB": f"{result[f'{size}_bytes'] / 1e6:.0f}" for size in sizes},
+        "x full": f"{result['times_full']:.2f}",
+        "tokens/s": f"{result['tokens_per_second']:.1f}",
+    }

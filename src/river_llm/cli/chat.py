@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +13,7 @@ from river_llm.cli.loading import load, saved_or_new
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import StdinLines, check_stdin
-from river_llm.cli.usage import check_text, is_text
+from river_llm.cli.usage import check_text, is_text, usage_error
 from river_llm.config import (
     DEFAULT_MODEL,
     ChatConfig,
@@ -25,10 +26,11 @@ from river_llm.config import (
 from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError, PromptCacheError
 
 if TYPE_CHECKING:
-    from river_llm.text.conversation import Conversation
+    from river_llm.conversation import Conversation
     from river_llm.lm import RiverLM
 
 _HELP = "/clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+_SAMPLING = SamplingConfig(max_new_tokens=512)
 _COMMAND = re.compile(r"/[a-z]+", re.IGNORECASE)  # not /usr/bin, and not /tmp in a sentence
 
 
@@ -39,7 +41,7 @@ def chat(
     template: ChatConfig,
     config: RiverConfig,
     engine: EngineConfig,
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=512),
+    sampling: SamplingConfig = _SAMPLING,
     model: options.Model = DEFAULT_MODEL,
     river: options.RiverPath = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
@@ -49,6 +51,8 @@ def chat(
     if system is not None:
         check_text("--system", system)
     check_stdin()
+    if engine.no_miss and policy.kind is None:
+        raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
     check_prompt_cache(prompt_cache, policy)
     lm = load(model, saved_or_new(river, config), policy.exit_policy(), engine, drafts)
     if not lm.tokenizer.chat_template:
@@ -66,13 +70,19 @@ def _converse(
     template: ChatConfig,
 ) -> None:
     from river_llm.cli import render
-    from river_llm.text.conversation import Conversation
+    from river_llm.conversation import Conversation
 
     lines = StdinLines()
 
-
     def begin() -> Conversation:
-        return Conversation(lm, system, sampling, drafts=drafts, template=template)
+        return Conversation(
+            lm,
+            system,
+            drafts=drafts if lm.policy is None else None,
+            chat_template_kwargs=template.chat_template_kwargs,
+            allow_control_tokens=template.allow_control_tokens,
+            **asdict(sampling),
+        )
 
     conversation = begin()  # says what the template can't take
     render.stderr.print(_HELP)
@@ -120,10 +130,9 @@ def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, t
         return
     render.stdout.print()
     if responses:
-        result = GenerationResult.of(
-            lm.engine, responses, responses[-1].prompt_tokens, lm.policy
-        )
-        render.show_lines(result)
+        result = GenerationResult.of(lm.engine, responses, responses[-1].prompt_tokens, lm.policy)
+        for line in render.statistics_lines(result, with_depths=False):
+            render.stderr.print(line, style="dim")
         if cache is not None:
             try:
                 cache.keep(result.prompt_tokens)

@@ -26,9 +26,12 @@ from river_llm.errors import DataError
 from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
-    from river_llm.measure.exactness import Difference, Exactness
     from river_llm.lm import RiverLM
-    from river_llm.text import Prompt
+    from river_llm.measure.exactness import Difference, Exactness
+    from river_llm.text.prompt import Prompt
+
+
+_SAMPLING = SamplingConfig(max_new_tokens=128, seed=0)
 
 
 @with_settings
@@ -45,7 +48,7 @@ def check_exact(
     form: PromptConfig,
     config: RiverConfig,
     engine: EngineConfig,
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128, seed=0),
+    sampling: SamplingConfig = _SAMPLING,
     model: options.ModelArgument = DEFAULT_MODEL,
     river: options.RiverPath = None,
     limit: Annotated[
@@ -69,8 +72,9 @@ def check_exact(
         with LoadingProgress("answering") as progress:
             found = check_exactness(
                 lm,
-                [lm.encode(text, form) for text in texts],
+                texts,
                 sampling,
+                form,
                 drafts,
                 batch_size=batch_size,
                 progress=progress.steps_done,

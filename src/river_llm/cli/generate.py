@@ -26,8 +26,8 @@ from river_llm.config import (
 from river_llm.errors import InterruptedRunError, PromptCacheError, RiverError
 
 if TYPE_CHECKING:
-    from river_llm.measure.comparison import VariantResult
     from river_llm.lm import RiverLM
+    from river_llm.measure.comparison import Compared
 
 
 @with_settings
@@ -65,6 +65,8 @@ def generate(
     """
     if compare and engine.no_miss:
         raise usage_error("--compare runs the whole backbone: leave out --no-miss")
+    if engine.no_miss and policy.kind is None:
+        raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
     check_prompt_cache(prompt_cache, policy)
     prompt = _checked_prompt(prompt)
     if sampling.seed is None and sampling.temperature > 0:  # one that can be told
@@ -112,8 +114,9 @@ def _answer(
     if json_output:
         lines.start()
     try:
+        of_mode = drafts if lm.policy is None else None
         for response in lm.stream_tokens(
-            token_ids, sampling, reuse_cache=cache is not None, drafts=drafts
+            token_ids, sampling, reuse_cache=cache is not None, drafts=of_mode
         ):
             responses.append(response)
             lines.done, lines.total = len(responses), sampling.max_new_tokens
@@ -127,7 +130,9 @@ def _answer(
         lines.stop()
     result = GenerationResult.of(lm.engine, responses, len(token_ids), lm.policy)
     if not json_output:
-        render.show_statistics(result)
+        render.stdout.print()
+        for line in render.statistics_lines(result):
+            render.stderr.print(line)
     not_kept: RiverError | None = None  # said once the answer is out
     if cache is not None and responses:
         try:
@@ -154,3 +159,29 @@ def _answer(
         raise InterruptedRunError(f"{before}interrupted before the comparison was done")
     if not_kept is not None:
         raise not_kept
+
+
+def _compare(
+    lm: RiverLM, token_ids: list[int], max_new_tokens: int, drafts: DraftConfig
+) -> list[Compared] | None:
+    """The variants along the backbone's own answer; None if it is too short."""
+    from river_llm.cli import render
+    from river_llm.cli.progress import LoadingProgress
+    from river_llm.exit_policy import ExitPolicy
+    from river_llm.measure.comparison import compare_variants, compared_variants
+
+    with LoadingProgress("comparing") as progress:
+        greedy = SamplingConfig(max_new_tokens=max_new_tokens)
+        stream = lm.stream_tokens(token_ids, greedy, policy=ExitPolicy.never())
+        answer = [response.token for response in stream]
+        if len(answer) < 2:
+            render.stderr.print("the backbone's answer is too short to compare along it")
+            return None
+        return compare_variants(
+            lm,
+            token_ids,
+            answer,
+            compared_variants(lm),
+            drafts=drafts,
+            progress=progress.steps_done,
+        )

@@ -15,11 +15,9 @@ def let_waiting_threads_sleep() -> None:
     user's environment says how they wait. Beside other processes that compute, a thread that spins
     takes the core that the awaited one needs; docs/performance.md has figures.
 
-    For libgomp, which reads its variables when PyTorch is imported. Not where `bench` runs
-    baselines, whose threads wait as they do by themselves.
+    For libgomp, which reads its variables when PyTorch is imported.
     """
-    has_baselines = any(argument.startswith("--peers") for argument in sys.argv)
-    if not has_baselines and not any(name in os.environ for name in _OPENMP_VARIABLES):
+    if not any(name in os.environ for name in _OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
 
 

@@ -14,7 +14,13 @@ from river_llm.cli.loading import load_attached, saved_or_new
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
 from river_llm.cli.usage import check_text, usage_error
-from river_llm.config import DEFAULT_MODEL, DEFAULT_THRESHOLD, EngineConfig, PolicyConfig, RiverConfig
+from river_llm.config import (
+    DEFAULT_MODEL,
+    DEFAULT_THRESHOLD,
+    EngineConfig,
+    PolicyConfig,
+    RiverConfig,
+)
 from river_llm.errors import DataError
 from river_llm.sizes import format_bytes
 from river_llm.text.utf8 import read_text

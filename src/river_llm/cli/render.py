@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -15,13 +15,13 @@ from rich.text import Text
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from river_llm.measure.comparison import VariantResult
     from river_llm.generate import (
         GenerationResponse,
         GenerationResult,
         LosslessStatistics,
         Origin,
     )
+    from river_llm.measure.comparison import Compared
     from river_llm.residency import OffloadStatistics
 
 # What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
@@ -79,6 +79,16 @@ def lossless_line(statistics: LosslessStatistics) -> str:
     )
 
 
+def statistics_lines(result: GenerationResult, with_depths: bool = True) -> list[RenderableType]:
+    """What came of an answer: of drafting or of the exits, and of the whole."""
+    lines: list[RenderableType] = []
+    if result.lossless is not None:
+        lines.append(lossless_line(result.lossless))
+    elif result.tokens and with_depths:
+        lines.append(exit_depth_table(result.exit_layers, result.num_layers))
+    return [*lines, statistics_line(result)]
+
+
 def statistics_line(result: GenerationResult) -> str:
     """One line about a whole answer."""
     parts = [f"{len(result.tokens)} tokens ({result.finish_reason})"]
@@ -123,21 +133,20 @@ def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:
     return table
 
 
-def comparison_table(variants: Sequence[VariantResult], num_layers: int) -> Table:
+def comparison_table(variants: Sequence[Compared], num_layers: int) -> Table:
     """Variants side by side; the first one is the measure."""
     caption = Text("tokens/s: median [slowest - fastest round]")
     table = Table(caption=caption, caption_justify="left")
     table.add_column("")
     for heading in ("tokens/s", "speed-up", "exit depth", "agreement"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for variant in variants:
-        speed_up = variant.decode_tokens_per_second / variants[0].decode_tokens_per_second
-        spread = f"[{variant.slowest:.0f} - {variant.fastest:.0f}]"
+    for one in variants:
+        speed_up = one.tokens_per_second.median / variants[0].tokens_per_second.median
         table.add_row(
-            variant.name,
-            Text(f"{variant.decode_tokens_per_second:.1f} {spread}"),
+            one.variant,
+            Text(str(one.tokens_per_second)),
             f"{speed_up:.2f}x",
-            f"{variant.mean_exit_layer:.1f} of {num_layers}",
-            f"{100 * variant.agreement:.0f} %",
+            f"{one.mean_exit_layer:.1f} of {num_layers}",
+            f"{100 * one.agreement:.0f} %",
         )
     return table

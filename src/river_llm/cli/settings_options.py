@@ -36,8 +36,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             continue
         base = None if parameter.default is inspect.Parameter.empty else parameter.default
         options = {
-            one.name: option_parameter(one, field_type, base)
-            for one, field_type in _settable(hint)
+            one.name: option_parameter(one, field_type, base) for one, field_type in _settable(hint)
         }
         parameters += options.values()
         of_settings[parameter.name] = hint, {name: one.name for name, one in options.items()}
@@ -109,7 +108,7 @@ def _as_options(message: str, options: Mapping[str, str]) -> str:
     words = message.split(" ")
     return " ".join(
         _option(options[word.rstrip(",;:")]) + word[len(word.rstrip(",;:")) :]
-        if "_" in word and word.rstrip(",;:") in options or (i == 0 and word in options)
+        if ("_" in word and word.rstrip(",;:") in options) or (i == 0 and word in options)
         else word
         for i, word in enumerate(words)
     )

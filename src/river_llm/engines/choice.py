@@ -106,7 +106,9 @@ def make_engine(
     if name == "torch":
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        return TorchEngine(attach_river(model, river, policy=ExitPolicy.never()), config.kv_bits), reason
+        return TorchEngine(
+            attach_river(model, river, policy=ExitPolicy.never()), config.kv_bits
+        ), reason
     engine = CpuEngine(
         model,
         river,

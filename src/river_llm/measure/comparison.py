@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
-from river_llm.config import SamplingConfig
+from river_llm.config import DraftConfig, SamplingConfig
 from river_llm.exit_policy import ExitPolicy
 from river_llm.generate.rows import decode, new_sequence, prefill
 from river_llm.lm import RiverLM
+from river_llm.measure.rounds import Progress, Spread, interleaved
 
-COMPARED = ExitPolicy.similarity(0.98)  # where the user asked for no policy
+COMPARED = ExitPolicy.similarity(0.98)  # River's policy, where the user asked for none
 
 
 @dataclass(frozen=True, slots=True)
-class VariantResult:
-    """One way to run the model, as `compare_variants` measured it.
+class Compared:
+    """One variant, as `compare_variants` measured it.
 
     Attributes:
-        name: what the table calls it.
         policy: its exit policy, in words.
-        decode_tokens_per_second: median over the rounds.
-        slowest, fastest: the least and the most tokens per second of any round.
+        tokens_per_second: of decoding, over the rounds.
         mean_exit_layer: mean number of backbone layers per decoded token.
         agreement: share of the answer's tokens that are this variant's argmax too.
     """
 
-    name: str
+    variant: str
     policy: str
-    decode_tokens_per_second: float
-    slowest: float
-    fastest: float
+    tokens_per_second: Spread
     mean_exit_layer: float
     agreement: float
+
+
+def compared_variants(lm: RiverLM) -> dict[str, ExitPolicy | None]:
+    """What is compared of a model; None is lossless mode."""
+    river = lm.policy or COMPARED
+    return {
+        "backbone": ExitPolicy.never(),
+        "lossless": None,
+        f"River, {river.describe()}": river,
+        f"full {lm.river_config.bits}-bit": ExitPolicy.always(),
+    }
 
 
 def compare_variants(
@@ -44,8 +52,9 @@ def compare_variants(
     answer: Sequence[int],
     variants: Mapping[str, ExitPolicy | None],
     rounds: int = 5,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[VariantResult]:
+    drafts: DraftConfig | None = None,
+    progress: Progress | None = None,
+) -> list[Compared]:
     """Let every variant decode along `answer`, in interleaved rounds.
 
     Those with a policy are given the same tokens, so all of them do the same number of steps at the
@@ -54,49 +63,42 @@ def compare_variants(
 
     Args:
         answer: the backbone's greedy answer, at least two tokens.
-        progress: called with (passes done, passes in all).
+        drafts: of lossless mode.
     """
-    passes: dict[str, list[_Pass]] = {name: [] for name in variants}
-    for number in range(rounds):
-        for place, (name, policy) in enumerate(variants.items(), 1):
-            run = _answer(lm, prompt, answer) if policy is None else None
-            passes[name].append(run or _follow(lm, prompt, answer, policy))
+    passes: dict[str, list[tuple[float, float, float]]] = {name: [] for name in variants}
+    for order in interleaved(list(variants.items()), rounds):
+        for name, policy in order:
+            if policy is None:
+                passes[name].append(_answer(lm, prompt, answer, drafts))
+            else:
+                passes[name].append(_follow(lm, prompt, answer, policy))
             if progress:
-                progress(number * len(variants) + place, rounds * len(variants))
-    return [
-        VariantResult(
-            name=name,
-            policy=(variants[name] or ExitPolicy.never()).describe(),
-            decode_tokens_per_second=statistics.median(run.tokens_per_second for run in runs),
-            slowest=min(run.tokens_per_second for run in runs),
-            fastest=max(run.tokens_per_second for run in runs),
-            mean_exit_layer=runs[-1].mean_exit_layer,
-            agreement=runs[-1].agreement,
+                progress(sum(map(len, passes.values())), rounds * len(variants))
+    compared = []
+    for name, policy in variants.items():
+        speeds, depths, agreements = zip(*passes[name], strict=True)
+        words = "lossless" if policy is None else policy.describe()
+        compared.append(
+            Compared(name, words, Spread.of(speeds), median(depths), median(agreements))
         )
-        for name, runs in passes.items()
-    ]
+    return compared
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    tokens_per_second: float
-    mean_exit_layer: float
-    agreement: float
-
-
-def _answer(lm: RiverLM, prompt: Sequence[int], answer: Sequence[int]) -> _Pass:
-    """Lossless mode gives the answer."""
+def _answer(
+    lm: RiverLM, prompt: Sequence[int], answer: Sequence[int], drafts: DraftConfig | None
+) -> tuple[float, float, float]:
+    """(tokens per second, mean exit layer, agreement) of lossless mode, which gives the answer."""
     sampling = SamplingConfig(max_new_tokens=len(answer))
-    responses = list(lm.stream_tokens(prompt, sampling, policy=None))
+    responses = list(lm.stream_tokens(prompt, sampling, policy=None, drafts=drafts))
     agreed = sum(r.token == token for r, token in zip(responses, answer, strict=False))
     speed = responses[-1].decode_tokens_per_second or 0.0
-    return _Pass(speed, lm.engine.num_layers, agreed / len(answer))
+    return speed, lm.engine.num_layers, agreed / len(answer)
 
 
 def _follow(
-    lm: RiverLM, prompt: Sequence[int], answer: Sequence[int], policy: ExitPolicy | None
-) -> _Pass:
-    """A policy is given the answer."""
+    lm: RiverLM, prompt: Sequence[int], answer: Sequence[int], policy: ExitPolicy
+) -> tuple[float, float, float]:
+    """The same of a policy, which is given the answer."""
     engine = lm.engine
     with new_sequence(engine, len(prompt)) as sequence:
         step = prefill(engine, sequence, prompt, policy)
@@ -107,6 +109,5 @@ def _follow(
             step = decode(engine, sequence, token, policy)
             agreed += int(step.best_tokens[0]) == next_token
             layers += int(step.exit_layers[0])
-        seconds = time.perf_counter() - start
-    steps = len(answer) - 1
-    return _Pass(steps / seconds, layers / steps, agreed / len(answer))
+        seconds, steps = time.perf_counter() - start, len(answer) - 1
+    return steps / seconds, layers / steps, agreed / len(answer)

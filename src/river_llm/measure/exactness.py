@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from river_llm.config import DraftConfig
+from river_llm.config import DraftConfig, PromptConfig, SamplingConfig
 from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.generate import GenerationResult, check_prompt
 from river_llm.generate.rows import new_sequence, prefill
 from river_llm.lm import RiverLM
-from river_llm.text.prompt import Prompt, encode_prompt
+from river_llm.text.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +78,20 @@ class InterruptedCheckError(InterruptedRunError):
 def check_exactness(
     lm: RiverLM,
     prompts: Sequence[Prompt],
-    *,
-    raw: bool = False,
+    sampling: SamplingConfig | None = None,
+    form: PromptConfig | None = None,
     drafts: DraftConfig | None = None,
+    *,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
-    **sampling: Any,
 ) -> Exactness:
-    """Answer every prompt by the backbone alone and in lossless mode, in turn.
+    """Answer every prompt by the backbone alone and in lossless mode, alternating.
 
     Args:
+        sampling: greedy by default; sampling needs a seed.
+        form: how prompts become tokens.
         batch_size: prompts that are answered together.
         progress: called with (prompts done, prompts in all).
-        **sampling: fields of `SamplingConfig`; sampling needs a seed.
 
     Raises:
         ConfigError: there is no prompt, sampling has no seed, and what `generate` raises.
@@ -100,18 +100,19 @@ def check_exactness(
     """
     if not prompts or batch_size < 1:
         raise ConfigError("give one prompt or more, in batches of one or more")
-    if sampling.get("temperature", 0) > 0 and sampling.get("seed") is None:
+    sampling, form = sampling or SamplingConfig(), form or PromptConfig()
+    if sampling.temperature > 0 and sampling.seed is None:
         raise ConfigError("sampled answers are comparable with a seed only; give one")
-    encoded = [_encode(lm, number, prompt, raw) for number, prompt in enumerate(prompts, 1)]
+    encoded = [_encode(lm, number, prompt, form) for number, prompt in enumerate(prompts, 1)]
     pairs: list[_Pair] = []
 
-    def answer(batch: Sequence[Prompt], policy: ExitPolicy | None) -> list[GenerationResult]:
+    def answer(batch: Sequence[list[int]], policy: ExitPolicy | None) -> list[GenerationResult]:
         of_mode = drafts if policy is None else None
-        return lm.generate_batch(batch, raw=raw, policy=policy, drafts=of_mode, **sampling)
+        return lm.generate_batch_tokens(batch, sampling, policy=policy, drafts=of_mode)
 
     try:
         for number, first in enumerate(range(0, len(prompts), batch_size)):
-            batch = prompts[first : first + batch_size]
+            batch = encoded[first : first + batch_size]
             if number % 2:  # neither always comes first
                 backbone = answer(batch, ExitPolicy.never())
                 lossless = answer(batch, None)
@@ -133,9 +134,9 @@ def check_exactness(
     return _exactness(pairs)
 
 
-def _encode(lm: RiverLM, number: int, prompt: Prompt, raw: bool) -> list[int]:
+def _encode(lm: RiverLM, number: int, prompt: Prompt, form: PromptConfig) -> list[int]:
     try:
-        token_ids = encode_prompt(lm.tokenizer, prompt, raw)
+        token_ids = lm.encode(prompt, form)
         check_prompt(len(token_ids), lm.engine.context_length)
     except (ConfigError, ContextFullError) as error:
         raise type(error)(f"prompt {number}: {error}") from error

@@ -94,16 +94,12 @@ class LikelihoodScorer:
         scores: list[list[CandidateScore]] = [[] for _ in items]
         for place in range(max(map(len, items))):
             going = [i for i, candidates in enumerate(items) if place < len(candidates)]
-            found = self._score_rests(
-                [slots[i] for i in going], [items[i][place] for i in going]
-            )
+            found = self._score_rests([slots[i] for i in going], [items[i][place] for i in going])
             for i, score in zip(going, found, strict=True):
                 scores[i].append(score)
         return scores
 
-    def _run_prefixes(
-        self, slots: Sequence[_Slot], prefixes: Sequence[tuple[int, ...]]
-    ) -> None:
+    def _run_prefixes(self, slots: Sequence[_Slot], prefixes: Sequence[tuple[int, ...]]) -> None:
         """Have these in the slots' sequences; what they hold of them stays."""
         rows: list[tuple[int, int]] = []
         for slot, prefix in zip(slots, prefixes, strict=True):
@@ -131,9 +127,7 @@ class LikelihoodScorer:
                 parts = [rest[first : first + width] for rest in rests]  # each predicts the next
                 tokens = [token for part in parts for token in part]
                 sequences = [
-                    slot.sequence
-                    for slot, part in zip(slots, parts, strict=True)
-                    for _ in part
+                    slot.sequence for slot, part in zip(slots, parts, strict=True) for _ in part
                 ]
                 step = Step(tokens, sequences, self._thresholds, range(len(tokens)))
                 result = self._engine.forward(step)

@@ -184,9 +184,7 @@ class RiverEvalLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self._warn_of_cuts("contexts", cut, len(requests))
         self._lm.forget_cache()
         scores: dict[int, CandidateScore] = {}
-        found = score_candidates(
-            self._lm.engine, self._lm.policy, candidates, self.batch_size
-        )
+        found = score_candidates(self._lm.engine, self._lm.policy, candidates, self.batch_size)
         for place, score in tqdm(
             found, desc="likelihoods", total=len(requests), disable=disable_tqdm
         ):

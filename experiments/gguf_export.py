@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from river_llm.errors import UnsupportedModelError
-
 _LAYER_TENSORS = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
@@ -25,42 +23,22 @@ _LAYER_TENSORS = {
 }
 
 
-def check_exportable(model: PreTrainedModel) -> None:
-    """See that the model is a plain Llama.
-
-    Raises:
-        UnsupportedModelError: it is of another architecture, or has biases or a rotary embedding
-            that changes with the length.
-    """
-    config = model.config
-    if config.model_type != "llama":
-        raise UnsupportedModelError(
-            f"llama.cpp is compared on Llama models, not on {config.model_type}; "
-            "leave llama.cpp out of --peers"
-        )
-    rotary = model.model.rotary_emb
-    if rotary.rope_type not in ("default", "linear", "llama3") or rotary.attention_scaling != 1:
-        raise UnsupportedModelError(
-            f"the rotary embedding of kind {rotary.rope_type} is not exported for llama.cpp; "
-            "leave llama.cpp out of --peers"
-        )
-    names = {name for name, _ in model.model.layers[0].named_parameters()}
-    if names != set(_LAYER_TENSORS):
-        odd = sorted(names ^ set(_LAYER_TENSORS))[0]
-        raise UnsupportedModelError(
-            f"{odd} of the model's layers is not exported for llama.cpp; "
-            "leave llama.cpp out of --peers"
-        )
-
-
 def write_gguf(model: PreTrainedModel, path: Path) -> None:
     """Write the model in bfloat16, norms in float32. It has no vocabulary, only token ids.
 
     Raises:
-        UnsupportedModelError: see `check_exportable`.
-        OSError: the file can't be written.
+        SystemExit: it is no plain Llama: of another architecture, with biases, or with rotary
+            angles that change with the length.
     """
-    check_exportable(model)
+    rotary = model.model.rotary_emb
+    names = {name for name, _ in model.model.layers[0].named_parameters()}
+    if (
+        model.config.model_type != "llama"
+        or rotary.rope_type not in ("default", "linear", "llama3")
+        or rotary.attention_scaling != 1
+        or names != set(_LAYER_TENSORS)
+    ):
+        raise SystemExit("llama.cpp is compared on plain Llamas alone: --baselines transformers")
     config = model.config
     head_dim = model.model.layers[0].self_attn.head_dim
     writer = gguf.GGUFWriter(path, "llama")
@@ -120,7 +98,8 @@ def _interleave_halves(weight: Tensor, num_heads: int) -> Tensor:
 
 def _rotary_factors(model: PreTrainedModel) -> Tensor | None:
     """What llama.cpp divides each frequency by, float32 `[head_dim / 2]`; None if by nothing."""
-    actual = model.model.rotary_emb.inv_freq.float()
-    plain, _ = model.model.rotary_emb.compute_default_rope_parameters(model.config)
+    rotary = model.model.rotary_emb
+    actual = rotary.inv_freq.float()
+    plain, _ = rotary.compute_default_rope_parameters(model.config)
     factors = plain.to(actual.device) / actual
     return None if torch.allclose(factors, torch.ones_like(factors)) else factors

@@ -12,33 +12,20 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from river_llm.benchmark.bandwidth import (
-    bandwidth_source,
-    buffer_bytes,
-    last_level_cache_bytes,
-)
-
-_PACKAGES = ("river-llm", "torch", "transformers", "numpy", "llama-cpp-python", "gguf")
+PACKAGES = ("river-llm", "torch", "transformers", "llama-cpp-python", "lm-eval")
 
 
-def describe_environment() -> dict[str, Any]:
-    """Plain JSON values about this run, this machine and how its memory is measured."""
-    return {
-        **describe_run(_PACKAGES),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-        "bandwidth_buffer_bytes": buffer_bytes(),
-        "bandwidth_source": bandwidth_source(),
-    }
-
-
-def describe_run(packages: Iterable[str]) -> dict[str, Any]:
+def describe_run(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Plain JSON values about this run and this machine, with the versions of `packages`."""
+    program = "river-llm" if Path(sys.argv[0]).stem in ("river-llm", "__main__") else sys.argv[0]
+    found = {package: list(distributions(name=package)) for package in packages}
+    versions = {package: those[0].version for package, those in found.items() if those}
     return {
-        "command": shlex.join(["river-llm", *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor_name(),
         "cores": usable_cores(),
-        "versions": {"python": platform.python_version(), **installed_versions(packages)},
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
@@ -57,9 +44,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those of `packages` that are installed."""
-    found = {package: list(distributions(name=package)) for package in packages}
-    return {package: versions[0].version for package, versions in found.items() if versions}

@@ -1,0 +1,230 @@
+"""How much memory backbone, river and offloading take, by the system's own account.
+
+Each variant runs in a process of its own, so that nothing of another one is counted, and starts
+from packed weights in a file, as an everyday start does. The context is not computed: its keys and
+values are zeros (`CpuEngine.lengthen`), which take the memory and the time of any others.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from river_llm.engines import CpuEngine
+from river_llm.errors import ConfigError, RiverError
+from river_llm.exit_policy import ExitPolicy
+from river_llm.load.repacked_weights import read_engine, write_engine
+from river_llm.measure.environment import describe_run
+from river_llm.measure.rounds import Progress, interleaved
+from river_llm.memory import peak_memory_bytes, resident_memory_bytes
+from river_llm.residency import OffloadConfig
+
+_CONTEXTS = (4096, 8192, 16384, 32768, 65536)
+NEW_TOKENS = 32  # decoded at each length
+_SETTLING_TOKENS = 8  # before memory and speed are read
+_DESCRIPTION = "engine.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryVariant:
+    """What one process holds and runs.
+
+    Attributes:
+        exit_layer: backbone layers of every token.
+        resident_layers: that are in memory; None: all.
+        with_river: whether the river is.
+    """
+
+    name: str
+    exit_layer: int
+    resident_layers: int | None = None
+    with_river: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryResult:
+    """What one variant took at one length of context.
+
+    Attributes:
+        context: tokens.
+        tokens_per_second: of decoding at that length.
+        steady_bytes: resident memory of the process after some tokens at that length.
+        peak_bytes: the most since the process began.
+        base_bytes: resident memory before it held anything of the model: Python, its libraries.
+        expected_bytes: weights, keys and values that it should hold, by arithmetic.
+        misses: layers that had to be read back meanwhile.
+    """
+
+    variant: str
+    context: int
+    tokens_per_second: float
+    steady_bytes: int
+    peak_bytes: int
+    base_bytes: int
+    expected_bytes: int
+    misses: int
+
+
+def memory_variants(num_layers: int, exit_layers: Sequence[int], bits: int) -> list[MemoryVariant]:
+    """Backbone, full quantisation, and River at fixed depths without and with offloading; at last
+    the whole backbone with the layers behind the first depth read back for every token."""
+    rivers = [
+        MemoryVariant(f"exit after {depth}{suffix}", depth, resident)
+        for depth in exit_layers
+        for suffix, resident in (("", None), (", offloaded", depth))
+    ]
+    return [
+        MemoryVariant("backbone", num_layers, with_river=False),
+        MemoryVariant(f"full {bits}-bit", 0, 0),
+        *rivers,
+        MemoryVariant("backbone, offloaded", num_layers, exit_layers[0]),
+    ]
+
+
+def bench_memory(
+    engine: CpuEngine,
+    bits: int,
+    exit_layers: Sequence[int],
+    contexts: Sequence[int],
+    rounds: int,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what the variants of a model take.
+
+    Args:
+        engine: what the variants' processes start from; they have KV caches of its width.
+        bits: of the river.
+        exit_layers: of the variants of River; by default 3.
+        contexts: tokens in the cache; without any beside 0, 4K to 64K as far as the model's context
+            goes.
+
+    Returns:
+        plain JSON values: the run, and a `MemoryResult` for each variant and context.
+
+    Raises:
+        ConfigError: the model has fewer layers, or a shorter context.
+        RiverError: a process failed, for want of memory for example.
+    """
+    most = (engine.context_length or 1 << 30) - NEW_TOKENS - _SETTLING_TOKENS
+    contexts = [n for n in contexts if n] or [n for n in _CONTEXTS if n <= most] or [most]
+    if max(contexts) > most:
+        raise ConfigError(f"--depth {max(contexts)} leaves no room in the model's context")
+    for depth in exit_layers:
+        ExitPolicy.fixed(depth).thresholds(engine.num_layers)
+    variants = memory_variants(engine.num_layers, exit_layers or [3], bits)
+    with tempfile.TemporaryDirectory() as name:
+        keep_weights(engine, Path(name))
+        results = measure_memory(
+            Path(name), variants, contexts, rounds, threads, engine.kv_bits, progress
+        )
+    full = {x.context: x.steady_bytes for x in results if x.variant == variants[1].name}
+    rows = [{**asdict(x), "times_full": x.steady_bytes / full[x.context]} for x in results]
+    return {**describe_run(), "rounds": rounds, "results": rows}
+
+
+def keep_weights(engine: CpuEngine, directory: Path) -> None:
+    """Write what the variants' processes start from."""
+    description = write_engine(directory, engine)
+    (directory / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+
+
+def measure_memory(
+    directory: Path,
+    variants: Sequence[MemoryVariant],
+    contexts: Sequence[int],
+    rounds: int,
+    threads: int | None = None,
+    kv_bits: int = 16,
+    progress: Progress | None = None,
+) -> list[MemoryResult]:
+    """Run the variants in interleaved rounds at each length, one process at a time.
+
+    Args:
+        directory: where `keep_weights` wrote.
+        contexts: tokens in the cache.
+        rounds: at each length; the speed is their median, memory the largest.
+
+    Raises:
+        RiverError: a process failed, for want of memory for example.
+    """
+    steps, done, results = len(contexts) * rounds * len(variants), 0, []
+    for context in contexts:
+        seen: dict[str, list[MemoryResult]] = {variant.name: [] for variant in variants}
+        for order in interleaved(variants, rounds):
+            for variant in order:
+                task = (str(directory), asdict(variant), context, threads, kv_bits)
+                seen[variant.name].append(_in_own_process(task, f"{variant.name} at {context}"))
+                done += 1
+                if progress:
+                    progress(done, steps)
+        for found in seen.values():
+            speed = median(result.tokens_per_second for result in found)
+            largest = max(found, key=lambda result: result.steady_bytes)
+            results.append(replace(largest, tokens_per_second=speed))
+    return results
+
+
+def _in_own_process(task: tuple[object, ...], name: str) -> MemoryResult:
+    command = [sys.executable, "-m", __spec__.name, json.dumps(task)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        last = process.stderr.strip().rsplit("\n", 1)[-1] or f"status {process.returncode}"
+        raise RiverError(f"{name} tokens could not be measured: {last}")
+    return MemoryResult(**json.loads(process.stdout))
+
+
+def _run(
+    directory: str, variant: MemoryVariant, context: int, threads: int | None, kv_bits: int
+) -> MemoryResult:
+    """In the variant's own process."""
+    folder, resident = Path(directory), variant.resident_layers
+    base = resident_memory_bytes()
+    engine, _ = read_engine(
+        folder,
+        json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")),
+        ExitPolicy.fixed(variant.exit_layer),
+        threads,
+        None if resident is None else OffloadConfig("layers", layers=resident),
+        kv_bits=kv_bits,
+        with_river=variant.with_river,
+    )
+    weights = sum(engine.layer_bytes[: engine.resident_layers]) + engine.rest_bytes
+    if not variant.with_river:
+        embedding = 0 if engine.embedding is None else engine.embedding.nbytes
+        weights -= engine.rest_bytes - engine.head_bytes - embedding
+    sequence = engine.add_sequence()
+    engine.lengthen(sequence, context)
+    thresholds = torch.tensor(ExitPolicy.fixed(variant.exit_layer).thresholds(engine.num_layers))
+    tokens = [0]
+    for place in range(-_SETTLING_TOKENS, NEW_TOKENS):
+        if place == 0:
+            start = time.perf_counter()
+        step = Step(tokens, [sequence], thresholds, [0])
+        tokens = engine.forward(step).best_tokens.tolist()
+    seconds = time.perf_counter() - start
+    return MemoryResult(
+        variant=variant.name,
+        context=context,
+        tokens_per_second=NEW_TOKENS / seconds,
+        steady_bytes=resident_memory_bytes(),
+        peak_bytes=peak_memory_bytes(),
+        base_bytes=base,
+        expected_bytes=weights + engine.cache_bytes,
+        misses=engine.offload_statistics.misses,
+    )
+
+
+if __name__ == "__main__":
+    directory, variant, *numbers = json.loads(sys.argv[1])
+    print(json.dumps(asdict(_run(directory, MemoryVariant(**variant), *numbers))))

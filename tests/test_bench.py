@@ -1,0 +1,361 @@
+"""`river-llm bench`: interleaved rounds and their arithmetic, the variants, what it prints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from command_line import Outcome, run
+from native_engines import subject_of
+from torch import Tensor
+
+from river_llm import ConfigError, ExitPolicy, River, RiverConfig, RiverLM, attach_river
+from river_llm.engines import TorchEngine
+from river_llm.measure import bandwidth, bench
+from river_llm.measure.bench import EngineVariant, LosslessVariant, Session, Text, make_variants
+from river_llm.measure.random_weights import SHAPES, random_model, random_river
+from river_llm.measure.rounds import (
+    Result,
+    Spread,
+    Timing,
+    Workload,
+    interleaved,
+    make_workloads,
+    measure,
+)
+
+pytest_plugins = ["cli_models"]
+
+DECODE, PROMPT = Workload("decode", 3), Workload("prompt", 5)
+QUICK = ("--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 2, "--threads", 1)
+TINY_SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read a small buffer: nobody looks at the bandwidth here."""
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 1 << 20)
+
+
+class FakeVariant:
+    """Takes a second for its first pass, then `faster` times less for each one more."""
+
+    engine = "fake"
+
+    def __init__(self, name: str, log: list[str], speed: float = 1) -> None:
+        self.name = name
+        self._log = log
+        self._speeds = (speed * count for count in itertools.count(1))
+
+    def takes(self, workload: Workload) -> bool:
+        return workload.kind == "decode" or self.name != "b"
+
+    def prepare(self, workload: Workload) -> None:
+        self._log.append(f"prepare {self.name}")
+
+    def run(self, workload: Workload) -> Timing:
+        self._log.append(self.name)
+        read = 10.0 if workload.kind == "decode" else None
+        return Timing(workload.tokens / next(self._speeds), workload.tokens, read)
+
+
+class TestWorkloads:
+    @pytest.mark.parametrize(
+        ("workload", "name", "context", "end"),
+        [
+            (Workload("prompt", 512), "pp512", 0, 512),
+            (Workload("prompt", 512, 4096), "pp512 @ d4096", 4096, 4608),
+            (Workload("decode", 128), "tg128", 16, 144),
+            (Workload("decode", 128, 4096, 8), "tg128 b8 @ d4096", 4096, 4224),
+        ],
+    )
+    def test_are_named_as_llama_bench_names_them(
+        self, workload: Workload, name: str, context: int, end: int
+    ) -> None:
+        assert (workload.name, workload.context, workload.end) == (name, context, end)
+
+    def test_every_test_at_every_depth_and_only_decoding_in_batches(self) -> None:
+        names = [one.name for one in make_workloads([512, 0], [128], [0, 64], [1, 2])]
+        prompts, decodes = ["pp512", "pp512 @ d64"], ["tg128", "tg128 b2"]
+        assert names == [*prompts, *decodes, "tg128 @ d64", "tg128 b2 @ d64"]
+
+    def test_that_do_not_fit_the_context_are_refused(self) -> None:
+        assert len(make_workloads([8], [4], [32], context_length=40)) == 2
+        with pytest.raises(ConfigError, match=r"pp8 @ d32 needs 40 tokens .* has 39"):
+            make_workloads([8], [4], [32], context_length=39)
+
+    def test_tokens_continue_where_they_stopped_and_differ_between_sequences(self) -> None:
+        text = Text(None, 97)
+        whole = text.tokens(2, 0, 2000)
+        assert whole.shape == (2, 2000)
+        assert whole.max() < 97
+        assert torch.equal(text.tokens(2, 5, 3), whole[:, 5:8])
+        assert not torch.equal(whole[0], whole[1])
+
+
+class TestRounds:
+    def test_go_forth_and_back_each_between_two_readings_after_one_that_warms_up(self) -> None:
+        log: list[str] = []
+        variants = [FakeVariant("a", log), FakeVariant("b", log, speed=10)]
+        (results,) = measure(variants, [DECODE], 3, lambda: log.append("read") or 1.0)
+        a, b = (["prepare x", "read", "x", "read"] for _ in "ab")
+        a, b = (["prepare " + x, "read", x, "read"] for x in "ab")
+        assert log == ["prepare a", "a", "prepare b", "b", *b, *a, *a, *b, *b, *a]
+        speeds = [[one.tokens_per_second for one in result.rounds] for result in results]
+        assert speeds == [[2, 3, 4], [20, 30, 40]]
+        assert list(interleaved("ab", 3)) == ["ab", "ba", "ab"]
+
+    def test_variants_take_the_tests_that_say_something_of_them(self) -> None:
+        done: list[tuple[int, int]] = []
+        variants = [FakeVariant("a", []), FakeVariant("b", [])]
+        of_tests = measure(variants, [PROMPT, DECODE], 2, lambda: 1.0, lambda *x: done.append(x))
+        assert [[result.variant for result in results] for results in of_tests] == [
+            ["a"],
+            ["a", "b"],
+        ]
+        assert done == [(number, 9) for number in range(1, 10)]
+
+    def test_bandwidth_and_the_fraction_of_it_are_of_the_moment(self) -> None:
+        readings = iter([100.0, 300.0])
+        ((result,),) = measure([FakeVariant("a", [], 2)], [DECODE], 1, lambda: next(readings))
+        assert result.rounds == [Timing(3 / 4, 3, 10, bandwidth=200)]
+        assert result.median("bandwidth_fraction") == 4 * 10 / 200
+        ((prompt,),) = measure([FakeVariant("a", [])], [PROMPT], 1, lambda: 1.0)
+        assert prompt.median("bandwidth_fraction") is prompt.median("bytes_per_token") is None
+
+    def test_ratios_are_taken_round_by_round(self) -> None:
+        mine, other = (
+            Result(name, "fake", DECODE, [Timing(1, tokens) for tokens in speeds])
+            for name, speeds in (("a", [2, 8, 9]), ("b", [1, 2, 9]))
+        )
+        assert mine.times_as_fast_as(other) == Spread(2, 1, 4)
+        plain = json.loads(json.dumps(mine.to_dict([other])))
+        assert plain["ratios"] == {"b": {"median": 2, "lowest": 1, "highest": 4}}
+        assert plain["tokens_per_second"]["median"] == 8
+        assert str(Spread(8, 2, 120)) == "8.0 [2.0 - 120.0]"
+
+
+class FakeSession(Session):
+    """n is followed by n + 1; each sequence leaves after as many layers as its row says."""
+
+    def __init__(self, exit_layers: list[int]) -> None:
+        super().__init__(mock.Mock(name="engine", length=0, layer_bytes=(100, 100)))
+        self.engine.name = "fake"
+        self.engine.step_bytes = lambda exit_layer, position: (
+            100 * exit_layer + 25 * (2 - exit_layer) + 40 + 4 * position
+        )
+        self.exit_layers = torch.tensor(exit_layers)
+        self.decoded: list[list[int]] = []
+
+    def decode(self, tokens: Tensor, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
+        self.decoded.append(tokens.tolist())
+        return tokens + 1, self.exit_layers
+
+
+class TestEngineVariant:
+    def test_decodes_its_own_greedy_tokens_and_counts_what_was_read(self) -> None:
+        session = FakeSession([1])
+        timing = EngineVariant("x", session, ExitPolicy.fixed(1), Text(None, 97)).run(DECODE)
+        first = session.decoded[0][0]
+        assert session.decoded == [[first], [first + 1], [first + 2]]
+        read = sum(100 + 25 + 40 + 4 * position for position in (16, 17, 18))
+        assert (timing.tokens, timing.bytes_per_token, timing.mean_exit_layer) == (3, read / 3, 1)
+
+    def test_a_batch_reads_both_weights_where_it_is_split(self) -> None:
+        session = FakeSession([0, 2])
+        workload = Workload("decode", 1, depth=20, batch=2)
+        timing = EngineVariant("x", session, ExitPolicy.fixed(1), Text(None, 97)).run(workload)
+        assert (timing.tokens, timing.mean_exit_layer) == (2, 1)
+        assert timing.bytes_per_token == (200 + 50 + 40 + 2 * 4 * 20) / 2
+        session.engine.step_bytes = None
+        assert session.step_bytes([0, 2], 20) is None
+
+    def test_a_context_is_filled_once_and_another_batch_begins_anew(self) -> None:
+        engine = subject_of("llama").engine()
+        session, text = Session(engine), Text(None, 97)
+        lengths = []
+        fill = session.prefill
+        session.prefill = lambda tokens, policy: (
+            lengths.append(tokens.shape) or fill(tokens, policy)
+        )
+        deep = Workload("decode", 3, 32)
+        for workload in (DECODE, DECODE, deep, Workload("decode", 3, 32, 2), DECODE, PROMPT):
+            session.fill(workload, text)
+            assert engine.length == workload.context
+            if workload is DECODE:
+                session.decode(torch.tensor([1]), ExitPolicy.always())
+        assert lengths == [(1, 16), (1, 32), (2, 32), (1, 16)]
+
+    def test_times_a_prompt_only_where_the_policy_has_a_way_of_its_own(self) -> None:
+        engine = subject_of("llama").engine()
+        variants = make_variants(engine, Text(None, 97), 4, [1], [0.9], ", tiny")
+        taking = {variant.name: variant.takes(PROMPT) for variant in variants}
+        names = ["backbone", "full 4-bit", "exit after 1", "similarity > 0.9"]
+        assert taking == dict(zip([f"{name}, tiny" for name in names], [1, 1, 0, 0], strict=True))
+        with pytest.raises(ConfigError, match="exit layer is 5"):
+            make_variants(engine, Text(None, 97), 4, [5])
+
+
+def test_lossless_mode_decodes_as_many_tokens_without_an_end(
+    make_lm: Callable[..., RiverLM],
+) -> None:
+    lm = make_lm()
+    lm.stop_tokens = frozenset(range(lm.engine.draft_vocabularies[-1]))
+    variant = LosslessVariant("lossless", lm, Text(None, 97))
+    for workload in (DECODE, Workload("decode", 4, 20, 2)):
+        variant.prepare(workload)
+        timing = variant.run(workload)
+        assert timing.tokens == workload.batch * workload.tokens
+        assert 0 < timing.seconds < math.inf
+    assert not variant.takes(PROMPT)
+
+
+def test_pytorch_reads_where_the_core_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "_native_core", lambda: None)
+    bandwidth._buffer.cache_clear()
+    assert bandwidth.read_bandwidth(1) > 0
+    bandwidth._buffer.cache_clear()
+
+
+class TestRandomWeights:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_layers_are_copies_in_memory_of_their_own_and_run_with_their_river(
+        self, tied: bool
+    ) -> None:
+        config = RiverConfig(4, 64, "rtn")
+        model = random_model({**TINY_SHAPE, "tie_word_embeddings": tied})
+        river = random_river(model, config)
+        first, *others = [layer.mlp.up_proj.weight for layer in model.model.layers]
+        assert first.dtype == torch.bfloat16
+        assert first.detach().float().std() == pytest.approx(0.02, rel=0.1)
+        for weight in others:
+            assert torch.equal(weight, first)
+            assert weight.data_ptr() != first.data_ptr()
+        codes = [layer["mlp.up_proj"].packed for layer in river.exit_layers]
+        assert len({one.data_ptr() for one in codes}) == 4
+        built = River.build(model, config).exit_layers[3]["mlp.up_proj"].packed
+        assert torch.equal(built, codes[3])
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert (embedding.weight.data_ptr() == head.weight.data_ptr()) == tied
+        session = Session(TorchEngine(attach_river(model, river)))
+        session.prefill(torch.arange(5).unsqueeze(0), ExitPolicy.never())
+        token, exit_layers = session.decode(torch.tensor([5]), ExitPolicy.fixed(2))
+        assert exit_layers.tolist() == [2]
+        assert token >= 0
+
+    def test_are_marked_and_have_fixed_depths_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(SHAPES, "llama-3.2-1b", TINY_SHAPE)
+        output = bench_json("--shape", "llama-3.2-1b", "--exit-layer", 2)
+        assert output["model"] == "llama-3.2-1b (random weights)"
+        for options in (("--threshold", 0.9), ("--model", "smollm2"), ("--lossless",)):
+            run("bench", "--shape", "llama-3.2-1b", *options).check_fails(2, options[0])
+        run("bench", "--shape", "x").check_fails(1, "there is no shape 'x'; take one of llama-3.2")
+
+
+def bench_json(*options: object) -> dict[str, object]:
+    """Of `river-llm bench`."""
+    return run("bench", "--json", "--engine", "torch", *QUICK, *options).json
+
+
+class TestCommand:
+    def test_has_every_variant_in_every_test(self, model: str) -> None:
+        options = ("--exit-layer", "1,2", "--threshold", 0.5, "--batch", "1,2", "--lossless")
+        output = bench_json("--model", model, *options)
+        tests: dict[str, dict[str, float]] = {}
+        for result in output["results"]:
+            of_test = tests.setdefault(result["test"], {})
+            of_test[result["variant"]] = result["mean_exit_layer"]
+            speed = result["tokens_per_second"]
+            assert len(result["rounds"]) == 2
+            assert 0 < speed["lowest"] <= speed["median"] <= speed["highest"]
+            assert list(result["ratios"]) == ["backbone"]
+        names = ["backbone", "full 4-bit", "exit after 1", "exit after 2", "similarity > 0.5"]
+        decoding = [*names, "lossless"]
+        assert {test: list(found) for test, found in tests.items()} == {
+            "pp4": names[:2],
+            "tg2": decoding,
+            "tg2 b2": decoding,
+        }
+        assert [tests["tg2"][name] for name in names[:4]] == [4, 0, 1, 2]
+
+    def test_carries_all_that_a_figure_needs(self, model: str) -> None:
+        output = bench_json("--model", model, "--depth", 20)
+        assert (output["model"], output["engine"]) == (model, "torch")
+        assert output["river"] == {"bits": 4, "group_size": 64, "quantizer": "hqq"}
+        assert output["versions"].keys() >= {"python", "river-llm", "torch", "transformers"}
+        assert output["command"].startswith("river-llm bench")
+        assert output["processor"]
+        assert (output["rounds"], output["threads"], output["interrupted"]) == (2, 1, False)
+        assert {"date", "cores", "dtype", "fingerprint"} <= output.keys()
+
+    def test_8_bits_run_beside_and_read_fewer_bytes(self, model: str) -> None:
+        pytest.importorskip("river_llm._core")
+        options = ("--kv-bits", 8, "--lm-head-bits", 8, "--depth", 20, "--prompt-tokens", 0)
+        output = run("bench", "--json", *QUICK, "--model", model, *options).json
+        read = {result["variant"]: result["bytes_per_token"] for result in output["results"]}
+        suffixes = ["", ", 8-bit KV cache", ", 8-bit head", ", 8-bit head, 8-bit KV cache"]
+        assert list(read) == [n + s for s in suffixes for n in ("backbone", "full 4-bit")]
+        saved = 20.5 * 4 * 2 * 2 * (2 * 16 - (16 + 4))  # positions, layers, heads, bytes
+        assert read["backbone"] - read["backbone, 8-bit KV cache"] == saved
+        assert read["backbone, 8-bit head"] < read["backbone"]
+
+    def test_prints_a_row_for_each_variant_and_test(self, model: str) -> None:
+        outcome = run("bench", "--model", model, "--engine", "torch", *QUICK)
+        assert outcome.exit_code == 0, outcome.stderr
+        lines = outcome.stdout.splitlines()
+        assert lines[0].startswith(f"{model}, river of 4 bits in groups of 64 (hqq)")
+        assert [line.split()[0] for line in lines[1:]] == ["engine", *["torch"] * 4]
+
+    @pytest.mark.parametrize(
+        ("options", "exit_code", "part"),
+        [
+            (("--threads", "0"), 2, "--threads"),
+            (("--batch", "1,x"), 2, "--batch takes numbers of 1 or more"),
+            (("--depth", ""), 2, "--depth takes numbers of 0 or more"),
+            (("--threshold", "1.5"), 2, "--threshold takes numbers from -1 to 1"),
+            (("--threshold", "nan"), 2, "--threshold takes numbers from -1 to 1"),
+            (("--exit-layer", "-1"), 2, "--exit-layer takes numbers of 0 or more"),
+            (("--prompt-tokens", 0, "--new-tokens", 0), 2, "nothing to time"),
+            (("--exit-layer", 5), 1, "the model has 4 layers"),
+            (("--engine", "torch", "--lm-head-bits", 8), 1, "--engine cpu"),
+        ],
+    )
+    def test_what_cannot_be_is_one_line(
+        self, model: str, options: tuple[object, ...], exit_code: int, part: str
+    ) -> None:
+        run("bench", "--model", model, *options).check_fails(exit_code, part)
+
+    def test_a_test_longer_than_the_context(self, other_model: str) -> None:
+        outcome = run("bench", "--model", other_model, "--depth", 90, "--prompt-tokens", 8)
+        outcome.check_fails(1, "pp8 @ d90 needs 98 tokens", "has 96")
+
+    @pytest.mark.parametrize("tests_done", [0, 1])
+    def test_ctrl_c_leaves_the_tests_that_were_done(self, model: str, tests_done: int) -> None:
+        def interrupted(*arguments: object) -> object:
+            yield from itertools.islice(measure(*arguments), tests_done)
+            raise KeyboardInterrupt
+
+        with mock.patch.object(bench, "measure", interrupted):
+            outcome: Outcome = run("bench", "-m", model, "--engine", "torch", *QUICK, "--json")
+        assert outcome.exit_code == 130
+        if not tests_done:
+            assert (outcome.stdout, outcome.stderr) == ("", "river-llm: interrupted\n")
+            return
+        assert "interrupted; the results are of the tests that were done" in outcome.stderr
+        output = json.loads(outcome.stdout)
+        assert output["interrupted"] is True
+        assert {result["test"] for result in output["results"]} == {"pp4"}
