@@ -132,7 +132,7 @@ class TestJson:
         first = answer(model, *options)
         again = RiverLM.from_pretrained(
             first["model"],
-            RiverConfig.from_dict(first["river"]),
+            RiverConfig.of(first["river"]),
             ExitPolicy.fixed(2),
             getattr(torch, first["dtype"]),
             device=first["device"],

@@ -77,7 +77,9 @@ class ToyEngine:
             self._rows[sequence].append((token, exit_layers[-1]))
             if row in step.logit_rows:
                 logits.append(self._logits(self._rows[sequence]))
-        return StepResult(torch.from_numpy(np.stack(logits or [np.zeros(0)])), torch.tensor(exit_layers))
+        return StepResult(
+            torch.from_numpy(np.stack(logits or [np.zeros(0)])), torch.tensor(exit_layers)
+        )
 
     def _check(self, step: Step) -> None:
         check_tokens(step.tokens, VOCABULARY)
@@ -101,7 +103,9 @@ class ToyEngine:
         if token == self.broken:
             return np.full(VOCABULARY, np.nan, np.float32)
         own = _random(hash(tuple(rows))).standard_normal(VOCABULARY)
-        shared = 4 * _random(hash(tuple(token for token, _ in rows[-2:]))).standard_normal(VOCABULARY)
+        shared = 4 * _random(hash(tuple(token for token, _ in rows[-2:]))).standard_normal(
+            VOCABULARY
+        )
         likeness = 0.5 if exit_layer == NUM_LAYERS else 0.5 + 4 * self.unlikeness
         return np.asarray(shared + likeness * own, np.float32)
 

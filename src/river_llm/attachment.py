@@ -31,7 +31,7 @@ from river_llm.checked_generate import (
     marked_prefill,
     refuse_mixed_pass,
 )
-from river_llm.config import RiverConfig
+from river_llm.config import DEFAULT_THRESHOLD, RiverConfig
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.exit_router import ExitRouter, Phase, Route, RoutingRule
@@ -287,7 +287,8 @@ class AttachedRiver(NotCopied):
             else:
                 is_real = torch.ones(shape, dtype=torch.bool)
             rule = RoutingRule.of_policy(self.policy, self.num_layers, phase, is_real)
-        self.router.begin_pass(*shape, rule)
+        batch, num_tokens = shape
+        self.router.begin_pass(batch, num_tokens, rule)
 
     def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self.router.end_pass()

@@ -59,15 +59,13 @@ class Allowed:
     words: str
 
 
-def whole(least: int, most: int | None = None, note: str = "") -> Allowed:
+def whole(least: int, most: int | None = None) -> Allowed:
     """A whole number from `least` on."""
-    end = f"from {least} to {most}" if most is not None else f", {least} or more"
-    return Allowed(
-        lambda value: (
-            is_whole_number(value) and least <= value <= (math.inf if most is None else most)
-        ),
-        f"a whole number{' ' * (most is not None)}{end}{note}",
-    )
+    words = f"a whole number, {least} or more"
+    if most is None:
+        return Allowed(lambda value: is_whole_number(value) and least <= value, words)
+    words = f"a whole number from {least} to {most}"
+    return Allowed(lambda value: is_whole_number(value) and least <= value <= most, words)
 
 
 def number(test: Callable[[float], bool], words: str) -> Allowed:
@@ -326,9 +324,9 @@ class SamplingConfig(Settings):
     """How tokens are chosen and when generation stops.
 
     `stop` may be one string or several. `processors` are more logits processors of `transformers`,
-    or functions like them of (token ids `[1, T]`, logits `[1, V]`) that give logits; they come after
-    the penalty and before the temperature. In lossless mode they are asked about drafted text too,
-    so their answer may depend on nothing but what they are given.
+    or functions like them of (token ids `[1, T]`, logits `[1, V]`) that give logits; they come
+    after the penalty and before the temperature. In lossless mode they are asked about drafted text
+    too, so their answer may depend on nothing but what they are given.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -529,7 +527,7 @@ def split_settings(values: Mapping[str, Any], *kinds: type[Settings]) -> tuple[A
     Raises:
         ConfigError: a name is a field of none of them, or a value is out of its range.
     """
-    names = [[one.name for one in fields(kind)] for kind in kinds]  # type: ignore[arg-type]
+    names = [[one.name for one in fields(kind)] for kind in kinds]
     known = [name for of_kind in names for name in of_kind]
     for name in values:
         if name not in known:

@@ -26,6 +26,7 @@ from river_llm.generate import (
     GenerationResponse,
     GenerationResult,
     Request,
+    check_drafts,
     check_request,
 )
 from river_llm.generate.runner import Runner
@@ -98,7 +99,8 @@ class RiverLM:
             policy: when tokens leave the backbone, see `ExitPolicy`. None: never; the river drafts
                 and the backbone verifies, so that every token is the backbone's (lossless mode).
             progress: called while the river is built with (layers done, layers in all).
-            **settings: fields of `EngineConfig`: engine, threads, device, dtype, kv_bits, offload...
+            **settings: fields of `EngineConfig`: engine, threads, device, dtype, kv_bits, offload
+                and others.
 
         What the native engine has repacked is kept in the cache, as large as the model and its
         river, for a quick start the next time.
@@ -255,12 +257,13 @@ class RiverLM:
             for request, responses in zip(requests, self._runner.run(requests), strict=True)
         ]
 
-    def encode(self, prompt: Prompt, form: PromptConfig = PromptConfig()) -> list[int]:  # noqa: B008
+    def encode(self, prompt: Prompt, form: PromptConfig | None = None) -> list[int]:
         """The tokens of a prompt.
 
         Raises:
             ConfigError: it is empty or no prompt, or the chat template can't take it.
         """
+        form = form or PromptConfig()
         return encode_prompt(
             self.tokenizer,
             prompt,

@@ -83,9 +83,10 @@ def load_pretrained(
     model, tokenizer, made = _load(name_or_path, river, config, progress, check)
     ends = stop_tokens(model, tokenizer)
     engine, reason = make_engine(model, made, config)
-    if folder is not None and find_packed and isinstance(engine, CpuEngine):
-        if find_packed() == folder:  # else files were changed while they were read
-            keep_packed(folder, PackedModel(engine, tokenizer, made.config, ends))
+    # else files were changed while they were read
+    is_same = find_packed is not None and find_packed() == folder
+    if folder is not None and isinstance(engine, CpuEngine) and is_same:
+        keep_packed(folder, PackedModel(engine, tokenizer, made.config, ends))
     residency = _offload(engine, folder, offload, policy) if offload is not None else None
     return Pretrained(engine, tokenizer, made.config, ends, reason, residency)
 

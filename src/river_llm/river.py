@@ -284,7 +284,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             "build it again: river-llm build MODEL -o DIR"
         )
     try:
-        manifest["config"] = RiverConfig.from_dict(manifest["config"])
+        manifest["config"] = RiverConfig.of(manifest["config"])
         for key, kind in _MANIFEST_FIELDS.items():
             if not isinstance(manifest[key], kind) or manifest[key] in (0, [], ""):
                 raise TypeError(key)

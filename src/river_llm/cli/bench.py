@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _WORDS = ("engine", "variant", "test")  # columns; the others are numbers
 _WIDEST = 400
+_ENGINE = EngineConfig(device="cpu")
 
 
 def _test(words: str, *names: str, **more: Any) -> Any:
@@ -42,7 +43,7 @@ def _variant(words: str, *names: str) -> Any:
 def bench(
     context: typer.Context,
     config: RiverConfig,
-    engine: EngineConfig = EngineConfig(device="cpu"),
+    engine: EngineConfig = _ENGINE,
     model: options.Model = DEFAULT_MODEL,
     shape: Annotated[
         str | None,

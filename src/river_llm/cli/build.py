@@ -30,7 +30,7 @@ def build(
 
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
-        from river_llm.load import load_backbone
+        from river_llm.load.model import load_backbone
         from river_llm.river import River
 
         River.check_place(output)

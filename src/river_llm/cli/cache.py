@@ -77,7 +77,8 @@ def _of_model(name: str, folders: list[CachedFolder]) -> list[CachedFolder]:
     place = Path(name)
     if any(folder.source == place for folder in folders):  # it may be gone
         return [folder for folder in folders if folder.source == place]
-    from river_llm.load.source import DEFAULT_MODEL, model_files
+    from river_llm.config import DEFAULT_MODEL
+    from river_llm.load.source import model_files
 
     if name != DEFAULT_MODEL and _HUB_ID.fullmatch(name) and not place.exists():
         directory = f"models--{name.replace('/', '--')}"  # in the Hub's own cache

@@ -54,7 +54,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     keywords = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in keywords}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
 
 
@@ -68,7 +68,7 @@ def option_parameter(one: Field[Any], hint: Any, base: Settings | None) -> inspe
     if get_origin(hint) in (Union, types.UnionType):
         kinds = get_args(hint)
         if any(get_origin(kind) is tuple for kind in kinds):
-            hint, default = list[str], list(default or ())
+            hint, default = list[str], [*(default or ())]  # type: ignore[misc]
         elif any(kind is str for kind in kinds):
             hint = str | None
         elif any(_is_mapping(kind) for kind in kinds):
@@ -89,7 +89,7 @@ def option_parameter(one: Field[Any], hint: Any, base: Settings | None) -> inspe
 
 def _settable(kind: type[Settings]) -> list[tuple[Field[Any], Any]]:
     """The fields that have an option, with their types."""
-    settable = [one for one in fields(kind) if one.metadata["option"] != ("",)]  # type: ignore[arg-type]
+    settable = [one for one in fields(kind) if one.metadata["option"] != ("",)]
     namespace = {"LogitsFunction": Callable}  # imports torch, and is no option
     hints = get_type_hints(kind, localns=namespace)
     return [(one, hints[one.name]) for one in settable]

@@ -113,9 +113,13 @@ class Engine(Protocol):
     context_length: int | None
     device: torch.device
     kv_bits: int
-    setting: str
     rope_boundary: RopeBoundary | None
-    prefill_rows: int | None
+
+    @property
+    def setting(self) -> str: ...
+
+    @property
+    def prefill_rows(self) -> int | None: ...
 
     def forward(self, step: Step) -> StepResult:
         """Append a step's rows to their sequences. After an error, Ctrl-C too, the cache is as it
@@ -247,8 +251,8 @@ class CacheAccess(Protocol):
         ...
 
     def write_cache(self, sequence: int, tensors: Mapping[str, Tensor], length: int) -> None:
-        """Make a sequence `length` tokens long, with keys and values as `read_cache` gave them; what
-        it held is forgotten. The tensors are copied.
+        """Make a sequence `length` tokens long, with keys and values as `read_cache` gave them;
+        what it held is forgotten. The tensors are copied.
 
         Raises:
             RiverError: they are not of this form; the sequence is empty then.

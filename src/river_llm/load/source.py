@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from river_llm.config import DEFAULT_MODEL
 from river_llm.errors import ModelLoadError
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT

@@ -2,7 +2,7 @@
 
 Each variant runs in a process of its own, so that nothing of another one is counted, and starts
 from packed weights in a file, as an everyday start does. The context is not computed: its keys and
-values are zeros (`CpuEngine.lengthen`), which take the memory and the time of any others.
+values are zeros (`CpuEngine.write_zeros`), which take the memory and the time of any others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from river_llm.engines import CpuEngine
+from river_llm.engines import CpuEngine, Step
 from river_llm.errors import ConfigError, RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.load.repacked_weights import read_engine, write_engine
@@ -204,7 +204,7 @@ def _run(
         embedding = 0 if engine.embedding is None else engine.embedding.nbytes
         weights -= engine.rest_bytes - engine.head_bytes - embedding
     sequence = engine.add_sequence()
-    engine.lengthen(sequence, context)
+    engine.write_zeros(sequence, context)
     thresholds = torch.tensor(ExitPolicy.fixed(variant.exit_layer).thresholds(engine.num_layers))
     tokens = [0]
     for place in range(-_SETTLING_TOKENS, NEW_TOKENS):
