@@ -1,63 +1,43 @@
-"""`river-llm generate` and `build`: what the answers are."""
+"""`river-llm generate` and `build`: what is answered, what is printed, what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import SCRIPT, run, run_process, start
+from command_line import SCRIPT, Outcome, run, run_process, start
 from transformers import PreTrainedTokenizerBase
 
-from river_llm import ExitPolicy, River, RiverConfig, RiverError, RiverLM, SamplingConfig
+from river_llm import ExitPolicy, River, RiverConfig, RiverLM
 from river_llm import __version__ as version
-<<<<<<< HEAD
-from river_llm.measure.comparison import ArmResult
-=======
->>>>>>> main
-from river_llm.load.model import load_backbone
+from river_llm.config import (
+    DraftConfig,
+    EngineConfig,
+    PolicyConfig,
+    PromptConfig,
+    SamplingConfig,
+)
+from river_llm.config import (
+    RiverConfig as _River,
+)
+from river_llm.engines import CpuEngine, TorchEngine
+from river_llm.generate import GenerationResult
 from river_llm.measure.comparison import Compared
-from river_llm.residency import OffloadConfig
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 pytest_plugins = ["cli_models"]
 
 PROMPT = "Name three rivers."
 FIELDS = {
-    "text",
-    "tokens",
-    "exit_layers",
-    "mean_exit_layer",
-    "num_layers",
-    "prompt_tokens",
-    "prompt_tokens_per_second",
-    "decode_tokens_per_second",
-    "time_to_first_token",
-    "engine",
-    "policy",
-    "finish_reason",
-    "peak_memory_bytes",
-    "mode",
-    "lossless",
-    "offload",
-    "cached_prompt_tokens",
-    "version",
-    "model",
-    "device",
-    "dtype",
-    "backbone_bits",
-    "lm_head_bits",
-    "kv_bits",
-    "river",
-    "river_directory",
-    "drafts",
-    "no_miss",
-    "raw",
-    "chat_template_kwargs",
-    "allow_control_tokens",
-    "sampling",
-}
+    field.name
+    for kind in (GenerationResult, EngineConfig, PromptConfig)
+    for field in dataclasses.fields(kind)
+} | {"version", "model", "river", "river_directory", "sampling", "drafts"}
 
 
 def answer(model: str, *options: object, prompt: str = PROMPT, length: int = 8) -> dict[str, Any]:
@@ -66,31 +46,23 @@ def answer(model: str, *options: object, prompt: str = PROMPT, length: int = 8) 
 
 
 class TestAsAProcess:
-    def test_help_needs_no_torch(self) -> None:
+    def test_help_and_version_need_no_torch(self) -> None:
         heavy = {"torch", "transformers", "numpy", "safetensors", "matplotlib"}
-        for command in ([], ["build"], ["generate"], ["chat"], ["inspect"]):
+        commands = ["generate", "chat", "build", "inspect", "bench", "check-exact"]
+        for command in ([], *([name] for name in commands)):
             outcome = run_process(*command, "--help", python=("-X", "importtime", SCRIPT))
             assert outcome.exit_code == 0
             assert "Usage: " in outcome.stdout
-            imported = {
-                line.rpartition("|")[2].strip().partition(".")[0]
-                for line in outcome.stderr.splitlines()
-            }
+            lines = outcome.stderr.splitlines()
+            imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
             assert "typer" in imported
             assert not heavy & imported
+        assert run_process("--version").stdout == f"river-llm {version}\n"
 
-    def test_version(self) -> None:
-        outcome = run_process("--version", python=("-X", "importtime", SCRIPT))
-        assert (outcome.exit_code, outcome.stdout) == (0, f"river-llm {version}\n")
-        assert " torch\n" not in outcome.stderr
-        assert run_process("--version").stdout == outcome.stdout
-
-    def test_json_is_all_that_is_printed(self, model: str) -> None:
-        outcome = run_process(
-            "generate", "-", "-m", model, "-n", 6, "--json", stdin="Où est la rivière ?\n".encode()
-        )
-        assert outcome.stderr == ""
-        assert outcome.json["tokens"] == answer(model, prompt="Où est la rivière ?\n")["tokens"][:6]
+    def test_generate_shows_few_settings_before_the_advanced_ones(self) -> None:
+        shown = run_process("generate", "--help").stdout
+        daily = shown.partition("Advanced")[0]
+        assert 10 <= sum(line.startswith("│ --") for line in daily.splitlines()) <= 15
 
     def test_an_answer_is_all_that_is_on_stdout(self, model: str) -> None:
         outcome = run_process("generate", PROMPT, "-m", model, "-n", 8)
@@ -98,6 +70,13 @@ class TestAsAProcess:
         assert outcome.stdout == answer(model)["text"] + "\n"
         assert "\x1b" not in outcome.stderr
         assert "8 tokens (length)" in outcome.stderr.splitlines()[-1]
+
+    def test_json_is_all_that_is_printed(self, model: str) -> None:
+        stdin = "Où est la rivière ?\n"
+        command = ("generate", "-", "-m", model, "-n", 6, "--json")
+        outcome = run_process(*command, stdin=stdin.encode())
+        assert outcome.stderr == ""
+        assert outcome.json["tokens"] == answer(model, prompt=stdin)["tokens"][:6]
 
     def test_a_reader_that_goes_away_ends_it_quietly(self, model: str) -> None:
         process = start("generate", PROMPT, "-m", model, "-n", 50_000)
@@ -110,229 +89,144 @@ class TestAsAProcess:
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 1
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+    @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+    def test_an_answer_that_cannot_be_written(self, model: str, options: list[str]) -> None:
+        with Path("/dev/full").open("w") as full:
+            process = start("generate", PROMPT, "-m", model, "-n", 2, *options, stdout=full)
+            _, errors = process.communicate(timeout=60)
+        told = errors.decode().splitlines()[-1]
+        assert told == "river-llm: can't write the answer: No space left on device"
+        assert process.returncode == 1
 
-class TestJson:
-    def test_has_the_documented_fields(self, model: str) -> None:
-        output = answer(model)
-        assert set(output) == FIELDS
-        assert len(output["tokens"]) == len(output["exit_layers"]) == 8
-        assert output["mean_exit_layer"] == sum(output["exit_layers"]) / 8
-        assert output["num_layers"] == 4
-        assert output["engine"] == "cpu"
-        assert answer(model, "--engine", "torch")["engine"] == "torch"
-        assert output["finish_reason"] == "length"
-        assert output["policy"] == ExitPolicy.similarity(0.9).to_dict()
-        for speed in ("prompt_tokens_per_second", "decode_tokens_per_second"):
-            assert output[speed] > 0
-        assert output["time_to_first_token"] > 0
-        assert output["peak_memory_bytes"] > 2**20
 
-    def test_has_all_that_makes_the_answer_again(self, model: str) -> None:
+class TestAnswer:
+    def test_without_a_policy_is_the_backbones(self, model: str) -> None:
+        """Lossless mode is the default."""
+        for options in ((), ("--temperature", 1, "--top-p", 0.9, "--seed", 4)):
+            expected = answer(model, "--policy", "never", *options, length=30)
+            output = answer(model, *options, length=30)
+            assert output["tokens"] == expected["tokens"]
+            assert (output["mode"], expected["mode"]) == ("lossless", "river")
+            assert output["lossless"]["verifications"] <= 29
+            assert expected["lossless"] is expected["drafts"] is None
+
+    def test_json_has_all_that_makes_the_answer_again(self, model: str) -> None:
         options = ("--raw", "--bits", 3, "--temperature", 1, "--top-k", 50, "--exit-layer", 2)
         first = answer(model, *options)
-        again = RiverLM.from_pretrained(
-            first["model"],
-            RiverConfig.of(first["river"]),
-            ExitPolicy.fixed(2),
-            getattr(torch, first["dtype"]),
-            device=first["device"],
-            engine=first["engine"],
-            backbone_bits=first["backbone_bits"],
-            lm_head_bits=first["lm_head_bits"],
-            kv_bits=first["kv_bits"],
-        ).generate(PROMPT, raw=first["raw"], mode=first["mode"], **first["sampling"])
-        assert again.policy == first["policy"]
+        assert set(first) == FIELDS
+        engine = {field.name: first[field.name] for field in dataclasses.fields(EngineConfig)}
+        lm = RiverLM.from_pretrained(
+            first["model"], RiverConfig(**first["river"]), ExitPolicy(**first["policy"]), **engine
+        )
+        again = lm.generate(PROMPT, raw=first["raw"], **first["sampling"])
         assert again.tokens == first["tokens"]
+        assert again.exit_layers == first["exit_layers"] == [4] + 7 * [2]
+        assert first["mean_exit_layer"] == sum(first["exit_layers"]) / 8
         assert first["version"] == version
         assert answer(model, *options)["sampling"]["seed"] != first["sampling"]["seed"]
 
-    def test_tells_two_rivers_of_one_configuration_apart(self, model: str, tmp_path: Path) -> None:
-        for name in ("one", "two"):
-            assert run("build", model, "-o", tmp_path / name).exit_code == 0
-        outputs = [answer(model, "--river", tmp_path / name) for name in ("one", "two")]
-        assert outputs[0]["river"] == outputs[1]["river"]
-        for output, name in zip(outputs, ("one", "two"), strict=True):
-            assert output["river_directory"] == str(tmp_path / name)
-        assert answer(model)["river_directory"] is None
-
-    def test_is_what_the_library_answers(self, model: str) -> None:
-        expected = RiverLM.from_pretrained(model, device="cpu").generate(PROMPT, max_new_tokens=8)
-        output = answer(model)
-        for name in ("text", "tokens", "exit_layers", "prompt_tokens", "policy"):
-            assert output[name] == getattr(expected, name)
-
     def test_has_letters_in_ascii_escapes(
-        self, model: str, tokenizer: PreTrainedTokenizerBase
+        self, model: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         letter = next(t for t in range(49152) if tokenizer.decode([t]) == "é")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("river_llm.sampling.Sampler.choose", lambda *_: letter)
-            outcome = run("generate", PROMPT, "-m", model, "-n", 3, "--json", "--temperature", 1)
+        monkeypatch.setattr("river_llm.generate.sampler.Sampler.choose", lambda *_: letter)
+        command = ("generate", PROMPT, "-m", model, "-n", 3, "--json", "--policy", "never")
+        outcome = run(*command, "--temperature", 1)
         assert outcome.json["text"] == "ééé"
-        assert r"\u00e9\u00e9\u00e9" in outcome.stdout
         assert outcome.stdout.isascii()
 
-
-class TestPrompt:
     def test_goes_through_the_chat_template_unless_raw(
         self, model: str, tokenizer: PreTrainedTokenizerBase
     ) -> None:
+        messages = [{"role": "user", "content": PROMPT}]
         template = tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=True
+            messages, add_generation_prompt=True, return_dict=True
         )
-        chat, raw = answer(model), answer(model, "--raw")
-        assert chat["prompt_tokens"] == len(template["input_ids"])
-        assert raw["prompt_tokens"] == len(tokenizer(PROMPT).input_ids)
-        assert raw["tokens"] != chat["tokens"]
+        assert answer(model)["prompt_tokens"] == len(template["input_ids"])
+        assert answer(model, "--raw")["prompt_tokens"] == len(tokenizer(PROMPT).input_ids)
 
-    def test_comes_from_stdin_for_a_dash(self, model: str) -> None:
-        options = ("-m", model, "-n", 8, "--json")
-        output = run("generate", "-", *options, stdin=PROMPT).json
-        assert output["tokens"] == answer(model)["tokens"]
-        longer = run("generate", "-", *options, stdin=f"{PROMPT}\nNow.").json
-        assert longer["prompt_tokens"] > output["prompt_tokens"]
+    def test_ends_before_a_stop_string(self, model: str) -> None:
+        whole = answer(model)["text"]
+        output = answer(model, "--stop", "nowhere in it", "--stop", whole[6:10])
+        assert output["text"] == whole[: whole.index(whole[6:10])]
+        assert output["finish_reason"] == "stop"
 
-
-@pytest.mark.parametrize(
-    ("options", "exit_layers", "policy"),
-    [
-        ("--policy never", [4, 4, 4, 4], ExitPolicy.never()),
-        ("--policy always", [0, 0, 0, 0], ExitPolicy.always()),
-        ("--policy fixed --exit-layer 2", [4, 2, 2, 2], ExitPolicy.fixed(2)),
-        ("--exit-layer 3", [4, 3, 3, 3], ExitPolicy.fixed(3)),
-        ("--exit-layer 0", [4, 0, 0, 0], ExitPolicy.fixed(0)),
-        ("--exit-layer 4", [4, 4, 4, 4], ExitPolicy.fixed(4)),
-        ("--policy similarity --threshold -1", [4, 1, 1, 1], ExitPolicy.similarity(-1)),
-        ("--threshold -1 --first-layer 3", [4, 3, 3, 3], ExitPolicy.similarity(-1, 3)),
-        ("--threshold 1", [4, 4, 4, 4], ExitPolicy.similarity(1)),
-        ("--exit-layer 2 --prefill river", [0, 2, 2, 2], ExitPolicy.fixed(2, prefill="river")),
-        ("--policy never --prefill river", [0, 4, 4, 4], ExitPolicy.never(prefill="river")),
-        ("--policy always --prefill backbone", [4, 0, 0, 0], ExitPolicy.always(prefill="backbone")),
-        (
-            "--threshold -1 --prefill sequence",
-            [1, 1, 1, 1],
-            ExitPolicy.similarity(-1, prefill="sequence"),
-        ),
-    ],
-)
-def test_policy_options_say_where_tokens_leave(
-    model: str, options: str, exit_layers: list[int], policy: ExitPolicy
-) -> None:
-    output = answer(model, *options.split(), length=4)
-    assert output["exit_layers"] == exit_layers
-    assert output["policy"] == policy.to_dict()
-
-
-def test_sampling_options_reach_the_sampler(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[SamplingConfig] = []
-    monkeypatch.setattr(
-        RiverLM, "stream_tokens", lambda lm, ids, sampling, **_: seen.append(sampling)
+    @pytest.mark.parametrize(
+        ("options", "exit_layers"),
+        [
+            ("--policy never", [4, 4, 4, 4]),
+            ("--policy always", [0, 0, 0, 0]),
+            ("--policy fixed --exit-layer 2", [4, 2, 2, 2]),
+            ("--exit-layer 0", [4, 0, 0, 0]),
+            ("--exit-layer 4", [4, 4, 4, 4]),
+            ("--threshold -1", [4, 1, 1, 1]),
+            ("--threshold -1 --first-layer 3", [4, 3, 3, 3]),
+            ("--threshold 1", [4, 4, 4, 4]),
+            ("--exit-layer 2 --prefill river", [0, 2, 2, 2]),
+            ("--policy always --prefill backbone", [4, 0, 0, 0]),
+            ("--threshold -1 --prefill sequence", [1, 1, 1, 1]),
+            ("--exit-layer 4 --offload 2 --no-miss", [2, 2, 2, 2]),
+        ],
     )
-    options = "-n 3 --temperature 0.7 --top-p 0.8 --top-k 40 --min-p 0.05 --seed 9"
-    others = "--repetition-penalty 1.2 --stop one --stop two"
-    run("generate", PROMPT, "-m", model, *options.split(), *others.split())
-    assert seen == [SamplingConfig(3, 0.7, 40, 0.8, 0.05, 1.2, 9, ("one", "two"))]
+    def test_leaves_where_the_options_say(
+        self, model: str, options: str, exit_layers: list[int]
+    ) -> None:
+        for engine in ("cpu", "torch"):
+            output = answer(model, *options.split(), "--engine", engine, length=4)
+            assert output["exit_layers"] == exit_layers
+            assert output["engine"] == engine
 
+    def test_settings_reach_the_loader_and_the_sampler(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Any] = []
+        of_loader = RiverLM.from_pretrained
 
-def test_loading_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
+        def load(*given: Any, progress: object, **settings: Any) -> RiverLM:
+            seen.append((given, settings))
+            return of_loader(*given, **settings)
 
-    def load(name: str, river: object, policy: object, dtype: object, **others: Any) -> None:
-        seen.append({"name": name, "river": river, "dtype": str(dtype), **others})
-        raise RiverError("seen")
+        def stream(lm: RiverLM, tokens: object, sampling: object, *_: object, **more: Any) -> Any:
+            seen.append((sampling, more["drafts"]))
+            return iter(())
 
-    monkeypatch.setattr(RiverLM, "from_pretrained", load)
-    options = "--bits 3 --group-size 32 --quantizer rtn --dtype float16 --trust-remote-code"
-    native = "--device cpu --engine cpu --threads 1 --backbone-bits 8 --lm-head-bits 8"
-    native += " --kv-bits 8 --offload 2"
-    for command in (["generate", PROMPT], ["chat"]):
-        outcome = run(*command, "-m", "a-model", *options.split(), *native.split())
-        outcome.check_fails(1, "seen")
-        fields = seen.pop()
-        assert fields.pop("progress")
-        assert fields == {
-            "name": "a-model",
-            "river": RiverConfig(3, 32, "rtn"),
-            "dtype": "torch.float16",
-            "device": torch.device("cpu"),
-            "engine": "cpu",
-            "threads": 1,
-            "backbone_bits": 8,
-            "lm_head_bits": 8,
-            "kv_bits": 8,
-            "offload": OffloadConfig("layers", layers=2),
-            "trust_remote_code": True,
-        }
-
-
-def test_the_width_of_the_kv_cache_reaches_the_loader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-
-    def load(name: str, *others: object, kv_bits: int, **more: object) -> None:
-        seen.append(kv_bits)
-        raise RiverError("seen")
-
-    monkeypatch.setattr(RiverLM, "from_pretrained", load)
-    text = tmp_path / "text.txt"
-    text.write_text("abc")
-    run("check-exact", "a-model", "--prompts", text, "--kv-bits", 8).check_fails(1, "seen")
-    assert seen == [8]
-
-
-def test_the_same_seed_gives_the_same_text(model: str) -> None:
-    options = ("--temperature", 1, "--seed")
-    first = answer(model, *options, 1)
-    assert answer(model, *options, 1)["text"] == first["text"]
-    assert answer(model, *options, 2)["text"] != first["text"]
-
-
-def test_stop_ends_the_answer_before_the_string(model: str) -> None:
-    whole = answer(model)["text"]
-    stop = whole[6:10]
-    output = answer(model, "--stop", "nowhere in it", "--stop", stop)
-    assert output["text"] == whole[: whole.index(stop)]
-    assert output["finish_reason"] == "stop"
+        monkeypatch.setattr(RiverLM, "from_pretrained", load)
+        monkeypatch.setattr(RiverLM, "stream_tokens", stream)
+        options = (
+            "-n 3 --temperature 0.7 --seed 9 --stop one --bits 3 --threads 1 --kv-bits 8 "
+            "--lm-head-bits 8 --backbone-bits 8 --draft-tokens 2"
+        )
+        outcome = run("generate", PROMPT, "-m", model, *options.split())
+        engine = EngineConfig(threads=1, kv_bits=8, lm_head_bits=8, backbone_bits=8)
+        assert seen == [
+            ((model, _River(bits=3), None), engine.to_dict()),
+            (SamplingConfig(3, 0.7, seed=9, stop=("one",)), DraftConfig(tokens=2)),
+        ]
+        for name in ("backbone", "LM head", "KV cache"):
+            assert f"the {name} is in 8 bits" in outcome.stderr
 
 
 class TestCompare:
-    def test_json_has_three_variants(self, model: str) -> None:
+    def test_has_four_variants_after_the_answer(self, model: str) -> None:
         options = ("--exit-layer", 2, "--bits", 3)
         output = answer(model, "--compare", *options)
         assert set(output) == {*FIELDS, "comparison"}
         assert output["tokens"] == answer(model, *options)["tokens"]
-        assert output["policy"] == ExitPolicy.fixed(2).to_dict()
         variants = output["comparison"]
-        fields = {field.name for field in dataclasses.fields(Compared)}
-        assert all(set(one) == fields for one in variants)
-        assert [one["variant"] for one in variants] == [
-            "backbone",
-            "full 3-bit",
-            "River, exit after 2",
-        ]
-        assert [one["mean_exit_layer"] for one in variants] == [4, 0, 2]
-        assert variants[0]["agreement"] == 1
-        speeds = [one["tokens_per_second"] for one in variants]
-        assert all(0 < x["lowest"] <= x["median"] <= x["highest"] for x in speeds)
-
-    def test_table_comes_after_the_answer(self, model: str) -> None:
-        outcome = run("generate", PROMPT, "-m", model, "-n", 8, "--exit-layer", 2, "--compare")
-        assert outcome.exit_code == 0
-        text = answer(model, "--exit-layer", 2)["text"]
-        assert outcome.stdout.startswith(f"{text}\n")
-        table = outcome.stdout.removeprefix(f"{text}\n")
-        rows = ["backbone", "full 4-bit", "River,"]
-        places = [table.index(row) for row in rows]
-        assert places == sorted(places)
-        assert [row for row in table.splitlines() if "backbone" in row and "1.00x" in row]
-        for depth in ("4.0 of 4", "0.0 of 4", "2.0 of 4"):
-            assert depth in table
+        assert all(set(v) == {f.name for f in dataclasses.fields(Compared)} for v in variants)
+        names = ["backbone", "lossless", "River, exit after 2", "full 3-bit"]
+        assert [variant["variant"] for variant in variants] == names
+        assert [variant["mean_exit_layer"] for variant in variants] == [4, 4, 2, 0]
+        assert variants[0]["agreement"] == variants[1]["agreement"] == 1
+        outcome = run("generate", PROMPT, "-m", model, "-n", 8, *options, "--compare")
+        assert outcome.stdout.startswith(output["text"] + "\n")
+        table = outcome.stdout.removeprefix(output["text"])
+        assert [table.index(part) for part in ("backbone", "lossless", "River,", "full 3-bit")]
 
     def test_needs_two_tokens(self, model: str) -> None:
         outcome = run("generate", PROMPT, "-m", model, "-n", 1, "--compare")
         assert outcome.exit_code == 0
-        assert outcome.stdout == answer(model, length=1)["text"] + "\n"
         assert "too short to compare" in outcome.stderr
 
 
@@ -341,24 +235,152 @@ class TestBuild:
         settings = ["--bits", "2", "--group-size", "32", "--quantizer", "rtn"]
         outcome = run("build", model, "-o", tmp_path / "river", *settings)
         assert (outcome.exit_code, outcome.stdout) == (0, "")
-        expected = River.build(load_backbone(model)[0], RiverConfig(2, 32, "rtn"))
-        assert f"{expected.num_bytes / 1024:.1f} KiB" in outcome.stderr
         assert "2 bits in groups of 32 (rtn)" in outcome.stderr
-        by_river = ("--policy", "always")
-        tokens = answer(model, "--river", tmp_path / "river", *by_river)["tokens"]
-        assert tokens == answer(model, *settings, *by_river)["tokens"]
-        assert tokens != answer(model, *by_river)["tokens"]
+        saved = answer(model, "--river", tmp_path / "river", "--policy", "always")
+        assert saved["tokens"] == answer(model, *settings, "--policy", "always")["tokens"]
+        assert saved["river"] == River.load(tmp_path / "river").config.to_dict()
+        assert saved["river_directory"] == str(tmp_path / "river")
 
-    def test_a_river_of_other_weights_is_refused(
-        self, model: str, other_model: str, tmp_path: Path
+    def test_a_place_that_no_river_can_take_is_told_before_loading(self, tmp_path: Path) -> None:
+        notes = tmp_path / "notes.txt"
+        notes.write_text("mine")
+        for place in (tmp_path, notes, notes / "river"):
+            run("build", "no-model", "-o", place).check_fails(1)
+        assert notes.read_text() == "mine"
+
+
+REFUSED = [  # (arguments, exit code, part of the line); M is a model, A another one, T a folder
+    ("generate", 2, "Missing argument"),
+    ("generate Hi --no-such-option", 2, "--help shows what there is"),
+    ("generate -5", 2, "-- goes before a prompt that begins with -"),
+    ("generate Hi --top-k -1", 2, "--top-k is -1"),
+    ("generate Hi --threshold nan", 2, "--threshold is nan; it must be a cosine"),
+    ("generate Hi --threshold 0.9 --exit-layer 2", 2, "exclude each other"),
+    ("generate Hi --policy fixed", 2, "needs --exit-layer"),
+    ("generate Hi --engine cpu --dtype float32", 2, "computes in bfloat16, not in float32"),
+    ("generate Hi --engine torch --lm-head-bits 8", 2, "take --engine cpu"),
+    ("generate Hi --offload 2.5", 2, "--offload is '2.5'; give off, auto, a number of layers"),
+    ("generate Hi --no-miss --threshold 0.9", 2, "--no-miss goes with"),
+    ("generate Hi --no-miss --offload 1", 2, "lossless mode verifies with the whole backbone"),
+    ("generate Hi --offload 1 --no-miss --exit-layer 1 --compare", 2, "leave out --no-miss"),
+    ("generate Hi --prompt-cache f --threshold 0.9 --prefill sequence", 2, "doesn't go with"),
+    ("generate Hi --river T --bits 8", 2, "--river brings its own"),
+    ("generate Hi --raw --allow-control-tokens", 2, "a raw prompt goes through no chat template"),
+    ("generate Hi --stop=", 2, "no empty string"),
+    ("generate -", 2, "the prompt is empty"),
+    ("chat --draft-tokens 0", 2, "--draft-tokens is 0"),
+    ("inspect --plot a.png", 2, "give --text"),
+    ("inspect --text Hi --plot a.txt", 2, "--plot writes"),
+    ("check-exact --prompts T/none", 2, "none"),
+    ("bench --rounds 0", 2, "rounds"),
+    ("generate Hi -m T/none", 1, "no file or directory"),
+    ("generate Hi -m no-such-model", 1, "there is no model no-such-model"),
+    ("inspect T", 1, "it has no config.json"),
+    ("build no/such -o T/river", 1, "there is no model no/such"),
+    ("generate Hi -m M --river T/none", 1, "holds no river.json"),
+    ("generate Hi -m M --exit-layer 99", 1, "the model has 4 layers"),
+    ("generate Hi -m M --threshold 0.9 --first-layer 5", 1, "the model has 4 layers"),
+    ("generate Hi -m M --draft-exit-layer 9", 1, "but the model has 4 layers"),
+    ("generate Hi -m M --engine torch --draft-lm-head-bits 8", 1, "no LM head of 8 bits"),
+    ("generate Hi -m M --group-size 128", 1, "choose 32 or 64"),
+    ("generate Hi -m M --offload 9", 1, "the model has 4"),
+    ("inspect M --device abacus", 1, "no device 'abacus'"),
+    ("inspect M --text a", 1, "fewer than two tokens"),
+    (f"generate {'river' * 99} -m A --raw", 1, "holds 96; shorten the prompt"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "part"), REFUSED)
+def test_what_is_wrong_is_one_line(
+    arguments: str, exit_code: int, part: str, model: str, other_model: str, tmp_path: Path
+) -> None:
+    places = {"M": model, "A": other_model, "T": str(tmp_path)}
+    words = [
+        places.get(word, word.replace("T/", f"{tmp_path}/") if word[:2] == "T/" else word)
+        for word in arguments.split()
+    ]
+    run(*words).check_fails(exit_code, part)
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "where", [(River, "build"), (CpuEngine, "forward"), (TorchEngine, "forward")]
+    )
+    def test_out_of_memory(
+        self,
+        model: str,
+        where: tuple[type, str],
+        error: Exception,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        river = tmp_path / "river"
-        assert run("build", model, "-o", river).exit_code == 0
-        for command in (["generate", PROMPT, "-m"], ["chat", "-m"], ["inspect"]):
-            outcome = run(*command, other_model, "--river", river)
-            outcome.check_fails(1, "this river was built for other weights")
+        def fail(*args: object) -> None:
+            raise error
 
-    def test_a_place_that_is_taken_is_left_alone(self, model: str, tmp_path: Path) -> None:
-        (tmp_path / "notes.txt").write_text("mine")
-        run("build", model, "-o", tmp_path).check_fails(1, "holds other files than a river's")
-        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")  # or the river may be there already
+        monkeypatch.setattr(*where, fail)
+        engine = getattr(where[0], "name", "auto")
+        outcome = run("generate", PROMPT, "-m", model, "--engine", engine)
+        outcome.check_fails(1, "not enough memory", "smaller model")
+
+    @pytest.mark.parametrize("error", [LookupError("no\nsuch   key"), OSError(5, "I/O error")])
+    def test_an_internal_error(
+        self, model: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(CpuEngine, "forward", fail)
+        monkeypatch.delenv("RIVER_LLM_DEBUG", raising=False)
+        outcome = run("generate", PROMPT, "-m", model, "--json")
+        outcome.check_fails(1, f"internal error: {type(error).__name__}", "RIVER_LLM_DEBUG=1")
+        monkeypatch.setenv("RIVER_LLM_DEBUG", "1")
+        with pytest.raises(type(error)):
+            run("generate", PROMPT, "-m", model, "--json")
+
+    def test_a_river_of_other_weights(self, model: str, other_model: str, tmp_path: Path) -> None:
+        assert run("build", other_model, "-o", tmp_path / "river").exit_code == 0
+        outcome = run("generate", PROMPT, "-m", model, "--river", tmp_path / "river")
+        outcome.check_fails(1, "other weights")
+
+    def test_stdin_that_is_closed_or_no_text(self, model: str) -> None:
+        run("generate", "-", "-m", model, stdin=None).check_fails(2, "standard input is closed")
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8")
+        run("generate", "-", "-m", model, stdin=stdin).check_fails(2, "UTF-8")
+
+    def test_a_chat_whose_stdin_cannot_be_read(self, model: str) -> None:
+        with Path(os.devnull).open("w") as write_only:
+            process = start("chat", "-m", model, stdin=write_only)
+            output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output) == (2, b"")
+        told = errors.decode().splitlines()
+        assert told[-1] == "river-llm: stdin can't be read: Bad file descriptor"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [("--dtype bfloat16", True), ("--dtype float32", False), ("--policy never", False)],
+)
+def test_lossless_mode_on_pytorch_says_where_it_rounds(
+    model: str, options: str, is_told: bool
+) -> None:
+    outcome: Outcome = run(
+        "generate", PROMPT, "-m", model, "-n", 2, "--engine", "torch", *options.split()
+    )
+    assert ("rounds a pass over several tokens" in outcome.stderr) == is_told
+
+
+def test_every_class_of_settings_has_its_options() -> None:
+    shown = run_process("generate", "--help").stdout
+    for kind in (RiverConfig, EngineConfig, PolicyConfig, SamplingConfig, PromptConfig):
+        for field in dataclasses.fields(kind):
+            if field.metadata["option"] != ("",):
+                assert "--" + field.name.replace("_", "-")[:12] in shown
