@@ -190,12 +190,9 @@ class DraftConfig:
     Attributes:
         tokens: the length of every draft, 1 to 64; None: as long as it is worth its time, by what
             was accepted before.
-        exit_layer: backbone layers that a drafted token runs before it leaves, 0 for the river
-            alone; None: the ones with which the run is fastest.
+        exit_layer: backbone layers that a drafted token runs before it leaves; 0: the river alone.
         lm_head_bits: of the LM head that drafts, 16, 8 or 4; None: those that the engine drafts
             best with.
-        vocabulary: drafted tokens are among the first so many, which in most tokenizers are the
-            most frequent; None: those with which the run is fastest.
         ngram: draft what followed the last tokens where they stood in the text before, too.
 
     Raises:
@@ -203,42 +200,33 @@ class DraftConfig:
     """
 
     tokens: int | None = None
-    exit_layer: int | None = None
+    exit_layer: int = 0
     lm_head_bits: int | None = None
-    vocabulary: int | None = None
     ngram: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "exit_layer", "vocabulary"):
-            value = getattr(self, name)
-            if value is not None and not is_whole_number(value):
+        for name, value in (("tokens", self.tokens or 1), ("exit_layer", self.exit_layer)):
+            if not is_whole_number(value):
                 raise ConfigError(f"{name} of drafts is {value!r}; it must be a whole number")
         if self.tokens is not None and not 1 <= self.tokens <= 64:
             raise ConfigError(f"a draft of {self.tokens} tokens; it must have 1 to 64")
-        if self.exit_layer is not None and self.exit_layer < 0:
+        if self.exit_layer < 0:
             raise ConfigError(f"the draft's exit layer is {self.exit_layer}; it must be 0 or more")
         if self.lm_head_bits not in (None, 4, 8, 16):
             raise ConfigError(
                 f"the drafts' LM head has {self.lm_head_bits} bits; choose 16, 8 or 4"
             )
 
-        if self.vocabulary is not None and self.vocabulary < 2:
-            raise ConfigError(f"drafts of {self.vocabulary} tokens' vocabulary; give 2 or more")
-
-    def check_fits(self, num_layers: int, vocab_size: int) -> None:
-        """See that the model has the layers and the tokens that drafts are to have.
+    def check_fits(self, num_layers: int) -> None:
+        """Validate that the model has the layers that drafts are to run.
 
         Raises:
             ConfigError: it has fewer.
         """
-        if self.exit_layer is not None and self.exit_layer > num_layers:
+        if self.exit_layer > num_layers:
             raise ConfigError(
                 f"the draft's exit layer is {self.exit_layer}, but the model has {num_layers} "
                 f"layers; choose one in [0, {num_layers}]"
-            )
-        if self.vocabulary is not None and self.vocabulary > vocab_size:
-            raise ConfigError(
-                f"drafts of the first {self.vocabulary} tokens, but the model has {vocab_size}"
             )
 
 

@@ -45,7 +45,6 @@ def chat(
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
-    draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     chat_template_kwargs: options.ChatTemplateKwargs = None,
@@ -75,9 +74,7 @@ def chat(
         check_text("--system", system)
     check_stdin()
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
-    drafts = draft_config(
-        chosen, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
-    )
+    drafts = draft_config(chosen, draft_tokens, draft_exit_layer, draft_lm_head_bits, ngram)
     built = river_config(river, bits, group_size, quantizer)
     loading = LoadOptions(
         model=model,

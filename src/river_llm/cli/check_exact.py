@@ -44,7 +44,6 @@ def check_exact(
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
-    draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
@@ -68,9 +67,7 @@ def check_exact(
 ) -> None:
     """Answer prompts by the backbone alone and in lossless mode, in turn: whether all tokens are
     the same (else the exit code is 1), and how much faster lossless mode is."""
-    drafts = draft_config(
-        None, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
-    )
+    drafts = draft_config(None, draft_tokens, draft_exit_layer, draft_lm_head_bits, ngram)
     sampling = sampling_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, None
     )

@@ -49,7 +49,6 @@ def generate(
     draft_tokens: options.DraftTokens = None,
     draft_exit_layer: options.DraftExitLayer = None,
     draft_lm_head_bits: options.DraftHead = None,
-    draft_vocabulary: options.DraftVocabulary = None,
     ngram: options.Ngram = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -88,9 +87,7 @@ def generate(
     """Answer a prompt; every token in the colour of the layer at which it left the backbone, or in
     lossless mode of what guessed it: green the river, blue the text itself, red nothing."""
     chosen = exit_policy(policy, threshold, exit_layer, first_layer, prefill)
-    drafts = draft_config(
-        chosen, draft_tokens, draft_exit_layer, draft_lm_head_bits, draft_vocabulary, ngram
-    )
+    drafts = draft_config(chosen, draft_tokens, draft_exit_layer, draft_lm_head_bits, ngram)
     built = river_config(river, bits, group_size, quantizer)
     loading = LoadOptions(
         model=model,

@@ -123,14 +123,6 @@ DraftHead = Annotated[
         rich_help_panel=_LOSSLESS,
     ),
 ]
-DraftVocabulary = Annotated[
-    int | None,
-    typer.Option(
-        help="Draft among the first so many tokens of the vocabulary, mostly the frequent ones. "
-        "\\[default: what measures fastest]",
-        rich_help_panel=_LOSSLESS,
-    ),
-]
 Ngram = Annotated[
     bool | None,
     typer.Option(

@@ -77,7 +77,6 @@ def draft_config(
     tokens: int | None,
     exit_layer: int | None,
     lm_head_bits: DraftHeadBits | None,
-    vocabulary: int | None,
     ngram: bool | None,
 ) -> DraftConfig | None:
     """How lossless mode drafts; None with a policy.
@@ -86,13 +85,13 @@ def draft_config(
         typer.Exit: an option has no meaning with a policy, or is out of its range.
     """
     if policy is not None:
-        given = (tokens, exit_layer, lm_head_bits, vocabulary, ngram)
+        given = (tokens, exit_layer, lm_head_bits, ngram)
         if any(value is not None for value in given):
             raise usage_error("the draft options go with lossless mode: leave the exit policy out")
         return None
     bits = None if lm_head_bits is None else int(lm_head_bits.value)
     try:
-        return DraftConfig(tokens, exit_layer, bits, vocabulary, ngram is not False)
+        return DraftConfig(tokens, exit_layer or 0, bits, ngram is not False)
     except ConfigError as error:
         raise usage_error(str(error)) from error
 
