@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from lossless_lm import lm_on
+from lossless_lm import RowSpy, lm_on
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm import RiverLM
-from river_llm.engines import StepResult
 from river_llm.load.model import load_backbone
 
 # The workers, and the next run, read one copy of the default model in place of parsing its file.
@@ -93,14 +92,6 @@ def lm(make_lm: Callable[..., RiverLM]) -> RiverLM:
 
 
 @pytest.fixture
-def prefilled(lm: RiverLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each prefill of the test's `lm` ran since."""
-    counts: list[int] = []
-    prefill = lm.engine.prefill
-
-    def spy(token_ids: torch.Tensor, padding_mask: torch.Tensor | None = None) -> StepResult:
-        counts.append(token_ids.numel())
-        return prefill(token_ids, padding_mask)
-
-    monkeypatch.setattr(lm.engine, "prefill", spy)
-    return counts
+def rows(lm: RiverLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each step of the test's `lm` had since."""
+    return RowSpy(lm.engine, monkeypatch).rows

@@ -1,15 +1,17 @@
-"""An engine without a model: what it says depends on every token of a sequence and on how deep each
-of them ran, as a KV cache would have it, so a token too many or one left by a draft shows."""
+"""An engine without a model. What it says hangs on every token of a sequence and on how deep each of
+them ran, as with a KV cache, so a token too many, or one that a draft has left, shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.step import Step, StepResult, check_room, check_tokens
@@ -20,13 +22,13 @@ NUM_LAYERS = 4
 
 
 class ToyEngine:
-    """An `Engine` whose rows are hashed.
+    """An `Engine`; see there.
 
     Attributes:
         steps: that it has run.
-        unlikeness: of the logits of rows that left the backbone, to those that didn't.
-        broken: the logits after this token are NaN.
-        fails: the next step is cut short.
+        river_noise: how far the logits of rows that left the backbone are from those of others.
+        broken: the logits after this token are no numbers.
+        fail: is called before each step.
     """
 
     name = "toy"
@@ -38,13 +40,13 @@ class ToyEngine:
     rope_boundary = None
 
     def __init__(
-        self, context_length: int | None = 64, prefill_rows: int | None = 8, unlikeness: float = 0.5
+        self, context_length: int | None = 64, prefill_rows: int | None = 8, river_noise: float = 1
     ) -> None:
         self.context_length, self.prefill_rows = context_length, prefill_rows
-        self.unlikeness = unlikeness
+        self.river_noise = river_noise
         self.steps: list[Step] = []
         self.broken: int | None = None
-        self.fails: type[BaseException] | None = None
+        self.fail: Callable[[], None] = lambda: None
         self._rows: dict[int, list[tuple[int, int]]] = {}  # (token, exit layer) of each sequence
 
     def add_sequence(self, prompt_length: int = 0) -> int:
@@ -65,56 +67,47 @@ class ToyEngine:
         return sorted(self._rows)
 
     def forward(self, step: Step) -> StepResult:
-        self._check(step)
-        self.steps.append(step)
-        exit_layers, logits = [], []
-        means = list(step.mean_groups) or list(range(len(step.tokens)))
-        minima = list(step.minimum_groups) or list(range(len(step.tokens)))
-        for row, (token, sequence) in enumerate(zip(step.tokens, step.sequences, strict=True)):
-            thresholds = step.thresholds if step.thresholds.ndim == 1 else step.thresholds[row]
-            group = (means[row], minima[row])  # stands for all of its rows
-            exit_layers.append(self._exit_layer(group, token, step, thresholds))
-            self._rows[sequence].append((token, exit_layers[-1]))
-            if row in step.logit_rows:
-                logits.append(self._logits(self._rows[sequence]))
-        return StepResult(
-            torch.from_numpy(np.stack(logits or [np.zeros(0)])), torch.tensor(exit_layers)
-        )
-
-    def _check(self, step: Step) -> None:
         check_tokens(step.tokens, VOCABULARY)
         for sequence in set(step.sequences):
             new = list(step.sequences).count(sequence)
             check_room(self.length(sequence) + new, self.context_length)
-        if self.fails is not None:
-            failure, self.fails = self.fails, None
-            raise failure
-
-    def _exit_layer(self, group: Any, token: int, step: Step, thresholds: torch.Tensor) -> int:
-        grouped = bool(step.mean_groups or step.minimum_groups)
-        similarity = _random(hash(group) if grouped else token).random()
-        leaves = (layer for layer, least in enumerate(thresholds.tolist()) if similarity > least)
-        if bool((thresholds == -math.inf).any()):
-            return int((thresholds == -math.inf).int().argmax())
-        return next(leaves, NUM_LAYERS)
+        self.fail()
+        self.steps.append(step)
+        exit_layers, logits = [], []
+        for row, (token, sequence) in enumerate(zip(step.tokens, step.sequences, strict=True)):
+            thresholds = step.thresholds if step.thresholds.ndim == 1 else step.thresholds[row]
+            exit_layers.append(_exit_layer(token, thresholds))
+            self._rows[sequence].append((token, exit_layers[-1]))
+            if row in step.logit_rows:
+                logits.append(self._logits(self._rows[sequence]))
+        found = np.stack(logits) if logits else np.zeros((0, VOCABULARY), np.float32)
+        return StepResult(torch.from_numpy(found), torch.tensor(exit_layers))
 
     def _logits(self, rows: list[tuple[int, int]]) -> np.ndarray:
         token, exit_layer = rows[-1]
         if token == self.broken:
             return np.full(VOCABULARY, np.nan, np.float32)
-        own = _random(hash(tuple(rows))).standard_normal(VOCABULARY)
-        shared = 4 * _random(hash(tuple(token for token, _ in rows[-2:]))).standard_normal(
-            VOCABULARY
+        by_text = _random(hash(tuple(token for token, _ in rows[-3:])))
+        by_cache = _random(hash(tuple(rows)))
+        noise = 0.2 if exit_layer == NUM_LAYERS else self.river_noise
+        return np.asarray(
+            3 * by_text.standard_normal(VOCABULARY) + noise * by_cache.standard_normal(VOCABULARY),
+            np.float32,
         )
-        likeness = 0.5 if exit_layer == NUM_LAYERS else 0.5 + 4 * self.unlikeness
-        return np.asarray(shared + likeness * own, np.float32)
 
 
 class DraftingEngine(ToyEngine):
-    """The same, with drafts in one call."""
+    """The same, with drafts in one call.
+
+    Attributes:
+        drafted: tokens of each draft so far.
+    """
 
     draft_head_bits = (8, 16)
-    draft_vocabularies = (VOCABULARY,)
+
+    def __init__(self, *args: float, river_noise: float = 1) -> None:
+        super().__init__(*args, river_noise=river_noise)  # type: ignore[arg-type]
+        self.drafted: list[int] = []
 
     def prepare_drafts(self, lm_head_bits: int) -> None:
         assert lm_head_bits in self.draft_head_bits
@@ -129,17 +122,55 @@ class DraftingEngine(ToyEngine):
     ) -> list[Draft]:
         thresholds = torch.tensor(ExitPolicy.fixed(rule.exit_layer).thresholds(NUM_LAYERS))
 
-        def decode(going: list[int], last: list[int]) -> torch.Tensor:
+        def decode(going: list[int], last: list[int]) -> Tensor:
             step = Step(last, [sequences[i] for i in going], thresholds, range(len(going)))
-            return self.forward(step).logits
+            result = ToyEngine.forward(self, step)
+            self.steps.pop()  # it is none of the backbone's
+            return result.logits
 
         lengths = [self.length(sequence) for sequence in sequences]
+        given = (tokens, most, rule) if choose is None else (tokens, most, rule, choose)
         try:
-            arguments = (tokens, most, rule) if choose is None else (tokens, most, rule, choose)
-            return draft_step_by_step(decode, *arguments)
+            drafts = draft_step_by_step(decode, *given)
         finally:
             for sequence, length in zip(sequences, lengths, strict=True):
                 self.truncate(sequence, length)
+        self.drafted += [len(draft.tokens) for draft in drafts]
+        return drafts
+
+
+class Clock(DraftingEngine):
+    """The same with a clock of its own: a step takes a second and a bit for each row beyond the
+    first, a drafted token a part of a second.
+
+    Attributes:
+        now: seconds.
+    """
+
+    row, drafted_token = 0.03, 0.4
+
+    def __init__(self, patched: pytest.MonkeyPatch, river_noise: float) -> None:
+        super().__init__(None, river_noise=river_noise)  # type: ignore[arg-type]
+        self.now = 0.0
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        for name in ("generator", "lossless", "recorder"):
+            patched.setattr(f"river_llm.generate.{name}.time", clock)
+
+    def forward(self, step: Step) -> StepResult:
+        self.now += 1 + self.row * (len(step.tokens) - 1)
+        return super().forward(step)
+
+    def draft(self, *args: object) -> list[Draft]:
+        drafts = super().draft(*args)  # type: ignore[arg-type]
+        self.now += self.drafted_token * max(len(draft.tokens) for draft in drafts)
+        return drafts
+
+
+def _exit_layer(token: int, thresholds: Tensor) -> int:
+    """By similarities that hang on the token alone."""
+    similarities = [-math.inf, *_random(token).random(NUM_LAYERS - 1)]
+    pairs = enumerate(zip(similarities, thresholds.tolist(), strict=True))
+    return next((l for l, (s, t) in pairs if s > t or t == -math.inf), NUM_LAYERS)  # noqa: E741
 
 
 def _random(seed: int) -> np.random.Generator:

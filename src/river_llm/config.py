@@ -443,18 +443,10 @@ class DraftConfig(Settings):
         advanced=True,
         option=("--draft-lm-head-bits",),
     )
-    vocabulary: int | None = setting(
-        None,
-        "Draft among the first so many tokens of the vocabulary; by default what the engine does "
-        "fastest.",
-        whole(2),
-        advanced=True,
-        option=("--draft-vocabulary",),
-    )
     ngram: bool = setting(True, "Draft out of the text itself where it repeats.", advanced=True)
 
-    def check_fits(self, num_layers: int, vocab_size: int) -> None:
-        """Validate that the model has the layers and the tokens that drafts are to have.
+    def check_fits(self, num_layers: int) -> None:
+        """Validate that the model has the layers that drafts are to have.
 
         Raises:
             ConfigError: it has fewer.
@@ -463,10 +455,6 @@ class DraftConfig(Settings):
             raise ConfigError(
                 f"the draft's exit layer is {self.exit_layer}, but the model has {num_layers} "
                 f"layers; choose one in [0, {num_layers}]"
-            )
-        if self.vocabulary is not None and self.vocabulary > vocab_size:
-            raise ConfigError(
-                f"drafts of the first {self.vocabulary} tokens, but the model has {vocab_size}"
             )
 
 

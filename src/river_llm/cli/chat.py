@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import load, saved_or_new
+from river_llm.cli.loading import check_mode, load, saved_or_new
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import StdinLines, check_stdin
-from river_llm.cli.usage import check_text, is_text, usage_error
+from river_llm.cli.usage import check_text, is_text
 from river_llm.config import (
     DEFAULT_MODEL,
     ChatConfig,
@@ -51,8 +51,7 @@ def chat(
     if system is not None:
         check_text("--system", system)
     check_stdin()
-    if engine.no_miss and policy.kind is None:
-        raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
+    check_mode(policy, engine, drafts)
     check_prompt_cache(prompt_cache, policy)
     lm = load(model, saved_or_new(river, config), policy.exit_policy(), engine, drafts)
     if not lm.tokenizer.chat_template:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_llm.cli import options
-from river_llm.cli.loading import describe_loaded, load, saved_or_new
+from river_llm.cli.loading import check_mode, describe_loaded, load, saved_or_new
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
@@ -65,8 +65,7 @@ def generate(
     """
     if compare and engine.no_miss:
         raise usage_error("--compare runs the whole backbone: leave out --no-miss")
-    if engine.no_miss and policy.kind is None:
-        raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
+    check_mode(policy, engine, drafts)
     check_prompt_cache(prompt_cache, policy)
     prompt = _checked_prompt(prompt)
     if sampling.seed is None and sampling.temperature > 0:  # one that can be told

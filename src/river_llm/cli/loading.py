@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from river_llm.cli.imports import import_libraries
 from river_llm.cli.usage import usage_error
-from river_llm.config import DraftConfig, EngineConfig, RiverConfig
+from river_llm.config import DraftConfig, EngineConfig, PolicyConfig, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.sizes import format_bytes
 
@@ -33,6 +33,18 @@ def saved_or_new(river: Path | None, config: RiverConfig) -> Path | RiverConfig:
     return river
 
 
+def check_mode(policy: PolicyConfig, engine: EngineConfig, drafts: DraftConfig) -> None:
+    """Validate that the settings are for the mode, lossless where there is no policy.
+
+    Raises:
+        typer.Exit: some are for the other one.
+    """
+    if policy.kind is None and engine.no_miss:
+        raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
+    if policy.kind is not None and drafts != DraftConfig():
+        raise usage_error("the draft options go with lossless mode: leave the exit policy out")
+
+
 def load(
     model: str,
     river: Path | RiverConfig,
@@ -54,7 +66,7 @@ def load(
         lm = RiverLM.from_pretrained(
             model, river, policy, progress=progress.layers_built, **engine.to_dict()
         )
-    if drafts is not None:
+    if drafts is not None and policy is None:
         lm.check_drafts(drafts)
     for note in _notes(lm, engine):
         print(f"river-llm: {note}", file=sys.stderr)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BACKBONE, _RIVER = 0, 1
-_LARGE_VOCABULARY, _VOCABULARY_STEP = 16384, 1024
 
 
 class CpuEngine(NotCopiedEngine):
@@ -166,7 +165,6 @@ class CpuEngine(NotCopiedEngine):
         self._depth_limit: int | None = None
         self._draft_head_bits: int | None = None  # of the drafts' own LM head, once there is one
         self.draft_head_bits: tuple[int, ...] = (8, 4, 16) if self.lm_head_bits == 16 else (8,)
-        self.draft_vocabularies = _draft_vocabularies(self.vocab_size)
 
     def _complete(self, embedding: Any) -> None:
         self.embedding = embedding
@@ -254,10 +252,7 @@ class CpuEngine(NotCopiedEngine):
         lengths = [self.length(sequence) for sequence in sequences]
         end = max(length + count for length, count in zip(lengths, most, strict=True))
         check_room(end, self.context_length)
-        head = {
-            "draft_head": rule.lm_head_bits != self.lm_head_bits,
-            "head_tokens": rule.vocabulary or 0,
-        }
+        head = {"draft_head": rule.lm_head_bits != self.lm_head_bits}
         if choose is None:
             with one_clear_line():
                 self._positions.cover(end)
@@ -388,10 +383,3 @@ class CpuEngine(NotCopiedEngine):
 
 def _page_name(index: int) -> str:
     return f"page.{index:06}"
-
-
-def _draft_vocabularies(vocab_size: int) -> tuple[int, ...]:
-    """All tokens, and where that saves time, a third: tokenizers number their merges by frequency,
-    so that most text is in the first ones (Zhao et al. 2025, FR-Spec)."""
-    part = vocab_size // 3 // _VOCABULARY_STEP * _VOCABULARY_STEP
-    return (part, vocab_size) if vocab_size >= _LARGE_VOCABULARY else (vocab_size,)

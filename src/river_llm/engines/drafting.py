@@ -21,14 +21,12 @@ class DraftRule:
     Attributes:
         exit_layer: backbone layers that a drafted token runs before it leaves.
         lm_head_bits: of the LM head, one of the engine's `draft_head_bits`.
-        vocabulary: drafted tokens are among the first so many; None: among all.
         least_margin: a margin below it ends the draft, one that is NaN too; 0 ends none.
         stop_tokens: end a draft.
     """
 
     exit_layer: int = 0
     lm_head_bits: int = 16
-    vocabulary: int | None = None
     least_margin: float = 0.0
     stop_tokens: frozenset[int] = frozenset()
 
@@ -67,8 +65,8 @@ def draft_step_by_step(
     """Drafts made one step at a time.
 
     Args:
-        decode: (which of the sequences, the next token of each) -> logits `[sequences, V]`, or of
-            the rule's vocabulary; one step of these sequences through the layers that draft.
+        decode: (which of the sequences, the next token of each) -> logits `[sequences, V]`; one
+            step of these sequences through the layers that draft.
         tokens: the token after which each sequence is drafted.
         most: drafted tokens of each at most.
     """

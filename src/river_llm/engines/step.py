@@ -163,12 +163,9 @@ class Drafting(Protocol):
 
     Attributes:
         draft_head_bits: widths of the LM head that drafts may take, the fastest first.
-        draft_vocabularies: drafts may be made of the first so many tokens; the likely best first,
-            the last is all of them.
     """
 
     draft_head_bits: tuple[int, ...]
-    draft_vocabularies: tuple[int, ...]
 
     def prepare_drafts(self, lm_head_bits: int) -> None:
         """Make what drafts with an LM head of this width need, where it isn't there yet."""

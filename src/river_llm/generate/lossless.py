@@ -61,9 +61,9 @@ def check_drafts(engine: Engine, config: DraftConfig) -> None:
     """Validate that an engine can draft so.
 
     Raises:
-        ConfigError: the model has fewer layers or tokens, or the engine no LM head of that width.
+        ConfigError: the model has fewer layers, or the engine no LM head of that width.
     """
-    config.check_fits(engine.num_layers, engine.vocab_size)
+    config.check_fits(engine.num_layers)
     widths = engine.draft_head_bits if isinstance(engine, Drafting) else (16,)
     if config.lm_head_bits not in (None, *widths):
         raise ConfigError(
@@ -210,9 +210,8 @@ def _draft(
     tokens = [request.tokens[-1] for request in requests]
     sequences = [request.sequence for request in requests if request.sequence is not None]
     rule = DraftRule(
-        exit_layer=config.exit_layer or 0,
+        exit_layer=config.exit_layer,
         lm_head_bits=config.lm_head_bits or 16,
-        vocabulary=config.vocabulary,
         least_margin=LEAST_MARGIN if config.tokens is None else 0.0,
         stop_tokens=frozenset().union(*(request.stop_tokens for request in requests)),
     )
@@ -225,7 +224,7 @@ def _draft(
     def decode(going: list[int], last: list[int]) -> Tensor:
         of_going = [sequences[i] for i in going]
         step = Step(last, of_going, thresholds, range(len(going)))
-        return engine.forward(step).logits[:, : rule.vocabulary]
+        return engine.forward(step).logits
 
     try:
         by = argmax_with_margin if takes_argmax else choose

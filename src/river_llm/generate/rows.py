@@ -55,7 +55,7 @@ def prompt_part(
     return Part(
         sequence,
         list(prompt[start : start + count]),
-        _prefill_thresholds(policy, num_layers),
+        _tensor(policy.prefill_thresholds(num_layers)),
         logits=int(start + count == len(prompt)),
         leaves_whole=leaves_whole,
         minimum_groups=groups,
@@ -67,8 +67,9 @@ def decode_part(
 ) -> Part:
     """Tokens of an answer or a draft, by the policy; None: they never leave."""
     policy = policy or ExitPolicy.never()
+    thresholds = _tensor(policy.thresholds(num_layers))
     groups = [policy] * len(tokens) if policy.batch == "minimum" else []
-    return Part(sequence, list(tokens), _thresholds(policy, num_layers), len(tokens), False, groups)
+    return Part(sequence, list(tokens), thresholds, len(tokens), minimum_groups=groups)
 
 
 def runs_whole(policy: ExitPolicy | None) -> bool:
@@ -146,10 +147,5 @@ def _numbered(groups: Sequence[Hashable]) -> list[int]:
 
 
 @lru_cache(64)
-def _thresholds(policy: ExitPolicy, num_layers: int) -> Tensor:
-    return torch.tensor(policy.thresholds(num_layers))
-
-
-@lru_cache(64)
-def _prefill_thresholds(policy: ExitPolicy, num_layers: int) -> Tensor:
-    return torch.tensor(policy.prefill_thresholds(num_layers))
+def _tensor(thresholds: tuple[float, ...]) -> Tensor:
+    return torch.tensor(thresholds)
