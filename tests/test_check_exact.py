@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import SCRIPT, Outcome, run, run_process
+from river_llm.lossless import LosslessDecoder
+from river_llm.lossless.rounds import VerifiedToken
 from test_cli import PROMPT, answer
 from test_cli_errors import no_loading  # noqa: F401 - a fixture
 from test_cli_lossless import (
@@ -40,8 +42,6 @@ from river_llm.cli.check_exact import read_prompts
 from river_llm.config import Mode
 from river_llm.engines import CpuEngine
 from river_llm.measure.exactness import Difference, Exactness, check_exactness
-from river_llm.lossless import LosslessDecoder
-from river_llm.lossless.rounds import VerifiedToken
 
 pytest_plugins = ["cli_models"]
 

@@ -328,7 +328,7 @@ class TestFailure:
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")  # or the river may be there already
         monkeypatch.setattr(*where, fail)
         engine = getattr(where[0], "name", "auto")
-        outcome = run("generate", PROMPT, "-m", model, "--engine", engine)
+        outcome = run("generate", PROMPT, "-m", model, "--engine", engine, "--policy", "never")
         outcome.check_fails(1, "not enough memory", "smaller model")
 
     @pytest.mark.parametrize("error", [LookupError("no\nsuch   key"), OSError(5, "I/O error")])

@@ -1,94 +1,41 @@
-"""`compare_variants`: policies along one and the same answer."""
+"""The table of `generate --compare`: variants along one answer."""
 
 from __future__ import annotations
 
-import copy
-from unittest import mock
+from collections.abc import Callable
 
-import pytest
-import torch
-from tiny_models import fake_quantised
-from transformers import PreTrainedModel
-
-from river_llm import ExitPolicy, River, attach_river
-<<<<<<< HEAD
-from river_llm.measure.comparison import compare_arms
-from river_llm.engines import StepResult, TorchEngine
-=======
-from river_llm.engines import TorchEngine
-from river_llm.measure import comparison
-from river_llm.measure.comparison import compare_variants
->>>>>>> main
+from river_llm import ExitPolicy, RiverLM, SamplingConfig
+from river_llm.measure.comparison import COMPARED, compare_variants, compared_variants
 
 PROMPT = [7, 8, 9]
-NEVER, ALWAYS, FIXED = ExitPolicy.never(), ExitPolicy.always(), ExitPolicy.fixed(2)
 
 
-@pytest.fixture
-<<<<<<< HEAD
-def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    engine = ScriptedEngine()
-    clock = SimpleNamespace(perf_counter=lambda: engine.now)
-    monkeypatch.setattr("river_llm.measure.comparison.time", clock)
-    return engine
-=======
-def answer(tiny_llama: PreTrainedModel) -> list[int]:
-    """The untouched model's greedy answer."""
-    generated = tiny_llama.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False)
-    answer: list[int] = generated[0, len(PROMPT) :].tolist()
-    return answer
->>>>>>> main
-
-
-def test_the_backbone_agrees_with_its_own_answer(
-    tiny_llama: PreTrainedModel, answer: list[int]
-) -> None:
-    engine = TorchEngine(attach_river(copy.deepcopy(tiny_llama)))
-    (found,) = compare_variants(engine, PROMPT, answer, {"backbone": NEVER}, rounds=2)
-    assert (found.variant, found.policy) == ("backbone", "never leaves")
-    assert (found.agreement, found.mean_exit_layer) == (1, 4)
-    wrong = [*answer[:8], (answer[8] + 1) % 97, *answer[9:]]
-    (found,) = compare_variants(engine, PROMPT, wrong, {"backbone": NEVER}, rounds=1)
-    assert found.agreement < 1
-    (found,) = compare_variants(engine, PROMPT, answer[:2], {"backbone": NEVER}, rounds=1)
-    assert found.agreement == 1
-
-
-def test_the_quantised_model_agrees_where_it_would(
-    tiny_llama: PreTrainedModel, answer: list[int]
-) -> None:
-    river = River.build(tiny_llama)
-    tokens = torch.tensor([[*PROMPT, *answer]])
-    with torch.no_grad():
-        logits = fake_quantised(tiny_llama, river)(tokens).logits[0, len(PROMPT) - 1 : -1]
-    agreement = float((logits.argmax(-1) == torch.tensor(answer)).double().mean())
-    assert 0 < agreement < 1
-    engine = TorchEngine(attach_river(tiny_llama, river))
-    policies = {"full": ALWAYS, "fixed": FIXED}
-    full, fixed = compare_variants(engine, PROMPT, answer, policies, rounds=1)
-    assert full.agreement == agreement
-    assert (full.mean_exit_layer, fixed.mean_exit_layer) == (0, 2)
-    assert engine.length == 0
-
-
-def test_rounds_are_interleaved_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[ExitPolicy] = []
-    seconds = {NEVER: [4, 1, 8, 2, 2], ALWAYS: [1, 1, 1, 1, 1]}
-
-    def follow(
-        session: object, prompt: object, answer: object, policy: ExitPolicy
-    ) -> tuple[float, float, float]:
-        order.append(policy)
-        return 1 / seconds[policy][order.count(policy) - 1], 3, 1
-
-    monkeypatch.setattr(comparison, "_follow", follow)
-    done: list[tuple[int, int]] = []
-    policies = {"a": NEVER, "b": ALWAYS}
-    a, b = compare_variants(
-        mock.Mock(), PROMPT, [1, 2], policies, progress=lambda *counts: done.append(counts)
+def test_variants_follow_the_backbones_answer(make_lm: Callable[..., RiverLM]) -> None:
+    lm = make_lm()
+    lm.policy = ExitPolicy.fixed(2)
+    variants = compared_variants(lm)
+    assert list(variants.values()) == [ExitPolicy.never(), None, lm.policy, ExitPolicy.always()]
+    answer = lm.generate_batch_tokens([PROMPT], SamplingConfig(8), policy=ExitPolicy.never())[
+        0
+    ].tokens
+    seen: list[tuple[int, int]] = []
+    found = compare_variants(
+        lm, PROMPT, answer, variants, rounds=3, progress=lambda *done: seen.append(done)
     )
-    assert order == [NEVER, ALWAYS, ALWAYS, NEVER] * 2 + [NEVER, ALWAYS]
-    assert done == [(number, 10) for number in range(1, 11)]
-    speed = a.tokens_per_second
-    assert (speed.median, speed.lowest, speed.highest) == (1 / 2, 1 / 8, 1)
-    assert b.tokens_per_second.median == 1
+    layers = lm.engine.num_layers
+    assert [one.variant for one in found] == list(variants)
+    assert [one.mean_exit_layer for one in found] == [layers, layers, 2, 0]
+    assert found[0].agreement == found[1].agreement == 1
+    river = lm.generate_batch_tokens([PROMPT], SamplingConfig(1), policy=ExitPolicy.always())[
+        0
+    ].tokens
+    assert 0 <= found[3].agreement <= 1 - (river[0] != answer[0]) / len(answer)
+    assert all(one.tokens_per_second.lowest > 0 for one in found)
+    assert seen[-1] == (12, 12)
+    assert lm.engine.sequences() == []
+
+
+def test_without_a_policy_river_has_one_of_its_own(make_lm: Callable[..., RiverLM]) -> None:
+    lm = make_lm()
+    lm.policy = None
+    assert COMPARED in compared_variants(lm).values()

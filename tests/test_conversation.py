@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from river_llm.sampling import SamplingConfig
 from tiny_lm import interrupt_once, sharpened, tiny_lm
 from transformers import PreTrainedModel
 
 from river_llm import ConfigError, ContextFullError, Conversation, ExitPolicy, RiverLM
-from river_llm.sampling import SamplingConfig
 from river_llm.text.prompt import Message, encode_prompt
 
 QUESTIONS = ["Who are you?", "And then?", "Why so?"]

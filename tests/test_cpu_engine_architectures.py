@@ -21,12 +21,12 @@ from native_engines import (
     relative_errors,
     subject_of,
 )
+from river_llm.engines.llama_family import SUPPORTED_MODEL_TYPES
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from river_llm import ExitPolicy
 from river_llm.engines import CpuEngine, Engine, StepResult, TorchEngine
-from river_llm.engines.llama_family import SUPPORTED_MODEL_TYPES
 from river_llm.exit_policy import BatchRule, PrefillRule
 
 PROMPT_LENGTH = 12

@@ -13,6 +13,7 @@ import pytest
 import torch
 from exit_reference import layer_similarities
 from native_engines import KERNELS, cached_states, relative_errors
+from river_llm.sampling import Sampler
 from test_smollm2 import PARAGRAPH
 from tiny_models import fake_quantised
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from river_llm import ExitPolicy, River, RiverLM, SamplingConfig
 from river_llm.engines import CpuEngine
 from river_llm.load.model import load_backbone
-from river_llm.sampling import Sampler
 
 PROMPT_LENGTH = 24
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from river_llm.sampling import SamplingConfig
 from tiny_lm import END, interrupt_once, sharpened, tiny_lm
 from transformers import PreTrainedModel
 
@@ -18,7 +19,6 @@ from river_llm import (
     RiverError,
     RiverLM,
 )
-from river_llm.sampling import SamplingConfig
 
 PROMPT = "Hello, river"
 MIXED = ExitPolicy.similarity(0.9)  # about half of the tiny model's tokens leave early

@@ -17,15 +17,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from river_llm.offloading.file_store import FileStore
+from river_llm.offloading.host_store import HostStore
+from river_llm.offloading.layer_store import LayerStore, Layout
 from side_streams import SideStream
 from torch import Tensor, nn
 
 from river_llm.backbone import DecoderLayer
 from river_llm.errors import ConfigError, RiverError
 from river_llm.offloading import EvictedLayers, evicted_layers
-from river_llm.offloading.file_store import FileStore
-from river_llm.offloading.host_store import HostStore
-from river_llm.offloading.layer_store import LayerStore, Layout
 
 LAYERS = 6
 WEIGHTS_BYTES = 4 * (5 * 7 + 3 * 5)

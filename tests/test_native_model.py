@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from native_engines import CASES, long_subject, subject_of
+from river_llm.engines.llama_family import describe
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +17,6 @@ from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_
 
 from river_llm import ExitPolicy, River, RiverConfig, UnsupportedModelError
 from river_llm.engines import CpuEngine
-from river_llm.engines.llama_family import describe
 from river_llm.engines.native_model import AngleLimit, NativeModel
 
 CONTEXT = 128  # of the tiny models

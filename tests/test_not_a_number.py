@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lossless_lm import lm_on
+from river_llm.sampling import Sampler, SamplingConfig
 from tiny_lm import tiny_lm
 from tiny_models import tiny_model
 from torch import Tensor
@@ -20,7 +21,6 @@ from river_llm.engines import CpuEngine, StepResult
 from river_llm.engines.step import check_logits
 from river_llm.errors import LogitsError
 from river_llm.measure.likelihood import Candidate, LikelihoodScorer
-from river_llm.sampling import Sampler, SamplingConfig
 
 PROMPT, OTHER = "Hello, river", "y"
 SAMPLED = {"temperature": 1.0, "seed": 3}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from exit_reference import decode_with_exits
+from river_llm.offloading.host_store import HostStore
 from side_streams import SideStream
 from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, tiny_model
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ from river_llm.backbone import decoder_layers
 from river_llm.engines import CpuEngine, TorchEngine
 from river_llm.engines.drafting import DraftRule
 from river_llm.offloading import evicted_layers, file_store
-from river_llm.offloading.host_store import HostStore
 from river_llm.store import ENVIRONMENT_VARIABLE
 
 LAYERS = 4

@@ -21,6 +21,7 @@ from prompt_caches import (
     lm_with,
     save,
 )
+from river_llm.sampling import SamplingConfig
 from safetensors.torch import load_file
 from tiny_lm import character_tokenizer
 
@@ -35,7 +36,6 @@ from river_llm import (
 )
 from river_llm.config import Mode
 from river_llm.engines.native_model import AngleLimit
-from river_llm.sampling import SamplingConfig
 
 RULES: list[tuple[ExitPolicy, Mode]] = [
     (ExitPolicy.never(), "river"),

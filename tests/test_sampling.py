@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from river_llm.sampling import Sampler, SamplingConfig
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -15,7 +16,6 @@ from transformers import (
 )
 
 from river_llm import ConfigError
-from river_llm.sampling import Sampler, SamplingConfig
 
 DRAWS = 20_000
 LOGITS = torch.tensor([1.3, -0.2, 2.1, 0.4, -1.8, 1.9, 0.0, 2.05, -1.1, 0.7, 1.5, -0.6])

@@ -111,9 +111,7 @@ def load_attached(
         prepare_torch(engine)
         from river_llm.pretrained import load_with_river
 
-        return load_with_river(
-            model, river, policy, progress=progress.layers_built, **engine.to_dict()
-        )
+        return load_with_river(model, river, policy, engine, progress.layers_built)
 
 
 def prepare_torch(engine: EngineConfig) -> None:
