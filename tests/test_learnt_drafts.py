@@ -52,7 +52,7 @@ class TestLearntDrafts:
         def refuse(*args: object, **kwargs: object) -> None:
             raise PermissionError("read-only file system")
 
-        for name in ("tempfile.mkstemp", "pathlib.Path.replace"):
+        for name in ("tempfile.mkdtemp", "pathlib.Path.replace"):
             with monkeypatch.context() as patched:
                 patched.setattr(name, refuse)
                 write_learnt(tmp_path, "a", {"rate": 2.5})

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lossless_lm import MIXED, both_engines, subject_with
 from native_engines import Subject, cached_states, subject_of
-from packed_models import save_model, start, start_without_cache
 from prompt_caches import (
     CONTEXT,
     DOCUMENT,
@@ -23,6 +22,7 @@ from prompt_caches import (
     save,
     token_ids_of,
 )
+from stored_models import save_model, start, start_without_cache
 from tiny_lm import character_tokenizer, sharpened
 
 from river_llm import (

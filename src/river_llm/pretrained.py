@@ -137,7 +137,7 @@ def _offload(engine: Engine, folder: CachedFolder | None, config: OffloadConfig)
     if isinstance(engine, CpuEngine):
         if folder is None:
             raise ConfigError(
-                "the native engine offloads to the packed copy that it keeps in the cache, and "
+                "the native engine offloads to the repacked-weight cache, and "
                 "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
             )
         return offload_packed(engine, folder, config)

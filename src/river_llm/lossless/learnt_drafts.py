@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from river_llm.river import LEARNT_NAME, LEARNT_STAGING, MANIFEST_NAME
+from river_llm.river import LEARNT_NAME
+from river_llm.store import atomic_write
 
 FORMAT_VERSION = 1
 
@@ -34,21 +32,10 @@ def write_learnt(directory: Path, key: str, learnt: dict[str, Any]) -> None:
     entries[key] = learnt
     text = json.dumps({"format_version": FORMAT_VERSION, "entries": entries}, indent=1) + "\n"
     try:
-        handle, name = tempfile.mkstemp(prefix=LEARNT_STAGING, dir=directory)
+        with atomic_write(directory / LEARNT_NAME) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
         _log.info("what was learnt about drafts can't be kept in %s: %s", directory, error)
-        return
-    staging = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        with suppress(FileNotFoundError):  # the owner alone may read what mkstemp makes
-            staging.chmod((directory / MANIFEST_NAME).stat().st_mode)
-        staging.replace(directory / LEARNT_NAME)
-    except OSError as error:
-        _log.info("what was learnt about drafts can't be kept in %s: %s", directory, error)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _entries(directory: Path) -> dict[str, Any]:
