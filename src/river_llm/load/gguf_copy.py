@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Goes up with every change of what a file is read as.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def copy_of(file: Path, dtype: torch.dtype) -> CachedFolder | None:

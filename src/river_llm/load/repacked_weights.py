@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Goes up with every change of what is packed, of the quantisers and of how files are read too.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _WEIGHTS, _EMBEDDING = "weights.bin", "embedding.bin"
 _PARTS, _DESCRIPTION = "parts.safetensors", "packed.json"
 _READ_BYTES = 16 << 20  # that a thread reads at a time
