@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
 from command_line import Outcome, run
 from native_engines import subject_of
+from torch import Tensor
 
 from river_llm import ConfigError, ExitPolicy, River, RiverConfig, RiverLM, attach_river
 from river_llm.engines import TorchEngine
@@ -156,12 +157,12 @@ class FakeSession(Session):
         self.engine.step_bytes = lambda exit_layer, position: (
             100 * exit_layer + 25 * (2 - exit_layer) + 40 + 4 * position
         )
-        self.exit_layers = exit_layers
+        self.exit_layers = torch.tensor(exit_layers)
         self.decoded: list[list[int]] = []
 
-    def decode(self, tokens: Sequence[int], policy: ExitPolicy) -> tuple[list[int], list[int]]:
-        self.decoded.append(list(tokens))
-        return [token + 1 for token in tokens], self.exit_layers
+    def decode(self, tokens: Tensor, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
+        self.decoded.append(tokens.tolist())
+        return tokens + 1, self.exit_layers
 
 
 class TestEngineVariant:
@@ -195,7 +196,7 @@ class TestEngineVariant:
             session.fill(workload, text)
             assert engine.length == workload.context
             if workload is DECODE:
-                session.decode([1], ExitPolicy.always())
+                session.decode(torch.tensor([1]), ExitPolicy.always())
         assert lengths == [(1, 16), (1, 32), (2, 32), (1, 16)]
 
     def test_times_a_prompt_only_where_the_policy_has_a_way_of_its_own(self) -> None:
@@ -251,8 +252,8 @@ class TestRandomWeights:
         assert (embedding.weight.data_ptr() == head.weight.data_ptr()) == tied
         session = Session(TorchEngine(attach_river(model, river)))
         session.prefill(torch.arange(5).unsqueeze(0), ExitPolicy.never())
-        (token,), exit_layers = session.decode([5], ExitPolicy.fixed(2))
-        assert exit_layers == [2]
+        token, exit_layers = session.decode(torch.tensor([5]), ExitPolicy.fixed(2))
+        assert exit_layers.tolist() == [2]
         assert token >= 0
 
     def test_are_marked_and_have_fixed_depths_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:

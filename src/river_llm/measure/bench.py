@@ -60,35 +60,32 @@ class Session:
         self.engine = engine
         self._batch = 0
 
-    def restart(self, batch: int = 1) -> None:
-        """Have so many empty sequences."""
-        self.engine.truncate(0)
-        self._batch = batch
-
     def fill(self, workload: Workload, text: Text) -> None:
-        """Have exactly the workload's context in its sequences, computed once by the backbone."""
+        """Have exactly the workload's context in the cache, computed once by the backbone."""
         if self._batch != workload.batch or self.engine.length < workload.context:
-            self.restart(workload.batch)
-            if workload.context:
-                self.prefill(text.tokens(workload.batch, 0, workload.context), ExitPolicy.never())
+            self.restart()
+            self._batch = workload.batch
+        missing = workload.context - self.engine.length
+        if missing > 0:
+            tokens = text.tokens(workload.batch, self.engine.length, missing)
+            self.prefill(tokens, ExitPolicy.never())
         self.engine.truncate(workload.context)
 
-    def prefill(self, prompts: Tensor, policy: ExitPolicy) -> list[int]:
-        """Run what the sequences don't hold yet of their prompts `[batch, tokens]`: the next token
-        of each."""
-        self._set(policy)
-        best: list[int] = self.engine.prefill(prompts[:, self.engine.length :]).best_tokens.tolist()
+    def restart(self) -> None:
+        """Empty the cache."""
+        self.engine.truncate(0)
+
+    def prefill(self, tokens: Tensor, policy: ExitPolicy) -> list[int]:
+        """Append `[batch, tokens]`, and wait for the next tokens."""
+        self.engine.policy = policy
+        best: list[int] = self.engine.prefill(tokens).best_tokens.tolist()
         return best
 
-    def decode(self, tokens: Sequence[int], policy: ExitPolicy) -> tuple[list[int], list[int]]:
-        """Append a token to each sequence: (the next tokens, how many layers each ran)."""
-        self._set(policy)
-        step = self.engine.decode(torch.tensor(tokens))
-        return step.best_tokens.tolist(), step.exit_layers.tolist()
-
-    def _set(self, policy: ExitPolicy) -> None:
-        if self.engine.policy is not policy:
-            self.engine.policy = policy
+    def decode(self, tokens: Tensor, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
+        """Append a token `[batch]` to each sequence: (the next tokens, exit layers) `[batch]`."""
+        self.engine.policy = policy
+        step = self.engine.decode(tokens)
+        return step.best_tokens, step.exit_layers
 
     def step_bytes(self, exit_layers: Sequence[int], position: int) -> int | None:
         """Bytes that a decode step reads; None where the engine keeps no account. A weight is read
@@ -130,17 +127,19 @@ class EngineVariant:
     def run(self, workload: Workload) -> Timing:
         session, count = self._session, workload.batch * workload.tokens
         if workload.kind == "prompt":
-            prompt = self._text.tokens(workload.batch, 0, workload.end)
+            prompt = self._text.tokens(workload.batch, workload.context, workload.tokens)
             start = time.perf_counter()
             session.prefill(prompt, self._policy)
             return Timing(time.perf_counter() - start, count)
-        tokens: list[int] = self._text.tokens(workload.batch, workload.context, 1)[:, 0].tolist()
-        depths: list[list[int]] = []
+        tokens = self._text.tokens(workload.batch, workload.context, 1)[:, 0]
+        steps = []
         start = time.perf_counter()
         for _ in range(workload.tokens):
             tokens, exit_layers = session.decode(tokens, self._policy)
-            depths.append(exit_layers)
+            steps.append(exit_layers)
+        tokens.tolist()  # on an accelerator: wait for it
         seconds = time.perf_counter() - start
+        depths: list[list[int]] = [exit_layers.tolist() for exit_layers in steps]
         reads = list(map(session.step_bytes, depths, range(workload.context, workload.end)))
         read = None if None in reads else sum(filter(None, reads)) / count
         return Timing(seconds, count, read, sum(map(sum, depths)) / count)

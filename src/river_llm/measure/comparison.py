@@ -79,9 +79,9 @@ def _follow(
     layers_run = 0
     start = time.perf_counter()
     for token in answer[:-1]:
-        (best,), (exit_layer,) = session.decode([token], policy)
-        found.append(best)
-        layers_run += exit_layer
+        best, exit_layers = session.decode(torch.tensor([token]), policy)
+        found.append(int(best))
+        layers_run += int(exit_layers)
     seconds, steps = time.perf_counter() - start, len(answer) - 1
     agreed = sum(mine == theirs for mine, theirs in zip(found, answer, strict=True))
     return steps / seconds, layers_run / steps, agreed / len(answer)
