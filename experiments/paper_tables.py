@@ -117,7 +117,7 @@ def summarise(found: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
         if sample.get("filter", "none") == chosen
     ]
     results = found["results"]
-    accuracy = results.get(task, results.get(f"{task}_local"))[metric]
+    accuracy = float(results.get(task, results.get(f"{task}_local"))[metric])
     return {
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(items)),
