@@ -23,7 +23,7 @@ PolicyKind = Literal["never", "always", "fixed", "similarity", "thresholds"]
 PrefillRule = Literal["backbone", "river", "sequence", "token"]
 BatchRule = Literal["sequence", "minimum"]
 
-DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/quality.md
+DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/results.md
 
 
 @dataclass(frozen=True, slots=True)
