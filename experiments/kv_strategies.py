@@ -37,7 +37,7 @@ import torch
 from kv_decoders import STRATEGIES, Decoder, NoExit, RiverDecoder, check_model, follow, generate
 from matplotlib.figure import Figure
 from output import describe, print_table, write_figure, write_json
-from text_scores import TextScore, read_windows
+from text_scores import WindowScores, read_windows
 from transformers import PreTrainedModel
 
 from river_llm import ExitPolicy, River, RiverConfig
@@ -63,7 +63,7 @@ def make_decoders(
 
 def measure(decoders: dict[str, Decoder], windows: Sequence[list[int]]) -> list[dict[str, Any]]:
     """Every variant along every window, in interleaved rounds; the first is the reference."""
-    scores = {name: TextScore() for name in decoders}
+    scores = {name: WindowScores() for name in decoders}
     seconds: dict[str, list[list[float]]] = defaultdict(list)  # of each window's tokens
     reference = next(iter(decoders))
     for done, window in enumerate(windows):

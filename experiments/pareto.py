@@ -24,7 +24,7 @@ import torch
 from engine_steps import score, tokens_per_second
 from matplotlib.figure import Figure
 from output import describe, pareto_front, print_table, write_figure, write_json
-from text_scores import TextScore, read_windows
+from text_scores import WindowScores, read_windows
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverConfig, RiverLM
@@ -101,11 +101,11 @@ def score_variants(
     variants: Sequence[Variant],
     windows: Sequence[list[int]],
     reference: Sequence[Tensor],
-) -> dict[str, TextScore]:
+) -> dict[str, WindowScores]:
     """How far each is from the backbone's logits, of each window."""
     scores = {}
     for variant in variants:
-        scores[variant.name] = TextScore()
+        scores[variant.name] = WindowScores()
         for window, of_backbone in zip(windows, reference, strict=True):
             tokens = window[:-1]
             logits, depths = score(engines[variant.river], tokens, variant.along(len(tokens)))

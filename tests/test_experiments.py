@@ -19,7 +19,7 @@ import pytest
 import torch
 from engine_steps import score
 from output import pareto_front
-from text_scores import TextScore, read_windows
+from text_scores import WindowScores, read_windows
 from tiny_lm import character_tokenizer
 from tiny_models import fake_quantised, tiny_model
 
@@ -141,13 +141,13 @@ class TestScores:
 
     def test_are_those_of_the_second_half(self) -> None:
         torch.manual_seed(0)
-        window, total = list(range(8)), TextScore()
+        window, total = list(range(8)), WindowScores()
         logits, reference = torch.randn(7, 11), torch.randn(7, 11)
         total.add(window, logits, reference, [9, 9, 9, 9, 1, 2, 3])
         found = total.summarise()
         p, q = reference[4:].softmax(-1), logits[4:].softmax(-1)
         kld = (p * (p / q).log()).sum(-1)
-        assert found["tokens"] == 3
+        assert found["num_tokens"] == 3
         assert found["mean_exit_layer"] == 2
         assert found["mean_kld"] == pytest.approx(float(kld.mean()), rel=1e-5)
         assert found["mean_kld_error"] == pytest.approx(float(kld.std()) / math.sqrt(3), rel=1e-5)
