@@ -58,7 +58,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 quality: .venv/ready ## perplexity and KL divergence of every variant on TEXT=file
-	$(BIN)/python experiments/quality.py $(TEXT)
+	$(BIN)/python experiments/pareto.py --text $(TEXT)
 
 bench: .venv/ready ## speed beside transformers and llama.cpp, which is compiled first (minutes)
 	@echo "llama-cpp-python: compiling llama.cpp, unless it is there; this takes some minutes"

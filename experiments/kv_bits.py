@@ -64,7 +64,7 @@ def main() -> None:
         part = slice(first, end)
         rows.append(
             {
-                "tokens before": f"{first} to {end}",
+                "tokens before": "all" if (first, end) == (0, len(kld)) else f"{first} to {end}",
                 "mean KLD": float(kld[part].mean()),
                 "99 %": float(kld[part].quantile(0.99)),
                 "same top": float(same[part].mean()),

@@ -32,7 +32,8 @@ from output import describe, print_table, write_figure, write_json
 from river_llm import ExitPolicy, RiverConfig, RiverLM
 
 PAPER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text("utf-8"))
-_SETTINGS = ("model", "weights", "group_size", "limit", "engine", "include_path")
+_SETTINGS = ("model", "weights", "group_size", "limit", "engine", "local")
+_LOCAL_TASKS = Path(__file__).with_name("tasks")
 _GIB = 1 << 30
 
 
@@ -86,7 +87,7 @@ class Tasks:
 
         from river_llm.measure.lm_eval_model import RiverEvalLM
 
-        given = self._given
+        given, of_paper = self._given, PAPER["tasks"][task]
         if self._lm is None:
             config = RiverConfig(PAPER["bits"], given.group_size)
             self._lm = RiverLM.from_pretrained(given.weights, config, engine=given.engine)
@@ -94,15 +95,15 @@ class Tasks:
         model = RiverEvalLM(self._lm, batch_size=given.batch_size)
         found = simple_evaluate(
             model=model,
-            tasks=[task],
-            num_fewshot=PAPER["tasks"][task]["shots"],
+            tasks=[of_paper["local"] if given.local else task],
+            num_fewshot=of_paper["shots"],
             limit=given.limit,
             bootstrap_iters=0,
-            task_manager=TaskManager(include_path=given.include_path),
+            task_manager=TaskManager(include_path=str(_LOCAL_TASKS)),
             confirm_run_unsafe_code=given.allow_code_execution,
         )
         depth = model.get_model_info()["river_llm"]["mean_exit_layer"]
-        kept = summarise(found, task, PAPER["tasks"][task]["metric"])
+        kept = summarise(found, task, of_paper["metric"])
         return {**kept, "mean_exit_layer": depth}
 
 
@@ -115,7 +116,8 @@ def summarise(found: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
         for sample in found["samples"][own_name]
         if sample.get("filter", "none") == chosen
     ]
-    accuracy = found["results"][task][metric]
+    results = found["results"]
+    accuracy = float(results.get(task, results.get(f"{task}_local"))[metric])
     return {
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(items)),
@@ -326,7 +328,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--include-path", help="lm-eval's: a folder of task files")
+    parser.add_argument("--local", action="store_true", help="take the files in $RIVER_LLM_DATA")
     parser.add_argument("--allow-code-execution", action="store_true")
     parser.add_argument("--speed-tokens", type=int, default=256)
     parser.add_argument("--memory-context", type=int, default=PAPER["memory_context"])

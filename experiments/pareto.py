@@ -24,7 +24,7 @@ import torch
 from engine_steps import score, tokens_per_second
 from matplotlib.figure import Figure
 from output import describe, pareto_front, print_table, write_figure, write_json
-from text_scores import TextScore, read_windows
+from text_scores import WindowScores, read_windows
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverConfig, RiverLM
@@ -41,14 +41,14 @@ class Variant:
 
     Attributes:
         kind: ``backbone``, ``full``, ``exit``, ``similarity`` or ``random``.
-        bits: of the river.
+        river: its name, such as ``4bit`` or ``4bit-rtn``.
         thresholds: `[L]`, see `ExitPolicy.thresholds`, or `[T, L]`, a row for each token of a
             window.
     """
 
     name: str
     kind: str
-    bits: int
+    river: str
     thresholds: Tensor
 
     def along(self, count: int) -> Tensor:
@@ -58,26 +58,32 @@ class Variant:
         return self.thresholds[torch.arange(count) % len(self.thresholds)]
 
 
-def plain_variants(
-    num_layers: int, bits: Sequence[int], exit_layers: Sequence[int], thresholds: Sequence[float]
-) -> list[Variant]:
-    """Those that leave by a policy; exits go into the river of the first width."""
+def river_config(name: str, group_size: int) -> RiverConfig:
+    """``4bit``, ``4bit-rtn``: the width, and how weights are quantised (HQQ)."""
+    width, _, quantizer = name.partition("bit")
+    return RiverConfig(int(width), group_size, quantizer.removeprefix("-") or "hqq")  # type: ignore[arg-type]
 
-    def variant(name: str, kind: str, policy: ExitPolicy, width: int = bits[0]) -> Variant:
-        return Variant(name, kind, width, torch.tensor(policy.thresholds(num_layers)))
+
+def plain_variants(
+    num_layers: int, rivers: Sequence[str], exit_layers: Sequence[int], thresholds: Sequence[float]
+) -> list[Variant]:
+    """Those that leave by a policy; exits go into the first river."""
+
+    def variant(name: str, kind: str, policy: ExitPolicy, river: str = rivers[0]) -> Variant:
+        return Variant(name, kind, river, torch.tensor(policy.thresholds(num_layers)))
 
     return [
         variant("backbone", "backbone", ExitPolicy.never()),
-        *(variant(f"full-{width}bit", "full", ExitPolicy.always(), width) for width in bits),
-        *(fixed_variant(depth, num_layers, bits[0]) for depth in exit_layers),
+        *(variant(f"full-{river}", "full", ExitPolicy.always(), river) for river in rivers),
+        *(fixed_variant(depth, num_layers, rivers[0]) for depth in exit_layers),
         *(variant(f"similarity-{t:g}", "similarity", ExitPolicy.similarity(t)) for t in thresholds),
     ]
 
 
-def fixed_variant(depth: int, num_layers: int, bits: int) -> Variant:
+def fixed_variant(depth: int, num_layers: int, river: str) -> Variant:
     """Every token leaves after so many layers."""
     thresholds = torch.tensor(ExitPolicy.fixed(depth).thresholds(num_layers))
-    return Variant(f"exit-{depth}", "exit", bits, thresholds)
+    return Variant(f"exit-{depth}", "exit", river, thresholds)
 
 
 def random_variant(like: Variant, depths: Sequence[int], window: int, seed: int) -> Variant:
@@ -87,36 +93,36 @@ def random_variant(like: Variant, depths: Sequence[int], window: int, seed: int)
     num_layers = like.thresholds.shape[-1]
     has_left = torch.arange(num_layers) >= drawn.unsqueeze(1)
     thresholds = torch.full((window, num_layers), math.inf).masked_fill(has_left, -math.inf)
-    return Variant(like.name.replace("similarity", "random"), "random", like.bits, thresholds)
+    return Variant(like.name.replace("similarity", "random"), "random", like.river, thresholds)
 
 
 def score_variants(
-    engines: Mapping[int, Engine],
+    engines: Mapping[str, Engine],
     variants: Sequence[Variant],
     windows: Sequence[list[int]],
     reference: Sequence[Tensor],
-) -> dict[str, TextScore]:
+) -> dict[str, WindowScores]:
     """How far each is from the backbone's logits, of each window."""
     scores = {}
     for variant in variants:
-        scores[variant.name] = TextScore()
+        scores[variant.name] = WindowScores()
         for window, of_backbone in zip(windows, reference, strict=True):
             tokens = window[:-1]
-            logits, depths = score(engines[variant.bits], tokens, variant.along(len(tokens)))
+            logits, depths = score(engines[variant.river], tokens, variant.along(len(tokens)))
             scores[variant.name].add(window, logits, of_backbone, depths)
         print(f"scored {variant.name}", flush=True)
     return scores
 
 
 def time_variants(
-    engines: Mapping[int, Engine], variants: Sequence[Variant], text: list[int], rounds: int
+    engines: Mapping[str, Engine], variants: Sequence[Variant], text: list[int], rounds: int
 ) -> dict[str, list[float]]:
     """Tokens per second of each in interleaved rounds, after one that warms up."""
     rates: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for done in range(rounds + 1):
         for variant in variants if done % 2 == 0 else reversed(variants):
             thresholds = variant.along(len(text))
-            rate = tokens_per_second(engines[variant.bits], text, thresholds, _PROMPT)
+            rate = tokens_per_second(engines[variant.river], text, thresholds, _PROMPT)
             if done:
                 rates[variant.name].append(rate)
         print(f"round {done} of {rounds}", flush=True)
@@ -228,7 +234,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.95, 0.97, 0.98, 0.99])
     parser.add_argument("--exit-layers", type=int, nargs="*", default=[3, 10, 20])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], help="exits take the first")
+    parser.add_argument(
+        "--rivers",
+        nargs="+",
+        default=["4bit", "8bit", "4bit-rtn"],
+        metavar="BITS",
+        help="4bit, 4bit-rtn and so on; exits take the first",
+    )
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--speed-tokens", type=int, default=192)
@@ -242,12 +254,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """See the module."""
     given = arguments()
-    river = [RiverConfig(bits, given.group_size) for bits in given.bits]
-    lms = [RiverLM.from_pretrained(given.model, one, engine=given.engine) for one in river]
-    lm = lms[0]
+    rivers = {name: river_config(name, given.group_size) for name in given.rivers}
+    lms = {
+        name: RiverLM.from_pretrained(given.model, config, engine=given.engine)
+        for name, config in rivers.items()
+    }
+    lm = lms[given.rivers[0]]
     windows = read_windows(lm.tokenizer, given.text, given.window, given.windows)
-    engines = {one.bits: lm.engine for one, lm in zip(river, lms, strict=True)}
-    results = measure(engines, windows, given)
+    results = measure({name: one.engine for name, one in lms.items()}, windows, given)
     for pair in given.lm_eval:
         name, _, path = pair.partition("=")
         results[name]["tasks"] = read_accuracies(Path(path))
@@ -256,7 +270,7 @@ def main() -> None:
         **describe(),
         "model": given.model,
         "weights": lm.engine.cache_identity([]),
-        "river": [one.to_dict() for one in river],
+        "rivers": {name: config.to_dict() for name, config in rivers.items()},
         "engine": lm.engine.setting,
         "text": given.text.name,
         "window": given.window,
@@ -271,22 +285,22 @@ def main() -> None:
 
 
 def measure(
-    engines: Mapping[int, Engine], windows: Sequence[list[int]], given: argparse.Namespace
+    engines: Mapping[str, Engine], windows: Sequence[list[int]], given: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """All variants by name, those at a threshold's mean depth among them: quality and speed.
 
     Args:
-        engines: by the width of their rivers.
+        engines: by the names of their rivers.
     """
-    engine = engines[given.bits[0]]
-    variants = plain_variants(engine.num_layers, given.bits, given.exit_layers, given.thresholds)
+    engine = engines[given.rivers[0]]
+    variants = plain_variants(engine.num_layers, given.rivers, given.exit_layers, given.thresholds)
     reference = [score(engine, window[:-1], variants[0].thresholds)[0] for window in windows]
     scores = score_variants(engines, variants, windows, reference)
     others: dict[str, Variant] = {}
     for rule in [variant for variant in variants if variant.kind == "similarity"]:
         depths = scores[rule.name].exit_layers
         drawn = random_variant(rule, depths, len(windows[0]), given.seed)
-        fixed = fixed_variant(round(fmean(depths)), engine.num_layers, rule.bits)
+        fixed = fixed_variant(round(fmean(depths)), engine.num_layers, rule.river)
         others |= {other.name: other for other in (drawn, fixed) if other.name not in scores}
     scores |= score_variants(engines, list(others.values()), windows, reference)
     variants += others.values()

@@ -6,7 +6,7 @@ of each is context, every token after it is predicted and counts.
 
 from __future__ import annotations
 
-import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from river_llm.measure.divergence import compare_logits
+from river_llm.measure.divergence import compare_logits, summarise
 from river_llm.text.utf8 import read_text
 
 
@@ -38,7 +38,7 @@ def read_windows(
     return windows[:count]
 
 
-class TextScore:
+class WindowScores:
     """Of one variant, window by window.
 
     Attributes:
@@ -65,25 +65,7 @@ class TextScore:
         self.exit_layers += exit_layers[first:]
 
     def summarise(self) -> dict[str, Any]:
-        """Perplexity, the KL divergence from the backbone (nats) and the share of tokens whose
-        argmax is the backbone's, each with its standard error; the means of each window."""
-        nll, kld, same = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        perplexity = math.exp(float(nll.mean()))
-        return {
-            "tokens": len(nll),
-            "mean_exit_layer": sum(self.exit_layers) / len(self.exit_layers),
-            "perplexity": perplexity,
-            "perplexity_error": perplexity * _standard_error(nll),
-            "mean_kld": float(kld.mean()),
-            "mean_kld_error": _standard_error(kld),
-            "kld_quantiles": {
-                str(share): float(kld.quantile(share)) for share in (0.5, 0.99, 0.999, 1.0)
-            },
-            "same_top": float(same.mean()),
-            "same_top_error": _standard_error(same),
-            "kld_of_windows": [float(part[1].mean()) for part in self._parts],
-        }
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+        """See `TextScore`; and the mean divergence of each window."""
+        parts = [torch.cat(part) for part in zip(*self._parts, strict=True)]
+        score = summarise(*parts, torch.tensor(self.exit_layers, dtype=torch.float32))
+        return {**asdict(score), "kld_of_windows": [float(kld.mean()) for _, kld, _ in self._parts]}

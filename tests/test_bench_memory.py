@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import run
 from native_engines import Subject, subject_of
-from packed_models import save_model
+from stored_models import save_model
 
 from river_llm import ExitPolicy
 from river_llm.errors import ContextFullError, RiverError

@@ -19,7 +19,7 @@ import pytest
 import torch
 from engine_steps import score
 from output import pareto_front
-from text_scores import TextScore, read_windows
+from text_scores import WindowScores, read_windows
 from tiny_lm import character_tokenizer
 from tiny_models import fake_quantised, tiny_model
 
@@ -100,20 +100,21 @@ def test_pareto(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
         pareto,
         *("--model", folder / "model", "--text", folder / "text.txt", "--group-size", 32),
         *("--window", 24, "--windows", 3, "--thresholds", 0.6, 0.7, "--exit-layers", 1),
+        *("--rivers", "4bit", "8bit-rtn"),
         *("--rounds", 2, "--speed-tokens", 8, "-o", tmp_path),
         *("--lm-eval", f"backbone={tmp_path / 'eval.json'}"),
     )
     results = {result["variant"]: result for result in values["results"]}
-    plain = {"backbone", "full-4bit", "full-8bit", "exit-1", "similarity-0.6", "similarity-0.7"}
+    plain = {"backbone", "full-4bit", "full-8bit-rtn", "exit-1", "similarity-0.6", "similarity-0.7"}
     fixed = {f"exit-{round(results[f'similarity-{t}']['mean_exit_layer'])}" for t in (0.6, 0.7)}
     assert set(results) == plain | {"random-0.6", "random-0.7"} | fixed
     backbone = results["backbone"]
     assert (backbone["mean_kld"], backbone["same_top"], backbone["speed_up"]) == (0, 1, 1)
     assert backbone["perplexity"] == pytest.approx(perplexity_of(windows_of(24, 3)), rel=0.03)
     assert backbone["tasks"]["arc"]["accuracy"] == 0.5
-    assert results["full-8bit"]["mean_kld"] < results["full-4bit"]["mean_kld"]
+    assert results["full-8bit-rtn"]["mean_kld"] < results["full-4bit"]["mean_kld"]
     assert [c["against"] for c in values["comparisons"]][-4:] == ["full-4bit"] * 2 + [
-        "full-8bit"
+        "full-8bit-rtn"
     ] * 2
     for c in values["comparisons"]:
         difference = results[c["against"]]["mean_kld"] - results[c["rule"]]["mean_kld"]
@@ -127,7 +128,7 @@ class TestScores:
         quantised = fake_quantised(model, river)
         engine = TorchEngine(attach_river(model, river, policy=ExitPolicy.never()))
         (window,) = windows_of(20, 1)
-        rule = pareto.plain_variants(4, [4], [], [0.6])[-1]
+        rule = pareto.plain_variants(4, ["4bit"], [], [0.6])[-1]
         drawn = pareto.random_variant(rule, [0, 1, 1, 4], 20, seed=3)
         _, depths = score(engine, window, drawn.along(20))
         assert set(depths) == {0, 1, 4}
@@ -140,13 +141,13 @@ class TestScores:
 
     def test_are_those_of_the_second_half(self) -> None:
         torch.manual_seed(0)
-        window, total = list(range(8)), TextScore()
+        window, total = list(range(8)), WindowScores()
         logits, reference = torch.randn(7, 11), torch.randn(7, 11)
         total.add(window, logits, reference, [9, 9, 9, 9, 1, 2, 3])
         found = total.summarise()
         p, q = reference[4:].softmax(-1), logits[4:].softmax(-1)
         kld = (p * (p / q).log()).sum(-1)
-        assert found["tokens"] == 3
+        assert found["num_tokens"] == 3
         assert found["mean_exit_layer"] == 2
         assert found["mean_kld"] == pytest.approx(float(kld.mean()), rel=1e-5)
         assert found["mean_kld_error"] == pytest.approx(float(kld.std()) / math.sqrt(3), rel=1e-5)

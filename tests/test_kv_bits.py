@@ -19,7 +19,7 @@ from native_engines import (
     relative_errors,
     subject_of,
 )
-from packed_models import save_model, start
+from stored_models import save_model, start
 from tiny_core import empty_core
 from tiny_lm import character_tokenizer, sharpened
 from torch import Tensor

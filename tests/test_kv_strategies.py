@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_strategies import STRATEGIES, NoExit, RiverDecoder, check_model, follow, generate
+from kv_decoders import STRATEGIES, NoExit, RiverDecoder, check_model, follow, generate
 from strategy_reference import run_text
 from tiny_models import VOCABULARY, tiny_model
 from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from command_line import run
-from packed_models import save_model, save_river
+from stored_models import save_model, save_river
 from tiny_lm import END, character_tokenizer, tiny_lm
 
 from river_llm import ConfigError, DataError, RiverConfig

@@ -17,7 +17,7 @@ from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
 from native_engines import begun, random_tokens, subject_of
-from packed_models import PROMPT, save_model, start, start_without_cache
+from stored_models import PROMPT, save_model, start, start_without_cache
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverLM

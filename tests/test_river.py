@@ -216,14 +216,14 @@ def _file_may_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _last_rename_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
+    replace = Path.replace
 
     def fail(self: Path, target: Path) -> Path:
         if self.name == "new" and Path(target).name == "river":
             raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
 
 
 def _stopped_between_the_renames(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def _stopped_between_the_renames(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def interrupt(self: Path, target: Path) -> Path:
         result = rename(self, target)
-        if Path(target).name == "replaced":
+        if Path(target).name == "old":
             raise KeyboardInterrupt
         return result
 
@@ -275,7 +275,7 @@ def test_a_failed_save_changes_nothing(
         river.save(directory)
     monkeypatch.undo()
     assert _contents(saved.parent) == before
-    assert not list(saved.parent.rglob(".river-*"))
+    assert not list(saved.parent.rglob(".writing-*"))
     assert not (saved.parent / "new" / "river").exists()
 
 

@@ -31,7 +31,7 @@ PolicyName = Literal["never", "always", "fixed", "similarity"]
 Prefill = Literal["backbone", "river", "sequence"]
 
 DEFAULT_MODEL = "smollm2"
-DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/quality.md
+DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/results.md
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 MOST_DRAFT_TOKENS = 64

@@ -117,8 +117,8 @@ def _offload(
     if isinstance(engine, CpuEngine):
         if folder is None:
             raise ConfigError(
-                "the native engine offloads to the repacked weights that it keeps in the cache, "
-                "and there are none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
+                "the native engine offloads to the repacked-weight cache, and "
+                "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
             )
         return offload_packed(engine, folder, config, policy)
     assert isinstance(engine, Offloading)

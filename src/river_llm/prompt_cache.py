@@ -17,9 +17,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import stat
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +30,10 @@ import river_llm
 from river_llm.cached_text import CachedText, Thresholds, common_prefix
 from river_llm.engines.step import CacheAccess, Engine
 from river_llm.errors import PromptCacheError
+from river_llm.store import atomic_write
 
 # Goes up with every change of the file, and of the numbers that engines compute.
 FORMAT_VERSION = 3
-STAGING_PREFIX = ".writing-"
 _FORMAT = "river-llm prompt cache"
 _PART = "cache."
 _OTHER_FILE = "or give another file"
@@ -61,23 +58,11 @@ def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
         "positions": str(text.positions),
     }
     metadata["digest"] = _digest(tensors, metadata)
-    staging = None
     try:
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target.parent))
-        new = staging / target.name
-        with new.open("xb") as opened:  # safetensors would let the owner alone read it
-            mode = mode or stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
-        save_file(tensors, new, metadata)
-        with new.open("r+b") as opened:
-            os.fsync(opened.fileno())  # on the disk before it has the name
-        new.chmod(mode)
-        new.replace(target)
+        with atomic_write(target) as new:
+            save_file(tensors, new, metadata)
     except (OSError, SafetensorError) as error:
         raise PromptCacheError(f"can't write the prompt cache {path} ({_brief(error)})") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_prompt_cache(path: Path, engine: Engine, thresholds: Thresholds | None) -> CachedText:

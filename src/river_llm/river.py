@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from river_llm.backbone import (
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.quantization import QuantizedMatrix, quantize
-from river_llm.store import file_digest, file_state
+from river_llm.store import STAGING_PREFIX, atomic_write, file_digest, file_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +41,6 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
 LEARNT_NAME = "drafts.json"  # what lossless mode learns about drafts; goes where the river goes
-LEARNT_STAGING = ".drafts-"  # of what is being written there
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
@@ -149,35 +146,24 @@ class River:
             for name, matrix in layer.items()
             for part in ("packed", "scales", "zeros")
         }
-        staging: Path | None = None
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=".river-", dir=directory.parent))
-            new = staging / "new"
-            new.mkdir()
-            save_file(tensors, new / TENSORS_NAME, metadata={"format": "pt"})
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "config": self.config.to_dict(),
-                "model_type": self.model_type,
-                "num_layers": len(self.exit_layers),
-                "linears": list(self.exit_layers[0]),
-                "fingerprint": self.fingerprint,
-                "tensor_bytes": (new / TENSORS_NAME).stat().st_size,
-                "tensor_digest": file_digest(new / TENSORS_NAME),
-            }
-            (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-            # safetensors makes its files readable by their owner alone
-            (new / TENSORS_NAME).chmod((new / MANIFEST_NAME).stat().st_mode)
-            for name in (TENSORS_NAME, MANIFEST_NAME):
-                with (new / name).open("r+b") as opened:
-                    os.fsync(opened.fileno())  # on the disk before the folder has its name
-            _replace(directory, new, staging / "replaced")
+            with atomic_write(directory) as new:
+                new.mkdir()
+                save_file(tensors, new / TENSORS_NAME, metadata={"format": "pt"})
+                manifest = {
+                    "format_version": FORMAT_VERSION,
+                    "config": self.config.to_dict(),
+                    "model_type": self.model_type,
+                    "num_layers": len(self.exit_layers),
+                    "linears": list(self.exit_layers[0]),
+                    "fingerprint": self.fingerprint,
+                    "tensor_bytes": (new / TENSORS_NAME).stat().st_size,
+                    "tensor_digest": file_digest(new / TENSORS_NAME),
+                }
+                (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         except (OSError, safetensors.SafetensorError) as error:
             raise RiverFileError(f"can't write the river to {directory}: {error}") from error
-        finally:
-            if staging is not None and not (staging / "replaced").exists():
-                shutil.rmtree(staging, ignore_errors=True)
 
     @classmethod
     def load(cls, directory: str | Path) -> River:
@@ -305,21 +291,6 @@ _MANIFEST_FIELDS = {
 }
 
 
-def _replace(directory: Path, new: Path, replaced: Path) -> None:
-    """Put `new` in the place of `directory`, or leave everything as it was."""
-    if not directory.exists():
-        new.rename(directory)
-        return
-    try:
-        directory.rename(replaced)
-        new.rename(directory)
-    except BaseException:
-        if replaced.exists() and not directory.exists():
-            replaced.rename(directory)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _check_place(directory: Path) -> None:
     if directory.is_dir():
         others = sorted(entry.name for entry in directory.iterdir() if not _is_of_river(entry))
@@ -340,4 +311,4 @@ def _check_place(directory: Path) -> None:
 def _is_of_river(entry: Path) -> bool:
     """Whether something in a river's folder is the river's own."""
     own = (MANIFEST_NAME, TENSORS_NAME, LEARNT_NAME)
-    return entry.name in own or entry.name.startswith(LEARNT_STAGING)
+    return entry.name in own or entry.name.startswith(STAGING_PREFIX)

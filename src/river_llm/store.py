@@ -1,8 +1,8 @@
-"""The cache on disk: folders that save time at the next start, each made from files elsewhere.
+"""The store: folders on disk that save time at the next start, and writing whole or not at all.
 
-A folder is written aside and then renamed, so that under its name it is whole or not there; one
-that was damaged later is told by the digests in its manifest. Nothing here is needed: where a
-folder can't be written, read or trusted, what it was made from is read in its place.
+There is one folder for a model and river, or for a GGUF file that was converted. Its manifest says
+what it was made from, as that was then, and has a digest of each of its files. Nothing here is
+needed: where a folder can't be written, read or trusted, what it was made from is read instead.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,45 @@ ENVIRONMENT_VARIABLE = "RIVER_LLM_CACHE"
 MANIFEST_NAME = "river-llm-copy.json"
 STAGING_PREFIX = ".writing-"
 _STAGING_LIFETIME = 24 * 60 * 60  # seconds; what is older was left by a process that was killed
-_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# The place can't be used, beside a process that writes at the same time.
+_UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EEXIST, errno.ENOTDIR),
+)
 _told: set[Path] = set()  # folders in which nothing can be kept
 _HEADER_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 64, 4096
 
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A place to write a file or a folder to, which replaces `path` at the end, once it is on the
+    disk; after an error `path` is what it was.
+
+    The files can be read by whom the replaced file could be read, or new files can.
+
+    Raises:
+        OSError: it can't be written, or there is no folder to write it in.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
+    new, old = staging / "new", staging / "old"
+    try:
+        yield new
+        new_file = staging / "file"
+        new_file.touch()
+        mode = (path if path.is_file() else new_file).stat().st_mode
+        for file in [new] if new.is_file() else _files(new):
+            file.chmod(mode)  # some writers let their owner alone read them
+            with file.open("r+b") as opened:
+                os.fsync(opened.fileno())
+        if path.is_dir():
+            path.rename(old)
+        new.replace(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def cache_directory() -> Path | None:
@@ -52,21 +86,36 @@ def cache_directory() -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class CachedFolder:
-    """One folder of the cache; it need not have been written yet.
+    """One folder of the store; it need not have been written yet.
 
     Attributes:
-        directory: where it is.
-        kind: what it is, ``"converted"`` or ``"packed"``.
+        directory: where it is, whatever state its sources are in.
+        kind: ``"converted"`` or ``"repacked"``.
         source: the file or folder of the model that it is made from.
-        form: how it holds the model: of a converted one the dtype, of a packed one the widths.
-        beside: the folder of the river that it holds too, if that was saved.
+        form: how it holds the model: of a converted one the dtype, of a repacked one the widths.
+        origin: all that decides over its content, as JSON values.
+        river: the folder of the river that it holds too, if that was saved.
     """
 
     directory: Path
     kind: str
     source: Path
     form: str
-    beside: Path | None = None
+    origin: Any
+    river: Path | None = None
+
+    @classmethod
+    def of(
+        cls, kind: str, source: Path, form: str, origin: Any, river: Path | None = None
+    ) -> CachedFolder | None:
+        """The one for these, see the attributes; None where the cache is off."""
+        parent = cache_directory()
+        if parent is None:
+            return None
+        source, river = source.resolve(), river and river.resolve()
+        key = hashlib.sha256(json.dumps([str(source), form, river and str(river)]).encode())
+        directory = parent / f"{source.name[:100]}-{form}-{key.hexdigest()[:16]}"
+        return cls(directory, kind, source, form, origin, river)
 
     @classmethod
     def at(cls, directory: Path) -> CachedFolder:
@@ -75,18 +124,13 @@ class CachedFolder:
         Raises:
             OSError, ValueError: there is none, or it is no manifest.
         """
-        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = _manifest(directory)
         try:
-            beside = manifest["beside"]
-            return cls(
-                directory,
-                str(manifest["kind"]),
-                Path(manifest["source"]),
-                str(manifest["form"]),
-                beside and Path(beside),
-            )
+            source, river = Path(manifest["source"]), manifest["river"]
+            kind, form = str(manifest["kind"]), str(manifest["form"])
+            return cls(directory, kind, source, form, manifest["origin"], river and Path(river))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{directory / MANIFEST_NAME} is no manifest of the cache") from error
+            raise ValueError(f"{directory / MANIFEST_NAME} is no manifest of the store") from error
 
     @property
     def num_bytes(self) -> int:
@@ -94,19 +138,21 @@ class CachedFolder:
         return sum(path.stat().st_size for path in _files(self.directory))
 
     def is_whole(self) -> bool:
-        """Whether it is there, and each file has the size and the samples that were written."""
+        """Whether it is there, made from its sources as they are now, and each file has the size
+        and the samples that were written."""
         try:
-            manifest = json.loads((self.directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-            files = manifest["files"].items()
-            return all(file_digest(self.directory / name) == digest for name, digest in files)
+            files = _manifest(self.directory)["files"].items()
+            return CachedFolder.at(self.directory) == self and all(
+                file_digest(self.directory / name) == digest for name, digest in files
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def keep(self, num_bytes: int, fill: Callable[[Path], object]) -> None:
-        """Write it, of about so many bytes, and remove what was made of the same sources in the
-        same form before they changed, or of sources that are gone, and what was left half written.
+        """Write it, of about so many bytes, in place of what was made from the same sources before
+        they changed, and remove what was made from sources that are gone, or left half written.
 
-        Never fails: without it the next start takes longer, and that is all. A folder that can't be
+        Never fails: without it the next start takes longer, and that is all. A place that can't be
         written is told once in a process.
 
         Args:
@@ -115,29 +161,42 @@ class CachedFolder:
         parent = self.directory.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(parent).free
-        except OSError as error:
-            _warn_of_unusable(parent, error.strerror or str(error))
-            return
-        if free < 2 * num_bytes:
-            _warn_of_unusable(parent, "it would take more than half of the space that is left")
-            return
-        try:
+            if shutil.disk_usage(parent).free < 2 * num_bytes:
+                reason = "it would take more than half of the space that is left"
+                raise OSError(errno.ENOSPC, reason)
             for path in parent.glob(f"{STAGING_PREFIX}*"):
                 with suppress(FileNotFoundError):  # another process has removed it
                     if time.time() - path.stat().st_mtime > _STAGING_LIFETIME:
                         shutil.rmtree(path, ignore_errors=True)
-            self._write(fill)
+            with atomic_write(self.directory) as new:
+                new.mkdir()
+                fill(new)
+                manifest = {
+                    **{"kind": self.kind, "source": str(self.source), "form": self.form},
+                    **{"origin": self.origin, "river": self.river and str(self.river)},
+                    "files": {
+                        path.relative_to(new).as_posix(): file_digest(path) for path in _files(new)
+                    },
+                }
+                (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             for other in cached_folders():
-                sources = [source for source in (other.source, other.beside) if source is not None]
-                is_gone = not all(source.exists() for source in sources)
-                is_older = other == replace(self, directory=other.directory) and other != self
-                if is_older or is_gone:
+                if not all(
+                    made_from is None or made_from.exists()
+                    for made_from in (other.source, other.river)
+                ):
                     other.remove()
         except Exception as error:
-            _log.info("no copy of %s is kept in %s: %s", self.source, parent, error)
-            if isinstance(error, OSError) and error.errno in _UNUSABLE:
-                _warn_of_unusable(parent, error.strerror or str(error))
+            _log.info("%s is not kept in %s: %s", self.source, parent, error)
+            is_unusable = isinstance(error, OSError) and error.errno in _UNUSABLE
+            if is_unusable and parent not in _told:
+                _told.add(parent)
+                _log.warning(
+                    "nothing can be kept in the cache %s (%s), so that every start takes as long "
+                    "as the first; set %s to a folder that can be written, or to off",
+                    parent,
+                    getattr(error, "strerror", error),
+                    ENVIRONMENT_VARIABLE,
+                )
 
     def read(self, read: Callable[[Path], Any]) -> Any:
         """What `read` makes of the folder; None where it isn't there or isn't whole, or where
@@ -161,89 +220,23 @@ class CachedFolder:
         """Delete its folder, as far as the system lets go of files that a process has mapped."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _write(self, fill: Callable[[Path], object]) -> None:
-        """Write it, whole or not at all; one that another process has written meanwhile stays."""
-        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.directory.parent))
-        try:
-            fill(staging)
-            manifest = {
-                "kind": self.kind,
-                "source": str(self.source),
-                "form": self.form,
-                "beside": self.beside and str(self.beside),
-                "files": {
-                    path.relative_to(staging).as_posix(): file_digest(path)
-                    for path in _files(staging)
-                },
-            }
-            (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-            for path in _files(staging):
-                with path.open("r+b") as opened:
-                    os.fsync(opened.fileno())  # on the disk before the name that says it is whole
-            if not self.is_whole():
-                self.remove()
-                staging.rename(self.directory)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _warn_of_unusable(directory: Path, reason: str) -> None:
-    """Once in a process for each folder."""
-    if directory in _told:
-        return
-    _told.add(directory)
-    _log.warning(
-        "nothing can be kept in the cache %s (%s), so that every start takes as long as the first; "
-        "set %s to a folder that can be written, or to off",
-        directory,
-        reason,
-        ENVIRONMENT_VARIABLE,
-    )
-
-
-def folder_for(
-    kind: str, name: str, source: Path, form: str, origin: Any, beside: Path | None = None
-) -> CachedFolder | None:
-    """The folder of what is made from a source as it is now, whether it is there or not.
-
-    Args:
-        name: of the source, which the folder is named after.
-        origin: all that decides over its content, as JSON values; a digest of it is in the name.
-
-    Returns:
-        None where the cache is off.
-    """
-    parent = cache_directory()
-    if parent is None:
-        return None
-    key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-    directory = parent / f"{name[:100]}-{form}-{key}"
-    return CachedFolder(directory, kind, source.resolve(), form, beside and beside.resolve())
-
 
 def cached_folders() -> list[CachedFolder]:
-    """All folders in the cache by name, the damaged ones that still have a manifest too."""
-    folders = map(_folder_at, _directories())
-    return [folder for folder in folders if folder is not None]
-
-
-def _directories() -> list[Path]:
-    """The folders' own by name; what else is in the cache is somebody's."""
-    parent = cache_directory()
-    if parent is None:
-        return []
-    manifests = sorted(parent.glob(f"[!.]*-{16 * '[0-9a-f]'}/{MANIFEST_NAME}"))
-    return [path.parent for path in manifests]
+    """All folders in the store by name, the damaged ones that still have a manifest too."""
+    found = []
+    for directory in _directories():
+        with suppress(OSError, ValueError):
+            found.append(CachedFolder.at(directory))
+    return found
 
 
 def clear_cache() -> None:
-    """Delete every folder of the cache, half written and damaged ones too, as far as the system
+    """Delete every folder of the store, half written and damaged ones too, as far as the system
     allows it."""
     parent = cache_directory()
-    if parent is None or not parent.is_dir():
-        return
-    for directory in [*_directories(), *parent.glob(f"{STAGING_PREFIX}*")]:
-        shutil.rmtree(directory, ignore_errors=True)
+    if parent is not None:
+        for directory in [*_directories(), *parent.glob(f"{STAGING_PREFIX}*")]:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def file_state(file: Path) -> list[Any]:
@@ -253,17 +246,6 @@ def file_state(file: Path) -> list[Any]:
         OSError: the file can't be read.
     """
     return [file_digest(file), file.stat().st_mtime_ns]
-
-
-def _files(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.is_file()]
-
-
-def _folder_at(directory: Path) -> CachedFolder | None:
-    try:
-        return CachedFolder.at(directory)
-    except (OSError, ValueError):
-        return None
 
 
 def file_digest(file: Path) -> str:
@@ -284,3 +266,21 @@ def file_digest(file: Path) -> str:
             opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
             digest.update(opened.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def _directories() -> list[Path]:
+    """The folders' own by name; what else is in the cache is somebody's."""
+    parent = cache_directory()
+    if parent is None:
+        return []
+    manifests = sorted(parent.glob(f"[!.]*-{16 * '[0-9a-f]'}/{MANIFEST_NAME}"))
+    return [path.parent for path in manifests]
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    return manifest

@@ -50,7 +50,7 @@ def cache(
                 "kind": folder.kind,
                 "source": str(folder.source),
                 "form": folder.form,
-                "river": folder.beside and str(folder.beside),
+                "river": folder.river and str(folder.river),
                 "bytes": size,
             }
             for folder, size in zip(folders, sizes, strict=True)
@@ -61,7 +61,7 @@ def cache(
         stderr.print("nothing is kept: RIVER_LLM_CACHE is off, or there is no home directory")
         return
     for folder, size in zip(folders, sizes, strict=True):
-        river = "" if folder.beside is None else f"  river {folder.beside}"
+        river = "" if folder.river is None else f"  river {folder.river}"
         stdout.print(f"{format_bytes(size):>10}  {folder.form}  {folder.source}{river}")
     verb = "deleted from" if clear else "in"
     stderr.print(f"{len(folders)} copies, {format_bytes(sum(sizes))}, {verb} {directory}")

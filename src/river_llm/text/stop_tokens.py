@@ -28,6 +28,7 @@ _END_NAMES = frozenset({
 # fmt: on
 # Texts have these too, unless they are special tokens.
 _ALSO_WORDS = frozenset({"</s>", "<eos>", "[EOS]"})
+END_MARKS = _END_NAMES - _ALSO_WORDS  # which no text has
 # Where these are, <|end|> closes one part of a message, and further parts may follow (Harmony).
 _HARMONY = frozenset({"<|return|>", "<|call|>"})
 

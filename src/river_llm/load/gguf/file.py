@@ -5,7 +5,6 @@ believed. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,22 +19,21 @@ from torch import Tensor
 from river_llm.errors import ModelLoadError
 
 _VERSIONS = (2, 3)
-_ALIGNMENT = "general.alignment"
 _MOST_DIMS = 4
-_LONGEST_NAME = 65535  # of a metadata key
-_LENGTH, _COUNT = struct.Struct("<Q"), struct.Struct("<I")
-_NUMBERS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-    GGUFValueType.BOOL: "<?",
+_LONGEST_NAME = 65535  # bytes
+_NUMBERS = {  # of metadata
+    **{
+        GGUFValueType[f"{kind}{bits}"]: np.dtype(f"{kind}{bits}".lower()).newbyteorder("<")
+        for kind in ("UINT", "INT")
+        for bits in (8, 16, 32, 64)
+    },
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
+    GGUFValueType.BOOL: np.dtype("<?"),
+}
+_PLAIN = {  # of tensors that aren't quantised
+    GGMLQuantizationType[kind]: np.dtype(f"<{kind[0].lower()}{int(kind[1:]) // 8}")
+    for kind in ("F16", "F32", "F64", "I8", "I16", "I32", "I64")
 }
 
 
@@ -94,8 +92,7 @@ def read_gguf(parts: Sequence[Path]) -> GGUFContent:
         ModelLoadError: a file is damaged, cut short, or no part of the others; or a tensor stands
             in two of them.
     """
-    contents = [_Parser(part).parse() for part in parts]
-    first = contents[0]
+    first, *others = contents = [_Parser(part).parse() for part in parts]
     count = first.metadata.get("split.count", 0) or 1
     if count != len(parts):
         raise ModelLoadError(
@@ -104,13 +101,13 @@ def read_gguf(parts: Sequence[Path]) -> GGUFContent:
     for place, content in enumerate(contents):
         if count > 1 and content.metadata.get("split.no") != place:
             raise ModelLoadError(f"{content.path} is not part {place + 1} of {first.path}")
-        if place > 0:
-            twice = first.tensors.keys() & content.tensors.keys()
-            if twice:
-                raise ModelLoadError(f"{min(twice)} stands in two parts of {first.path}")
-            first.tensors.update(content.tensors)
+    for content in others:
+        twice = first.tensors.keys() & content.tensors.keys()
+        if twice:
+            raise ModelLoadError(f"{min(twice)} stands in two parts of {first.path}")
+        first.tensors.update(content.tensors)
     expected = first.metadata.get("split.tensors.count")
-    if count > 1 and expected is not None and expected != len(first.tensors):
+    if others and expected not in (None, len(first.tensors)):
         raise ModelLoadError(
             f"the parts of {first.path} hold {len(first.tensors)} tensors in place of {expected}; "
             "get all of them again"
@@ -130,26 +127,24 @@ class _Parser:
     def parse(self) -> GGUFContent:
         if bytes(self._take(4)) != b"GGUF":
             raise self._damaged("it does not begin with GGUF")
-        version = self._count()
+        version = self._number(4)
         if version not in _VERSIONS:
             raise self._damaged(f"its version is {version}")
-        num_tensors, num_keys = self._length(), self._length()
+        num_tensors, num_keys = self._number(8), self._number(8)
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string(_LONGEST_NAME)
             if key in metadata:
                 raise self._damaged(f"{key} stands twice in it")
-            metadata[key] = self._value(self._kind())
-        alignment = metadata.get(_ALIGNMENT, 32)
+            metadata[key] = self._value(self._number(4))
+        alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-            raise self._damaged(f"{_ALIGNMENT} is {alignment!r}")
+            raise self._damaged(f"general.alignment is {alignment!r}")
         infos = [self._tensor_info() for _ in range(num_tensors)]
         start = -(-self._place // alignment) * alignment
-        tensors: dict[str, GGUFTensor] = {}
-        for name, shape, kind, offset in infos:
-            if name in tensors:
-                raise self._damaged(f"{name} stands twice in it")
-            tensors[name] = self._tensor(name, shape, kind, start + offset)
+        tensors = {info[0]: self._tensor(start, *info) for info in infos}
+        if len(tensors) != len(infos):
+            raise self._damaged("a tensor stands twice in it")
         return GGUFContent(self._path, metadata, tensors)
 
     def _damaged(self, reason: str) -> ModelLoadError:
@@ -157,24 +152,20 @@ class _Parser:
             f"{self._path} can't be read as GGUF, it may be cut short ({reason}); get it again"
         )
 
-    def _take(self, count: int) -> memoryview:
-        end = self._place + count
+    def _check_end(self, end: int) -> None:
         if end > len(self._view):
             raise self._damaged(f"byte {end} is wanted of {len(self._view)}")
-        taken = self._view[self._place : end]
-        self._place = end
-        return taken
 
-    def _count(self) -> int:
-        number: int = _COUNT.unpack(self._take(4))[0]
-        return number
+    def _take(self, count: int) -> memoryview:
+        self._check_end(self._place + count)
+        self._place += count
+        return self._view[self._place - count : self._place]
 
-    def _length(self) -> int:
-        number: int = _LENGTH.unpack(self._take(8))[0]
-        return number
+    def _number(self, num_bytes: int) -> int:
+        return int.from_bytes(self._take(num_bytes), "little")
 
     def _string(self, longest: int | None = None) -> str:
-        length = self._length()
+        length = self._number(8)
         if longest is not None and length > longest:
             raise self._damaged(f"a name of {length} bytes")
         try:
@@ -182,72 +173,47 @@ class _Parser:
         except UnicodeDecodeError as error:
             raise self._damaged("a string in it is no UTF-8") from error
 
-    def _kind(self) -> GGUFValueType:
-        number = self._count()
-        try:
-            return GGUFValueType(number)
-        except ValueError as error:
-            raise self._damaged(f"a value of unknown type {number}") from error
-
-    def _value(self, kind: GGUFValueType) -> Any:
+    def _value(self, kind: int, count: int | None = None) -> Any:
+        """A value, or a list of so many."""
+        if kind == GGUFValueType.ARRAY and count is None:
+            return self._value(self._number(4), self._number(8))
         if kind == GGUFValueType.STRING:
-            return self._string()
-        if kind != GGUFValueType.ARRAY:
-            return self._numbers(kind, 1)[0]
-        kind = self._kind()
-        length = self._length()
-        if kind == GGUFValueType.ARRAY:
-            raise self._damaged("an array of arrays")
-        if kind != GGUFValueType.STRING:
-            return self._numbers(kind, length)
-        if length > len(self._view) // 8:  # each has its length before it
-            raise self._damaged(f"an array of {length} strings")
-        return [self._string() for _ in range(length)]
-
-    def _numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
-        dtype = np.dtype(_NUMBERS[kind])
-        numbers: list[Any] = np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist()
-        return numbers
+            if count is not None and count > len(self._view) // 8:  # each has its length before it
+                raise self._damaged(f"an array of {count} strings")
+            return self._string() if count is None else [self._string() for _ in range(count)]
+        if kind not in _NUMBERS:
+            raise self._damaged(f"a value of unknown type {kind}")
+        dtype = _NUMBERS[GGUFValueType(kind)]
+        data = self._take((1 if count is None else count) * dtype.itemsize)
+        values = np.frombuffer(data, dtype).tolist()
+        return values[0] if count is None else values
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        name = self._string(_LONGEST_NAME)
-        dims = self._count()
+        name, dims = self._string(_LONGEST_NAME), self._number(4)
         if dims > _MOST_DIMS:
             raise self._damaged(f"{name} has {dims} dimensions")
-        shape = tuple(self._length() for _ in range(dims))[::-1]
-        number = self._count()
+        shape = tuple(self._number(8) for _ in range(dims))[::-1]
+        number = self._number(4)
         try:
-            kind = GGMLQuantizationType(number)
+            return name, shape, GGMLQuantizationType(number), self._number(8)
         except ValueError as error:
             raise ModelLoadError(
                 f"{self._path} stores {name} in the unknown type {number}; the file is damaged, or "
                 "the package gguf too old"
             ) from error
-        return name, shape, kind, self._length()
 
     def _tensor(
-        self, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, start: int
+        self, start: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
     ) -> GGUFTensor:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         width = shape[-1] if shape else 1
         if width % block:
             raise self._damaged(f"{name} has rows of {width} values, no multiple of {block}")
         row_bytes = width // block * block_bytes
-        size = math.prod(shape[:-1]) * row_bytes
-        if start + size > len(self._view):
-            raise self._damaged(f"byte {start + size} is wanted of {len(self._view)}")
-        data = self._bytes[start : start + size]
-        stored = {
-            GGMLQuantizationType.F32: np.float32,
-            GGMLQuantizationType.F16: np.float16,
-            GGMLQuantizationType.F64: np.float64,
-            GGMLQuantizationType.I8: np.int8,
-            GGMLQuantizationType.I16: np.int16,
-            GGMLQuantizationType.I32: np.int32,
-            GGMLQuantizationType.I64: np.int64,
-        }.get(kind)
-        if stored is None:
-            data = data.reshape(*shape[:-1], row_bytes)
-        else:
-            data = data.view(stored).reshape(shape)
-        return GGUFTensor(name, shape, kind, data)
+        start += offset
+        end = start + math.prod(shape[:-1]) * row_bytes
+        self._check_end(end)
+        data = self._bytes[start:end]
+        if kind in _PLAIN:
+            return GGUFTensor(name, shape, kind, data.view(_PLAIN[kind]).reshape(shape))
+        return GGUFTensor(name, shape, kind, data.reshape(*shape[:-1], row_bytes))

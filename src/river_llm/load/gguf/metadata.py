@@ -12,28 +12,22 @@ from river_llm.errors import ModelLoadError, UnsupportedModelError
 _PROVENANCE = ("general.", "split.", "quantize.", "imatrix.", "mradermacher.", "unsloth.")
 # Values with which a setting does nothing, where an architecture doesn't have it.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            *("attention.clamp_kqv", "attention.max_alibi_bias", "attention.sliding_window"),
+            *("attention.temperature_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+            *("router_logit_softcapping", "expert_count", "expert_used_count"),
+            *("expert_shared_count", "leading_dense_block_count", "nextn_predict_layers"),
+            *("pooling_type", "rope.dimension_sections", "rope.scaling.alpha"),
+        ),
+        (0,),
+    ),
+    **dict.fromkeys(
+        ("embedding_scale", "residual_scale", "logit_scale", "rope.scaling.yarn_ext_factor"), (1,)
+    ),
     "attention.causal": (True,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.sliding_window": (0,),
-    "attention.temperature_scale": (0,),
-    "attn_logit_softcapping": (0,),
-    "final_logit_softcapping": (0,),
-    "router_logit_softcapping": (0,),
-    "embedding_scale": (1,),
-    "residual_scale": (1,),
-    "logit_scale": (1,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "expert_shared_count": (0,),
-    "leading_dense_block_count": (0,),
-    "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
     "use_parallel_residual": (False,),
-    "rope.dimension_sections": (0,),
-    "rope.scaling.alpha": (0,),
     "rope.scaling.finetuned": (True, False),  # whether it was trained with its scaling
-    "rope.scaling.yarn_ext_factor": (1,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
 _MISSING: Any = object()
@@ -58,20 +52,18 @@ class Metadata:
         self._taken: set[str] = set()
         kind = values.get("general.type", "model")
         if kind != "model":
-            raise ModelLoadError(f"{path} holds no model, its type is {kind!r}; give the model's")
+            raise self.refusal(f"holds no model, its type is {kind!r}; give the model's")
         architecture = values.get("general.architecture")
         if not isinstance(architecture, str) or not architecture:
-            raise ModelLoadError(f"{path} names no architecture; get the file again")
+            raise self.refusal("names no architecture; get the file again")
+        if architecture == "clip":
+            raise self.refusal("holds no model, but a projector of images; give the model's")
         self.architecture = architecture
         experts = values.get(f"{architecture}.expert_count")
         if isinstance(experts, int) and experts > 0:
             raise UnsupportedModelError(
                 f"{path} is a mixture of experts ({architecture} with {experts}); the river needs "
                 "layers that run all of their weights for every token"
-            )
-        if architecture == "clip":
-            raise ModelLoadError(
-                f"{path} holds no model, but a projector of images; give the model's"
             )
 
     def refusal(self, reason: str) -> ModelLoadError:
@@ -99,15 +91,16 @@ class Metadata:
     def take_same(self, key: str, value: int) -> None:
         """Take a key that may be there if it says what is so anyway."""
         if self._values.get(f"{self.architecture}.{key}") == value:
-            self._taken.add(f"{self.architecture}.{key}")
+            self.take(key)
 
     def take_list(self, key: str) -> list[Any] | None:
         """The same of a key that may have a value for each layer; None where it isn't there or has
         one value."""
-        value = self._values.get(f"{self.architecture}.{key}")
+        full = f"{self.architecture}.{key}"
+        value = self._values.get(full)
         if not isinstance(value, list):
             return None
-        self._taken.add(f"{self.architecture}.{key}")
+        self._taken.add(full)
         return value
 
     def count(self, key: str, default: Any = _MISSING) -> Any:
@@ -117,10 +110,8 @@ class Metadata:
             ModelLoadError: it is something else.
         """
         value = self.take(key, default)
-        if value is default:
-            return value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
+        if value is not default and not (type(value) is int and 0 < value < 2**31):
+            raise self._damaged(key, value)
         return value
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
@@ -130,15 +121,14 @@ class Metadata:
             ModelLoadError: it is something else.
         """
         value = self.take(key, default)
-        if value is default:
-            return value
-        if value == 0 and default is not _MISSING:
+        if value is default or (value == 0 and default is not _MISSING):
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
-        if not 0 < value < math.inf:
-            raise self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._damaged(key, value)
         return float(value)
+
+    def _damaged(self, key: str, value: Any) -> ModelLoadError:
+        return self.refusal(f"has {self.architecture}.{key} = {value!r}; it is damaged")
 
     def check_all_taken(self, known: frozenset[str] = frozenset()) -> None:
         """Refuse a key that nobody took and that may change what the model computes; `known` are

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 from river_llm.errors import ModelLoadError
 from river_llm.load.gguf.file import GGUFContent
 from river_llm.load.gguf.pre_tokenizers import KINDS, PreTokenization
+from river_llm.text.stop_tokens import END_MARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,50 +26,21 @@ _SENTENCEPIECE = "llama"
 _BLANK = "▁"  # SentencePiece's
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-_TEMPLATE_FILE = "chat_template.jinja"  # beside a file that has none itself
-# Ends of a turn, or of a text, that some files mark as ordinary tokens.
-_ALWAYS_CONTROL = frozenset(
-    (
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "<end_of_utterance>",
-        "<turn|>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    )
-)
 # By the key that holds their id.
 _IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "cls")
 _NO_ID = 2**32 - 1  # -1, as some write that there is none
-_KNOWN = frozenset(
+_INFILLING = [f"fim_{part}" for part in ("pre", "suf", "mid", "pad", "rep", "sep")]
+_INFILLING += ["prefix", "suffix", "middle"]
+_KNOWN = {"tokenizer.huggingface.json", "tokenizer.chat_templates", _TEMPLATE}
+_KNOWN |= {f"{_PREFIX}{name}_token_id" for name in (*_IDS, *_INFILLING)}
+_KNOWN |= {
     f"{_PREFIX}{key}"
     for key in (
-        "model",
-        "pre",
-        "tokens",
-        "token_type",
-        "token_type_count",
-        "scores",
-        "merges",
-        "add_bos_token",
-        "add_eos_token",
-        "add_sep_token",
-        "add_space_prefix",
-        "remove_extra_whitespaces",
-        "eos_token_ids",
-        *(f"{name}_token_id" for name in _IDS),
-        # infilling, which nothing here does
-        *(f"fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
-        *(f"{part}_token_id" for part in ("prefix", "suffix", "middle")),
+        *("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"),
+        *("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix"),
+        *("remove_extra_whitespaces", "eos_token_ids"),
     )
-) | {"tokenizer.huggingface.json", "tokenizer.chat_templates", _TEMPLATE}
+}
 
 _log = logging.getLogger(__name__)
 
@@ -97,25 +69,28 @@ class GGUFTokenizer:
                 if kind
                 else "has no tokenizer"
             )
-        self._is_bpe = kind in _BPE_KINDS
-        self._tokens = self._vocabulary()
+        self._tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self._strings("tokens"))]
+        self._vocabulary = {token: index for index, token in enumerate(self._tokens)}
+        if len(self._vocabulary) != len(self._tokens):
+            twice = next(t for i, t in enumerate(self._tokens) if self._vocabulary[t] != i)
+            raise self._refusal(f"has the token {twice!r} twice in its vocabulary; it is damaged")
         self._types = self._token_types()
-        self._cutting = self._pre_tokenization(kind) if self._is_bpe else None
+        self._cutting = self._pre_tokenization(kind) if kind in _BPE_KINDS else None
         self._ids = {name: self._token_id(name) for name in _IDS}
-        if not self._is_bpe:  # as SentencePiece numbers them
-            for name, default in (("unknown", 0), ("bos", 1), ("eos", 2)):
+        if self._cutting is None:  # as SentencePiece numbers them
+            for default, name in enumerate(("unknown", "bos", "eos")):
                 if self._ids[name] is None and default < len(self._tokens):
                     self._ids[name] = default
         templates = {key for key in content.metadata if key.startswith(f"{_TEMPLATE}.")}
-        self.known_keys = _KNOWN | templates
+        self.known_keys = frozenset(_KNOWN | templates)
         self.bos_id = self._ids["bos"]
         more = self._get("eos_token_ids", [])  # Ollama's
         ends = [self._ids[name] for name in ("eos", "eot", "eom")]
         ends += [self.check_id(end) for end in (more if isinstance(more, list) else [more])]
+        self.end_ids = [end for end in dict.fromkeys(ends) if end is not None]
         for key in ("add_sep_token", "remove_extra_whitespaces"):
             if self._flag(key, False):
                 raise self._refusal(f"has {_PREFIX}{key} = true, which isn't known here")
-        self.end_ids = [end for end in dict.fromkeys(ends) if end is not None]
 
     def token_settings(self) -> dict[str, int | None]:
         """Ids of special tokens for a model's configuration."""
@@ -143,11 +118,12 @@ class GGUFTokenizer:
         """
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = Tokenizer(self._bpe() if self._is_bpe else self._sentencepiece())
-        if self._cutting is not None:
-            tokenizer.pre_tokenizer = self._cutting.pre_tokenizer()
-        if self._cutting is None or self._cutting.is_sentencepiece:
-            has_prefix = self._cutting is None and self._flag("add_space_prefix", True)
+        cutting = self._cutting
+        tokenizer = Tokenizer(self._sentencepiece() if cutting is None else self._bpe(cutting))
+        if cutting is not None:
+            tokenizer.pre_tokenizer = cutting.pre_tokenizer()
+        if cutting is None or cutting.is_sentencepiece:
+            has_prefix = cutting is None and self._flag("add_space_prefix", True)
             tokenizer.normalizer = normalizers.Sequence(
                 [normalizers.Prepend(_BLANK)] * has_prefix + [normalizers.Replace(" ", _BLANK)]
             )
@@ -172,8 +148,6 @@ class GGUFTokenizer:
             **special,
         )
 
-    # ---- reading ----
-
     def _get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"{_PREFIX}{key}", default)
 
@@ -192,24 +166,13 @@ class GGUFTokenizer:
             raise self._refusal(f"has no {_PREFIX}{key}; it is damaged, or has no vocabulary")
         return values
 
-    def _vocabulary(self) -> list[str]:
-        tokens = self._strings("tokens")
-        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
-        if len(set(tokens)) != len(tokens):
-            seen: set[str] = set()
-            twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
-            raise self._refusal(f"has the token {twice!r} twice in its vocabulary; it is damaged")
-        return tokens
-
     def _token_types(self) -> list[int]:
-        types = self._get("token_type")
-        if types is None:
-            types = [TokenType.NORMAL] * len(self._tokens)
+        types = self._get("token_type", [TokenType.NORMAL] * len(self._tokens))
         if not isinstance(types, list) or len(types) != len(self._tokens):
             raise self._refusal("doesn't say of each token which type it has; it is damaged")
-        changed = (TokenType.NORMAL, TokenType.USER_DEFINED)
+        changed = (TokenType.NORMAL, TokenType.USER_DEFINED)  # as some files mark ends of a turn
         return [
-            TokenType.CONTROL if token in _ALWAYS_CONTROL and kind in changed else kind
+            TokenType.CONTROL if kind in changed and token in END_MARKS else kind
             for token, kind in zip(self._tokens, types, strict=True)
         ]
 
@@ -236,19 +199,11 @@ class GGUFTokenizer:
             return None
         if isinstance(index, int) and 0 <= index < len(self._tokens):
             return index
+        key, size = f"{_PREFIX}{name}_token_id", len(self._tokens)
         if name == "eos":
-            raise self._refusal(
-                f"has {_PREFIX}{name}_token_id = {index!r}, of {len(self._tokens)} tokens; "
-                "it is damaged"
-            )
-        _log.warning(
-            "%s has %s%s_token_id = %r, and %d tokens; it is taken for none",
-            self._content.path,
-            _PREFIX,
-            name,
-            index,
-            len(self._tokens),
-        )
+            raise self._refusal(f"has {key} = {index!r}, of {size} tokens; it is damaged")
+        path = self._content.path
+        _log.warning("%s has %s = %r, and %d tokens; it is taken for none", path, key, index, size)
         return None
 
     def _pre_tokenization(self, kind: str) -> PreTokenization:
@@ -265,22 +220,18 @@ class GGUFTokenizer:
         )
         return KINDS["default"]
 
-    # ---- building ----
-
-    def _bpe(self) -> BPE:
-        assert self._cutting is not None
-        vocabulary = {token: index for index, token in enumerate(self._tokens)}
+    def _bpe(self, cutting: PreTokenization) -> BPE:
         merges = []
         for merge in self._strings("merges"):
             first, _, second = merge[1:].partition(" ")  # the first may begin with a blank
             first = merge[:1] + first
-            if first in vocabulary and second in vocabulary and first + second in vocabulary:
+            if self._vocabulary.keys() >= {first, second, first + second}:
                 merges.append((first, second))
         return BPE(
-            vocabulary,
+            self._vocabulary,
             merges,
-            ignore_merges=self._cutting.ignore_merges,
-            byte_fallback=self._cutting.is_sentencepiece,
+            ignore_merges=cutting.ignore_merges,
+            byte_fallback=cutting.is_sentencepiece,
             fuse_unk=False,
         )
 
@@ -290,35 +241,21 @@ class GGUFTokenizer:
         scores = self._get("scores")
         if not isinstance(scores, list) or len(scores) != len(self._tokens):
             raise self._refusal("has no score for each token; it is damaged")
-        vocabulary = {token: index for index, token in enumerate(self._tokens)}
         left_out = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.BYTE)
         parts = {
-            token
-            for token, kind in zip(self._tokens, self._types, strict=True)
-            if kind not in left_out
+            token: (-scores[index], index)
+            for token, index in self._vocabulary.items()
+            if self._types[index] not in left_out
         }
-        merges = [
-            (-scores[vocabulary[token]], vocabulary[token], token[:end], token[end:])
-            for token in parts
+        merges = sorted(
+            (*rank, end, token)
+            for token, rank in parts.items()
             for end in range(1, len(token))
             if token[:end] in parts and token[end:] in parts
-        ]
-        merges.sort(key=lambda one: (*one[:2], len(one[2])))
-        self._tell_equal_scores(merges)
-        unknown = self._ids["unknown"]
-        return BPE(
-            vocabulary,
-            [(first, second) for _, _, first, second in merges],
-            unk_token=None if unknown is None else self._tokens[unknown],
-            byte_fallback=True,
-            fuse_unk=False,
         )
-
-    def _tell_equal_scores(self, merges: list[tuple[float, int, str, str]]) -> None:
-        """SentencePiece takes the leftmost of equally good pairs, which no order of merges says."""
-        normal = [one for one in merges if self._types[one[1]] == TokenType.NORMAL]
-        scores = {(score, index) for score, index, _, _ in normal}
-        equal = len(scores) - len({score for score, _ in scores})
+        # SentencePiece takes the leftmost of equally good pairs, which no order of merges says
+        ranks = {one[:2] for one in merges if self._types[one[1]] == TokenType.NORMAL}
+        equal = len(ranks) - len({score for score, _ in ranks})
         if equal:
             _log.warning(
                 "%s has %d tokens with the score of another one, so that some texts may become "
@@ -326,65 +263,61 @@ class GGUFTokenizer:
                 self._content.path,
                 equal,
             )
+        unknown = self._ids["unknown"]
+        return BPE(
+            self._vocabulary,
+            [(token[:end], token[end:]) for *_, end, token in merges],
+            unk_token=None if unknown is None else self._tokens[unknown],
+            byte_fallback=True,
+            fuse_unk=False,
+        )
 
     def _add_whole_tokens(self, tokenizer: Tokenizer) -> None:
         """Control tokens and those that a user has defined are found in the text before anything
         else."""
         name = str(self._metadata.get("general.name", "")).lower()
         strips = "phi-3" in name or "phi3" in name  # its own tokenizer takes blanks behind them
-        keeps_blanks = ("<unk>", "<s>", "<|endoftext|>")
         named = {self._ids[key] for key in ("bos", "eos", "unknown", "padding")}
-        control: list[AddedToken] = []
-        others: list[AddedToken] = []
+        added: dict[bool, list[AddedToken]] = {True: [], False: []}
         for index, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
             is_control = kind in (TokenType.CONTROL, TokenType.UNKNOWN)
             is_control |= index in named and self._is_control(index)
             if is_control or kind == TokenType.USER_DEFINED:
-                (control if is_control else others).append(
-                    AddedToken(
-                        token,
-                        special=is_control,
-                        normalized=False,
-                        rstrip=strips and token not in keeps_blanks,
-                    )
-                )
+                strip = strips and token not in ("<unk>", "<s>", "<|endoftext|>")
+                one = AddedToken(token, special=is_control, normalized=False, rstrip=strip)
+                added[is_control].append(one)
         # at once: each call goes through all that were added before
-        tokenizer.add_special_tokens(control)
-        tokenizer.add_tokens(others)
+        tokenizer.add_special_tokens(added[True])
+        tokenizer.add_tokens(added[False])
 
     def _add_ends(self, tokenizer: Tokenizer) -> None:
         """A raw text's BOS and EOS, as the file or its kind says."""
-        has_bos = True if self._cutting is None else self._cutting.add_bos
-        bos, eos = self._ids["bos"], self._ids["eos"]
-        around = [
-            bos if self._flag("add_bos_token", has_bos) else None,
-            eos if self._flag("add_eos_token", False) else None,
-        ]
-        if around == [None, None]:
+        has_bos = self._cutting is None or self._cutting.add_bos
+        bos = self._ids["bos"] if self._flag("add_bos_token", has_bos) else None
+        eos = self._ids["eos"] if self._flag("add_eos_token", False) else None
+        if bos is None and eos is None:
             return
-        before, after = ([] if one is None else [self._tokens[one]] for one in around)
+        before, after = ([] if one is None else [self._tokens[one]] for one in (bos, eos))
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *before, "$B:1", *after],
-            special_tokens=[(self._tokens[one], one) for one in {*around} if one is not None],
+            special_tokens=[(self._tokens[one], one) for one in {bos, eos} if one is not None],
         )
 
     def _chat_template(self) -> str | dict[str, str] | None:
-        default = self._metadata.get(_TEMPLATE)
-        named = {
-            key.removeprefix(f"{_TEMPLATE}."): value
-            for key, value in self._metadata.items()
+        templates = {
+            key.removeprefix(f"{_TEMPLATE}."): template
+            for key, template in self._metadata.items()
             if key.startswith(f"{_TEMPLATE}.")
         }
-        beside = self._content.path.with_name(_TEMPLATE_FILE)
-        if default is None and beside.is_file():
+        if _TEMPLATE in self._metadata:
+            templates = {"default": self._metadata[_TEMPLATE], **templates}
+        beside = self._content.path.with_name("chat_template.jinja")
+        if "default" not in templates and beside.is_file():
             try:
-                default = beside.read_text(encoding="utf-8-sig")
+                templates = {"default": beside.read_text(encoding="utf-8-sig"), **templates}
             except UnicodeDecodeError as error:
                 raise ModelLoadError(f"{beside} is no UTF-8 text; convert it") from error
-        given = [*named.values(), *([] if default is None else [default])]
-        if not all(isinstance(template, str) for template in given):
+        if not all(isinstance(template, str) for template in templates.values()):
             raise self._refusal("has a chat template that is no text; it is damaged")
-        if not named:
-            return default
-        return named if default is None else {"default": default, **named}
+        return templates["default"] if templates.keys() == {"default"} else templates or None
