@@ -11,7 +11,7 @@ has others, so that steady decoding copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,22 +69,29 @@ class SequenceCache:
         if self.lengths[sequence] == 0:
             self._batches.pop(sequence, None)
 
-    def aligned(self, sequences: Sequence[int]) -> tuple[Batch, int]:
+    def aligned(
+        self, sequences: Sequence[int], apart_from: Collection[int] = ()
+    ) -> tuple[Batch, int]:
         """A batch that holds these sequences, all ending where the cache ends, and the position of
-        that end. Others may be in it, which end there or earlier, fewer than these are."""
+        that end.
+
+        Others may be in it, no more than these, which end there or earlier: where a few of a batch
+        take a break, nothing is copied. Those that it is to be apart from are not among them.
+        """
         batch = self._batches.get(sequences[0])
         if batch is None or not set(sequences) <= set(batch.sequences):
             return self._join(sequences)
-        alive = [s for s in batch.sequences if self._batches.get(s) is batch]
-        if alive != batch.sequences or 2 * len(sequences) < len(alive):
+        others = set(batch.sequences) - set(sequences)
+        are_there = all(self._batches.get(other) is batch for other in others)
+        if not are_there or len(others) > len(sequences) or others & set(apart_from):
             return self._join(sequences)
         ends = {
             sequence: start + self.lengths[sequence]
-            for sequence, start in zip(alive, batch.starts, strict=True)
+            for sequence, start in zip(batch.sequences, batch.starts, strict=True)
         }
         end = ends[sequences[0]]
         if any(ends[s] != end for s in sequences) or max(ends.values()) > end:
-            return self._join(alive)
+            return self._join(batch.sequences)
         for layer in batch.cache.layers:
             layer.truncate(end)
         return batch, end
