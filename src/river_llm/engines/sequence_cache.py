@@ -1,7 +1,7 @@
 """The torch engine's KV cache: sequences of their own lengths, joined to batches for the model.
 
 A batch is one cache of `transformers`, `[B, G, positions, D]` in every layer, whose sequences end
-at one position; shorter ones begin with padding. The sequences of a step stay joined until a step
+at one position; shorter ones are padded on the left. The sequences of a step stay joined until a step
 has others, so that steady decoding copies nothing.
 
     position    0 1 2 3 4 5 6 7
@@ -166,6 +166,43 @@ class SequenceCache:
 
     def _new_cache(self) -> Any:
         return Cache(layer_class_to_replicate=layer_class(self.kv_bits))
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Where rows of a step stand in a pass over tokens `[B, T]`.
+
+    Attributes:
+        rows: int64 `[N]`, ascending.
+        sequences, columns: int64 `[N]`, where each stands.
+        step_rows: int64 `[B, T]`, the row of each token. Tokens that only fill the pass up are of
+            the same sequence where it has one: so they are no less numbers than its own.
+        is_real: bool `[B, T]`, which tokens are no such fillers.
+    """
+
+    rows: Tensor
+    sequences: Tensor
+    columns: Tensor
+    step_rows: Tensor
+    is_real: Tensor
+
+    @classmethod
+    def of(
+        cls, sequences: Sequence[int], rows: Mapping[int, Sequence[int]], more: int
+    ) -> RowPlaces:
+        """For some sequences' rows, and so many columns of fillers more."""
+        width = max(map(len, rows.values())) + more
+        step_rows = torch.full((len(sequences), width), next(iter(rows.values()))[0])
+        is_real = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for place, sequence in enumerate(sequences):
+            own = rows.get(sequence, ())
+            if own:
+                step_rows[place] = own[-1]
+                step_rows[place, : len(own)] = torch.tensor(own)
+                is_real[place, : len(own)] = True
+        ordered, order = step_rows[is_real].sort()
+        places, columns = is_real.nonzero()[order].unbind(1)
+        return cls(ordered, places, columns, step_rows, is_real)
 
 
 def attention_mask(batch: Batch, lengths: Mapping[int, int], past: int, new: Tensor) -> Tensor:

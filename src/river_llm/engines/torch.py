@@ -15,7 +15,7 @@ from river_llm.attachment import AttachedRiver
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.llama import rope_boundary
-from river_llm.engines.sequence_cache import SequenceCache, attention_mask
+from river_llm.engines.sequence_cache import RowPlaces, SequenceCache, attention_mask
 from river_llm.engines.step import Step, StepResult, check_room, check_tokens
 from river_llm.errors import RiverError
 from river_llm.exit_router import RoutingRule
@@ -186,7 +186,7 @@ class TorchEngine(NotCopiedEngine):
         text_length = max(self._text_length(s, len(of)) for s, of in rows.items())
         end = max(self.length(s) + len(of) for s, of in rows.items())
         lengthens = self._angles(end) != self._angles(text_length)
-        places = _Places.of(batch.sequences, rows, int(lengthens))
+        places = RowPlaces.of(batch.sequences, rows, int(lengthens))
         tokens = torch.tensor(step.tokens)[places.step_rows]
         inputs: dict[str, Any] = {"input_ids": tokens.to(self.device)}
         if any(batch.starts) or not bool(places.is_real.all()):
@@ -248,41 +248,6 @@ class TorchEngine(NotCopiedEngine):
 
 
 @dataclass(frozen=True, slots=True)
-class _Places:
-    """Where rows of a step stand in a pass over tokens `[B, T]`.
-
-    Attributes:
-        rows: int64 `[N]`, ascending.
-        sequences, columns: int64 `[N]`, where each stands.
-        step_rows: int64 `[B, T]`, the row of each token. Tokens that only fill the pass up are of
-            the same sequence where it has one: so they are no less numbers than its own.
-        is_real: bool `[B, T]`, which tokens are no such fillers.
-    """
-
-    rows: Tensor
-    sequences: Tensor
-    columns: Tensor
-    step_rows: Tensor
-    is_real: Tensor
-
-    @classmethod
-    def of(cls, sequences: Sequence[int], rows: Mapping[int, Sequence[int]], more: int) -> _Places:
-        """For some sequences' rows, and so many columns of fillers more."""
-        width = max(map(len, rows.values())) + more
-        step_rows = torch.full((len(sequences), width), next(iter(rows.values()))[0])
-        is_real = torch.zeros(len(sequences), width, dtype=torch.bool)
-        for place, sequence in enumerate(sequences):
-            own = rows.get(sequence, ())
-            if own:
-                step_rows[place] = own[-1]
-                step_rows[place, : len(own)] = torch.tensor(own)
-                is_real[place, : len(own)] = True
-        ordered, order = step_rows[is_real].sort()
-        places, columns = is_real.nonzero()[order].unbind(1)
-        return cls(ordered, places, columns, step_rows, is_real)
-
-
-@dataclass(frozen=True, slots=True)
 class _Pass:
     """What came of a pass over some `rows` of a step, ascending; see `StepResult`."""
 
@@ -292,7 +257,7 @@ class _Pass:
     similarities: Tensor | None
 
 
-def _rule(step: Step, places: _Places) -> RoutingRule:
+def _rule(step: Step, places: RowPlaces) -> RoutingRule:
     """The routing of a pass over rows of a step."""
 
     def of_tokens(groups: Sequence[int]) -> Tensor | None:
