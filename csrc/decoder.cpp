@@ -62,8 +62,6 @@ void Decoder::Run::prepare() {
   for (const auto* groups : {&pass_.mean_groups, &pass_.minimum_groups})
     for (const int group : *groups) require(group >= 0 && group < rows_, "a group is out of range");
   require(head_.rows > 0, "there is no LM head for drafts");
-  require(pass_.head_tokens >= 0 && pass_.head_tokens <= shape_.vocab_size,
-        "there are fewer tokens than that");
   require(pass_.logit_rows.size() <= rows, "there are more rows of logits than rows");
   for (const int row : pass_.logit_rows) require(row >= 0 && row < rows_, "no such row for logits");
 

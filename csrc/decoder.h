@@ -26,14 +26,13 @@ struct Pass {
   int depth_limit = INT_MAX;        // rows leave after so many layers at the latest
   bool record_similarities = false;
   bool draft_head = false;   // logits of the drafts' LM head
-  int head_tokens = 0;       // logits of the vocabulary's first so many tokens only; 0: of all
   bool rank_second = false;  // margins are wanted
 
   // results
   std::vector<int> exit_layers;     // how many backbone layers a row ran
   int depth_capped = 0;             // rows that left for the depth limit alone
   std::vector<float> similarities;  // [L][rows], NaN where a row had left; empty unless recorded
-  std::vector<float> logits;        // [logit rows][logit_stride], head_tokens of them
+  std::vector<float> logits;        // [logit rows][logit_stride], V of them
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
   std::vector<int> best_tokens;     // [logit rows] argmax, the first of equals; -1 where the largest
                                     // logit is no finite number, as where one is NaN
@@ -49,8 +48,7 @@ struct Drafts {
   int exit_layer = 0;       // backbone layers that a drafted token runs
   float least_margin = 0;   // a token whose margin isn't as large ends a draft, and belongs to it
   std::vector<int> stop_tokens;  // end a draft, too; not by sequence
-  bool draft_head = false;
-  int head_tokens = 0;  // as of a Pass
+  bool draft_head = false;  // as of a Pass
 
   // results, each as long as the draft
   std::vector<std::vector<int>> drafted;

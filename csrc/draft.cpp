@@ -45,7 +45,6 @@ void Decoder::draft(Drafts& drafts) {
   pass.thresholds.assign(static_cast<size_t>(layers), kInfinity);
   std::fill(pass.thresholds.begin() + drafts.exit_layer, pass.thresholds.end(), -kInfinity);
   pass.draft_head = drafts.draft_head;
-  pass.head_tokens = drafts.head_tokens;
   pass.rank_second = true;
   const auto is_over = [&](size_t i) {
     const std::vector<int>& drafted = drafts.drafted[i];

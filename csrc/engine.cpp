@@ -70,8 +70,7 @@ Engine::~Engine() {
 nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
                           const Floats& thresholds, std::vector<int> logit_rows,
                           std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                          bool record_similarities, bool draft_head, int head_tokens,
-                          int depth_limit) {
+                          bool record_similarities, bool draft_head, int depth_limit) {
   const Lock lock(*this);
   check_complete();
   const size_t rows = tokens.size(), layers = static_cast<size_t>(model_.shape.num_layers);
@@ -87,7 +86,6 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   pass_.minimum_groups = std::move(minimum_groups);
   pass_.record_similarities = record_similarities;
   pass_.draft_head = draft_head;
-  pass_.head_tokens = head_tokens;
   pass_.depth_limit = depth_limit;
   {
     nb::gil_scoped_release release;
@@ -108,9 +106,7 @@ nb::object Engine::logits(int64_t pass) {
   const Lock lock(*this);
   if (pass != passes_)
     throw std::runtime_error("these logits are gone; look at them before the engine's next pass");
-  const size_t rows = pass_.logit_rows.size();
-  const auto tokens =
-      static_cast<size_t>(pass_.head_tokens > 0 ? pass_.head_tokens : model_.shape.vocab_size);
+  const size_t rows = pass_.logit_rows.size(), tokens = static_cast<size_t>(model_.shape.vocab_size);
   std::vector<float> copy(rows * tokens);
   for (size_t i = 0; i < rows; ++i)
     std::copy_n(pass_.logits.data() + i * pass_.logit_stride, tokens, copy.data() + i * tokens);
@@ -119,7 +115,7 @@ nb::object Engine::logits(int64_t pass) {
 
 nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
                         int exit_layer, float least_margin, std::vector<int> stop_tokens,
-                        bool draft_head, int head_tokens) {
+                        bool draft_head) {
   const Lock lock(*this);
   check_complete();
   Drafts drafts;
@@ -130,7 +126,6 @@ nb::tuple Engine::draft(std::vector<int> sequences, std::vector<int> tokens, std
   drafts.least_margin = least_margin;
   drafts.stop_tokens = std::move(stop_tokens);
   drafts.draft_head = draft_head;
-  drafts.head_tokens = head_tokens;
   {
     nb::gil_scoped_release release;
     decoder_.draft(drafts);

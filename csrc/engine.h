@@ -41,13 +41,12 @@ class Engine {
   nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences, const Floats& thresholds,
                     std::vector<int> logit_rows, std::vector<int> mean_groups,
                     std::vector<int> minimum_groups, bool record_similarities, bool draft_head,
-                    int head_tokens, int depth_limit);
-  // A copy of the logits [logit rows, V], or of those that there are, if no pass came after this one.
+                    int depth_limit);
+  // A copy of the logits [logit rows, V], if no pass came after this one.
   nb::object logits(int64_t pass);
   // The drafted tokens of each of some sequences, and their margins.
   nb::tuple draft(std::vector<int> sequences, std::vector<int> tokens, std::vector<int> most,
-                  int exit_layer, float least_margin, std::vector<int> stop_tokens, bool draft_head,
-                  int head_tokens);
+                  int exit_layer, float least_margin, std::vector<int> stop_tokens, bool draft_head);
 
   int add_sequence(int prompt_length);
   void drop_sequence(int sequence);

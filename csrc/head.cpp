@@ -11,7 +11,6 @@ void Decoder::Run::head(Private& own, int thread) {
   const int total = static_cast<int>(pass_.logit_rows.size());
   const size_t input_size = input_bytes(head_);
   own.best.assign(size(total), Best{});
-  const int vocabulary = pass_.head_tokens > 0 ? pass_.head_tokens : shape_.vocab_size;
   for (int first = 0; first < total; first += kChunkRows) {
     const int count = std::min(kChunkRows, total - first);
     const Range rows = rows_of(count, thread);
@@ -31,7 +30,7 @@ void Decoder::Run::head(Private& own, int thread) {
       kernels_.matmul(head_, panels.begin, panels.end, input, input_size, count, logits,
                       pass_.logit_stride);
       const int token = panels.begin * kLanes;
-      const int tokens = std::min(panels.end * kLanes, vocabulary) - token;
+      const int tokens = std::min(panels.end * kLanes, shape_.vocab_size) - token;
       for (int i = 0; i < count; ++i) {
         float* part = logits + size(i) * pass_.logit_stride + token;
         Best& best = own.best[size(first + i)];
@@ -43,7 +42,7 @@ void Decoder::Run::head(Private& own, int thread) {
             part[j] = shape_.logit_cap * std::tanh(part[j] / shape_.logit_cap);
       }
     };
-    buffers_.panels->parallel_for((vocabulary + kLanes - 1) / kLanes, grain(head_, count), thread,
+    buffers_.panels->parallel_for(head_.panels(), grain(head_, count), thread,
                               own.loops++, multiply_and_rank);
     barrier_unless_private(thread);
   }

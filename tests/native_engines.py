@@ -16,14 +16,22 @@ from tiny_models import VOCABULARY, fake_quantised, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from river_llm import ExitPolicy, River, RiverConfig, attach_river
+from river_llm import River, RiverConfig, attach_river
 from river_llm.attachment import AttachedRiver
-from river_llm.engines import CpuEngine, Engine, TorchEngine
-from river_llm.engines.kv_cache import EightBitLayer
+from river_llm.engines.cpu import CpuEngine
+from river_llm.engines.torch import TorchEngine
 
 _core = pytest.importorskip("river_llm._core", reason="the native engine was not built")
 
 KERNELS: list[str] = _core.kernel_names()
+# the best and the plain one on every commit, all in `make test-slow`
+every_kernel_set = pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in KERNELS[1:-1] else [])
+        for name in KERNELS
+    ],
+)
 
 # Relative L2 of logits to float32, the mean over the rows of a test; any single row may reach three
 # times that. Products of the backbone round activations to bfloat16, those of the river to 16-bit
@@ -129,6 +137,12 @@ class Subject:
         self.river = River.build(self.model, config or RiverConfig(group_size=32))
         self.num_layers = len(self.river.exit_layers)
 
+    def copy(self) -> Subject:
+        """The same river and another model, whose weights may be changed."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model)
+        return other
+
     @cached_property
     def exact(self) -> PreTrainedModel:
         """The plain model of `transformers` in float32."""
@@ -144,15 +158,12 @@ class Subject:
         """The model in float32 with the river attached, for `reference`."""
         return attach_river(copy.deepcopy(self.exact), self.river)
 
-    def engine(self, policy: ExitPolicy | None = None, **settings: Any) -> CpuEngine:
+    def engine(self, **settings: Any) -> CpuEngine:
         """A native engine, by default of one thread and with the best kernels."""
-        settings = {"threads": 1, **settings}
-        return CpuEngine(self.model, self.river, policy or ExitPolicy.never(), **settings)
+        return CpuEngine(self.model, self.river, **{"threads": 1, **settings})
 
-    def reference(self, policy: ExitPolicy | None = None, kv_bits: int = 16) -> TorchEngine:
+    def reference(self, kv_bits: int = 16) -> TorchEngine:
         """The torch engine in float32 with an empty cache. All references share one model."""
-        self.attached.policy = policy or ExitPolicy.never()
-        self.attached.router.record_similarities = False
         return TorchEngine(self.attached, kv_bits)
 
 
@@ -176,35 +187,14 @@ def long_subject(case: str) -> Subject:
 def engine_of(
     case: str, kernels: str = KERNELS[0], threads: int = 1, kv_bits: int = 16
 ) -> CpuEngine:
-    """One engine for all examples of a test; `begun` empties its cache."""
+    """One engine for all examples of a test."""
     return subject_of(case).engine(kernels=kernels, threads=threads, kv_bits=kv_bits)
 
 
-def begun(engine: CpuEngine, policy: ExitPolicy) -> CpuEngine:
-    """The engine with an empty cache and that policy."""
-    engine.truncate(0)
-    engine.policy = policy
-    return engine
-
-
-def decode_along(
-    engine: Engine, tokens: Tensor, prompt_length: int, padding_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits `[passes, batch, vocabulary]` and exit layers `[passes, batch]` of a prompt and of
-    single tokens after it, whatever the greedy ones would be."""
-    step = engine.prefill(tokens[:, :prompt_length], padding_mask)
-    logits, exit_layers = [step.logits], [step.exit_layers]
-    for position in range(prompt_length, tokens.shape[1]):
-        step = engine.decode(tokens[:, position])
-        logits.append(step.logits)
-        exit_layers.append(step.exit_layers)
-    return torch.stack(logits), torch.stack(exit_layers)
-
-
-def random_tokens(batch: int, length: int, seed: int, vocabulary: int = VOCABULARY) -> Tensor:
-    """Token ids `[batch, length]`, none of them a special one."""
+def random_tokens(length: int, seed: int, vocabulary: int = VOCABULARY) -> list[int]:
+    """Token ids, none of them a special one."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, vocabulary, (batch, length), generator=generator)
+    return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
 
 def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
@@ -213,7 +203,7 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def check_logits(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """See that logits `[..., vocabulary]` are within the tolerance, and that greedy tokens are
+    """Validate that logits `[..., vocabulary]` are within the tolerance, and that greedy tokens are
     equal where the expected ones are beyond doubt: where the two largest logits differ by more
     than six times the average error that the tolerance allows."""
     assert actual.shape == expected.shape
@@ -225,18 +215,3 @@ def check_logits(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     beyond_doubt = largest[..., 0] - largest[..., 1] > 6 * tolerance * average
     assert float(beyond_doubt.float().mean()) > 0.5, "too few tokens to compare"
     assert torch.equal(actual.argmax(-1)[beyond_doubt], expected.argmax(-1)[beyond_doubt])
-
-
-def cached_states(engine: CpuEngine | TorchEngine, sequence: int = 0) -> Tensor:
-    """Keys and values in the cache, float32 `[2, layers, key-value heads, positions, head_dim]`."""
-    if isinstance(engine, CpuEngine):
-        words = torch.from_numpy(engine._core.read_cache(sequence))
-        return words.view(torch.bfloat16).float()
-    states = [
-        (layer.keys * layer.key_scales, layer.values * layer.value_scales)
-        if isinstance(layer, EightBitLayer)
-        else (layer.keys, layer.values)
-        for layer in engine._cache.layers
-    ]
-    keys, values = zip(*states, strict=True)
-    return torch.stack([torch.stack(keys)[:, sequence], torch.stack(values)[:, sequence]])

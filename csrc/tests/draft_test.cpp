@@ -119,27 +119,6 @@ TEST(drafts_end_with_a_stop_token) {
   });
 }
 
-TEST(drafts_keep_to_the_tokens_they_are_given) {
-  with_each_kernel_set([](const KernelSet& kernels) {
-    for (const Kind& kind : kKinds) {
-      Subject subject(kernels, 2, kind), steps(kernels, 1, kind);
-      fill(subject);
-      fill(steps);
-      for (const int tokens : {1, 33, 64, kVocabulary}) {
-        Drafts drafts = drafts_of({1, 1, 1});
-        drafts.head_tokens = tokens;
-        subject.decoder.draft(drafts);
-        fill(steps);
-        const Result step = steps.run(drafts.tokens, drafts.sequences, always());
-        for (size_t i = 0; i < 3; ++i) {
-          const auto logits = step.logits.begin() + static_cast<ptrdiff_t>(i * kVocabulary);
-          CHECK(drafts.drafted[i][0] == std::max_element(logits, logits + tokens) - logits);
-        }
-      }
-    }
-  });
-}
-
 TEST(wrong_drafts_are_refused) {
   with_each_kernel_set([](const KernelSet& kernels) {
     Subject subject(kernels, 1);
@@ -158,8 +137,6 @@ TEST(wrong_drafts_are_refused) {
     CHECK(refused([](Drafts& d) { d.most[1] = 0; }));
     CHECK(refused([](Drafts& d) { d.exit_layer = -1; }));
     CHECK(refused([](Drafts& d) { d.exit_layer = kLayers + 1; }));
-    CHECK(refused([](Drafts& d) { d.head_tokens = kVocabulary + 1; }));
-    CHECK(refused([](Drafts& d) { d.head_tokens = -1; }));
     CHECK(refused([](Drafts& d) { d.tokens[0] = kVocabulary; }));
     CHECK(refused([](Drafts& d) { d.sequences[0] = kSequences; }));
     CHECK(refused([](Drafts& d) { d.draft_head = true; }));

@@ -276,18 +276,17 @@ class AttachedRiver(NotCopied):
             for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
             if given is not None
         )
-        shape = inputs.shape[:2]
+        batch, num_tokens = inputs.shape[:2]
         rule, self._is_decoding = self._rule, False
         if rule is None:
-            phase = self.phase or self._phase_of(shape[1], kwargs.get("past_key_values"))
+            phase = self.phase or self._phase_of(num_tokens, kwargs.get("past_key_values"))
             self._is_decoding = phase == "decode"
             mask = kwargs.get("attention_mask")
             if isinstance(mask, Tensor) and mask.ndim == 2:  # [B, positions]; it hides padding
-                is_real = mask[:, -shape[1] :].bool().cpu()
+                is_real = mask[:, -num_tokens:].bool().cpu()
             else:
-                is_real = torch.ones(shape, dtype=torch.bool)
+                is_real = torch.ones(batch, num_tokens, dtype=torch.bool)
             rule = RoutingRule.of_policy(self.policy, self.num_layers, phase, is_real)
-        batch, num_tokens = shape
         self.router.begin_pass(batch, num_tokens, rule)
 
     def _after_pass(self, decoder: nn.Module, args: Any, output: Any) -> None:

@@ -129,10 +129,10 @@ def linear_weight(linear: nn.Module) -> Tensor:
 
 
 def check_in_memory(layers: list[DecoderLayer]) -> None:
-    """See that the layers have their weights.
+    """Validate that the layers have their weights.
 
     Raises:
-        RiverError: they were evicted, or given up to an engine.
+        RiverError: they were evicted, or freed by an engine that packed them.
     """
     for layer in layers:
         if any(linear_weight(linear).is_meta for linear in layer.linears.values()):
@@ -176,7 +176,7 @@ def are_float16(layers: list[DecoderLayer]) -> bool:
 
 
 def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> None:
-    """Run three tokens through the model and see that its layers are used as the river needs it.
+    """Run three tokens through the model and validate that its layers are used as the river needs it.
 
     Every layer has to run once, in order, on hidden states `[batch, tokens, width]` and write its
     own KV cache slot; every linear layer has to be called once, with one row for each token.

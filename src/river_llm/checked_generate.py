@@ -57,7 +57,7 @@ def checked_generate(
 def checked_batching(
     model: PreTrainedModel, treats_alike: Callable[[], bool]
 ) -> Callable[..., Any]:
-    """What the model's continuous batching begins with, whose passes hold tokens of all sequences.
+    """What starts the model's continuous batching, whose passes hold tokens of all sequences.
 
     Args:
         treats_alike: see `checked_generate`.
@@ -65,16 +65,16 @@ def checked_batching(
     Raises (when called):
         RiverError: the policy doesn't treat them alike.
     """
-    begin = model.init_continuous_batching
+    start = model.init_continuous_batching
 
-    @wraps(begin)
+    @wraps(start)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if not treats_alike():
             raise RiverError(
                 "continuous batching (generate_batch of transformers) runs tokens of prompts and "
                 f"answers in one pass; take RiverLM.generate_batch, or {_WAY_OUT}"
             )
-        return begin(*args, **kwargs)
+        return start(*args, **kwargs)
 
     return checked
 

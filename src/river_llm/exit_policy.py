@@ -112,15 +112,10 @@ class ExitPolicy:
         """
         return cls("thresholds", layer_thresholds=_floats(thresholds), **rules)
 
-    @property
-    def has_thresholds(self) -> bool:
-        """Whether it comes down to one number per layer."""
-        return True
-
     def treats_alike(self, num_layers: int) -> bool:
         """Whether a token leaves as it does in an answer where it stands in a prompt too."""
-        if not self.has_thresholds or self.prefill == "token":
-            return self.has_thresholds
+        if self.prefill == "token":
+            return True
         thresholds = self.thresholds(num_layers)
         if self.prefill == "sequence":  # the mean of similarities decides nothing
             return not any(map(math.isfinite, thresholds))
@@ -196,10 +191,10 @@ class ExitPolicy:
 
 
 def check_is_policy(policy: object) -> None:
-    """See that it is an exit policy.
+    """Validate an exit policy.
 
     Raises:
-        ConfigError: it isn't.
+        ConfigError: it is none.
     """
     if not isinstance(policy, ExitPolicy):
         raise ConfigError(

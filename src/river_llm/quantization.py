@@ -110,9 +110,9 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
     rows, columns = weight.shape
     if columns % config.group_size:
         fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
-        mend = f"choose {' or '.join(fitting)}" if fitting else "no group size does"
+        fix = f"choose {' or '.join(fitting)}" if fitting else "no group size does"
         raise ConfigError(
-            f"group size {config.group_size} does not divide the input width {columns}; {mend}"
+            f"group size {config.group_size} does not divide the input width {columns}; {fix}"
         )
     num_groups = columns // config.group_size
     block_rows = max(1, _BLOCK_ELEMENTS // columns)

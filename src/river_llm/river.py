@@ -96,7 +96,7 @@ class River:
         return cls(config, exit_layers, fingerprint(layers), model.config.model_type)
 
     def check_fits(self, layers: list[DecoderLayer]) -> None:
-        """See that this river was made from these very layers.
+        """Validate that this river was made from these very layers.
 
         Raises:
             RiverFileError: it was made from another model or from other weights.
@@ -107,14 +107,14 @@ class River:
         )
         if not same_shape or fingerprint(layers) != self.fingerprint:
             what = "other weights" if same_shape else "another model"
-            mend = "build one for this model: river-llm build MODEL -o DIR"
+            fix = "build one for this model: river-llm build MODEL -o DIR"
             if same_shape and are_float16(layers):
                 what += ", or for these in another dtype: float16 loses small values"
-                mend = f"take the dtype that it was built in, or {mend} --dtype float16"
+                fix = f"take the dtype that it was built in, or {fix} --dtype float16"
             raise RiverFileError(
                 f"this river was built for {what} "
                 f"({self.model_type}, {len(self.exit_layers)} layers, {self.fingerprint[:19]}...); "
-                f"{mend}"
+                f"{fix}"
             )
 
     @staticmethod

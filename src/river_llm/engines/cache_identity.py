@@ -85,7 +85,7 @@ def _sampled(weights: Any) -> Any:
 
 
 def _sampled_layer(core: Any, weights: Any | None, start: int, size: int) -> Any:
-    """The same lines of a backbone layer, in memory or not; it begins at byte `start`."""
+    """The same lines of a backbone layer, in memory or not; its first byte is `start`."""
     if weights is not None:
         return _sampled(weights)
     places = _places(_LINES, size // _LINE_BYTES) * _LINE_BYTES + start

@@ -180,8 +180,8 @@ class CpuEngine(NotCopiedEngine):
         check_tokens(step.tokens, self.vocab_size)
         return self._forward(step)
 
-    def _forward(self, step: Step, **head: Any) -> StepResult:
-        """One native call; `head` says which LM head, and how much of it, a draft takes."""
+    def _forward(self, step: Step, draft_head: bool = False) -> StepResult:
+        """One native call, with the LM head that drafts have if so said."""
         thresholds = step.thresholds.detach().to("cpu", torch.float32).contiguous().numpy()
         with one_clear_line():
             end = self._core.longest_after(step.sequences)
@@ -195,8 +195,8 @@ class CpuEngine(NotCopiedEngine):
                 step.mean_groups,
                 step.minimum_groups,
                 step.record_similarities,
-                depth_limit=self.num_layers if self._depth_limit is None else self._depth_limit,
-                **head,
+                draft_head,
+                self.num_layers if self._depth_limit is None else self._depth_limit,
             )
         return StepResult(
             partial(self._logits, number),
@@ -252,7 +252,7 @@ class CpuEngine(NotCopiedEngine):
         lengths = [self.length(sequence) for sequence in sequences]
         end = max(length + count for length, count in zip(lengths, most, strict=True))
         check_room(end, self.context_length)
-        head = {"draft_head": rule.lm_head_bits != self.lm_head_bits}
+        draft_head = rule.lm_head_bits != self.lm_head_bits
         if choose is None:
             with one_clear_line():
                 self._positions.cover(end)
@@ -263,7 +263,7 @@ class CpuEngine(NotCopiedEngine):
                     rule.exit_layer,
                     rule.least_margin,
                     list(rule.stop_tokens),
-                    **head,
+                    draft_head,
                 )
             return [Draft(drafted, margins) for drafted, margins in zip(*drafts, strict=True)]
         thresholds = torch.tensor(ExitPolicy.fixed(rule.exit_layer).thresholds(self.num_layers))
@@ -271,7 +271,7 @@ class CpuEngine(NotCopiedEngine):
         def decode(going: list[int], last: list[int]) -> Tensor:
             rows = range(len(going))
             step = Step(last, [sequences[i] for i in going], thresholds, rows)
-            return self._forward(step, **head).logits
+            return self._forward(step, draft_head).logits
 
         try:
             return draft_step_by_step(decode, tokens, most, rule, choose)

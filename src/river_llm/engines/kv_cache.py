@@ -104,11 +104,11 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
             room = _room(getattr(sources[0], name), len(pieces), max(lengths))
             part = room[:, :, : max(lengths)]
             for row, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
-                begin = max(lengths) - length
-                part[row, :, :begin] = 0
+                first = max(lengths) - length
+                part[row, :, :first] = 0
                 if length:
                     source = getattr(piece.layer, name)
-                    part[row, :, begin:] = source[piece.row, :, piece.start : piece.end]
+                    part[row, :, first:] = source[piece.row, :, piece.start : piece.end]
             layer._rooms[name] = room
             setattr(layer, name, part)
         layer.is_initialized = True
@@ -117,14 +117,14 @@ class StatesLayer(DynamicLayer):  # type: ignore[misc]
     def _append(self, name: str, new: Tensor) -> Tensor:
         """Put `new`, `[B, G, N, ...]`, behind what a part holds; the whole part."""
         part: Tensor = getattr(self, name)
-        begin = part.shape[2]
-        end = begin + new.shape[2]
+        length = part.shape[2]
+        end = length + new.shape[2]
         room = self._rooms.get(name)
         if room is None or part.data_ptr() != room.data_ptr() or room.shape[2] < end:
             room = _room(new, len(new), end)
-            room[:, :, :begin] = part
+            room[:, :, :length] = part
             self._rooms[name] = room
-        room[:, :, begin:end] = new
+        room[:, :, length:end] = new
         part = room[:, :, :end]
         setattr(self, name, part)
         return part

@@ -1,7 +1,7 @@
 """The torch engine's KV cache: sequences of their own lengths, joined to batches for the model.
 
 A batch is one cache of `transformers`, `[B, G, positions, D]` in every layer, whose sequences end
-at one position; shorter ones begin with padding. The sequences of a step stay joined until a step
+at one position; shorter ones are padded on the left. The sequences of a step stay joined until a step
 has others, so that steady decoding copies nothing.
 
     position    0 1 2 3 4 5 6 7
@@ -11,7 +11,7 @@ has others, so that steady decoding copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,22 +69,29 @@ class SequenceCache:
         if self.lengths[sequence] == 0:
             self._batches.pop(sequence, None)
 
-    def aligned(self, sequences: Sequence[int]) -> tuple[Batch, int]:
+    def aligned(
+        self, sequences: Sequence[int], apart_from: Collection[int] = ()
+    ) -> tuple[Batch, int]:
         """A batch that holds these sequences, all ending where the cache ends, and the position of
-        that end. Others may be in it, which end there or earlier, fewer than these are."""
+        that end.
+
+        Others may be in it, no more than these, which end there or earlier: where a few of a batch
+        take a break, nothing is copied. Those that it is to be apart from are not among them.
+        """
         batch = self._batches.get(sequences[0])
         if batch is None or not set(sequences) <= set(batch.sequences):
             return self._join(sequences)
-        alive = [s for s in batch.sequences if self._batches.get(s) is batch]
-        if alive != batch.sequences or 2 * len(sequences) < len(alive):
+        others = set(batch.sequences) - set(sequences)
+        are_there = all(self._batches.get(other) is batch for other in others)
+        if not are_there or len(others) > len(sequences) or others & set(apart_from):
             return self._join(sequences)
         ends = {
             sequence: start + self.lengths[sequence]
-            for sequence, start in zip(alive, batch.starts, strict=True)
+            for sequence, start in zip(batch.sequences, batch.starts, strict=True)
         }
         end = ends[sequences[0]]
         if any(ends[s] != end for s in sequences) or max(ends.values()) > end:
-            return self._join(alive)
+            return self._join(batch.sequences)
         for layer in batch.cache.layers:
             layer.truncate(end)
         return batch, end
@@ -159,6 +166,43 @@ class SequenceCache:
 
     def _new_cache(self) -> Any:
         return Cache(layer_class_to_replicate=layer_class(self.kv_bits))
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Where rows of a step stand in a pass over tokens `[B, T]`.
+
+    Attributes:
+        rows: int64 `[N]`, ascending.
+        sequences, columns: int64 `[N]`, where each stands.
+        step_rows: int64 `[B, T]`, the row of each token. Tokens that only fill the pass up are of
+            the same sequence where it has one: so they are no less numbers than its own.
+        is_real: bool `[B, T]`, which tokens are no such fillers.
+    """
+
+    rows: Tensor
+    sequences: Tensor
+    columns: Tensor
+    step_rows: Tensor
+    is_real: Tensor
+
+    @classmethod
+    def of(
+        cls, sequences: Sequence[int], rows: Mapping[int, Sequence[int]], more: int
+    ) -> RowPlaces:
+        """For some sequences' rows, and so many columns of fillers more."""
+        width = max(map(len, rows.values())) + more
+        step_rows = torch.full((len(sequences), width), next(iter(rows.values()))[0])
+        is_real = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for place, sequence in enumerate(sequences):
+            own = rows.get(sequence, ())
+            if own:
+                step_rows[place] = own[-1]
+                step_rows[place, : len(own)] = torch.tensor(own)
+                is_real[place, : len(own)] = True
+        ordered, order = step_rows[is_real].sort()
+        places, columns = is_real.nonzero()[order].unbind(1)
+        return cls(ordered, places, columns, step_rows, is_real)
 
 
 def attention_mask(batch: Batch, lengths: Mapping[int, int], past: int, new: Tensor) -> Tensor:

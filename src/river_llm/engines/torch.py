@@ -15,7 +15,7 @@ from river_llm.attachment import AttachedRiver
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.llama import rope_boundary
-from river_llm.engines.sequence_cache import SequenceCache, attention_mask
+from river_llm.engines.sequence_cache import RowPlaces, SequenceCache, attention_mask
 from river_llm.engines.step import Step, StepResult, check_room, check_tokens
 from river_llm.errors import RiverError
 from river_llm.exit_router import RoutingRule
@@ -25,7 +25,6 @@ from river_llm.residency import OffloadStatistics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FILLER_TOKEN = 0
 _FEW_ROWS = 16  # of a sequence: decoding and verification stay in one pass
 
 
@@ -120,18 +119,17 @@ class TorchEngine(NotCopiedEngine):
         rows = self._rows(step)
         groups = self._groups(rows, are_joined=bool(step.minimum_groups))
         passes = [self._run(step, {s: rows[s] for s in group}) for group in groups]
-        self._cache.lengths.update(
-            {sequence: self.length(sequence) + len(of) for sequence, of in rows.items()}
-        )
+        lengths = {s: self.length(s) + len(of) for s, of in rows.items()}
+        self._cache.lengths.update(lengths)  # not before all passes have come to their ends
         if len(passes) == 1:
             one = passes[0]
             return StepResult(one.logits, one.exit_layers, similarities=one.similarities)
-        order = torch.cat([torch.tensor(one.rows) for one in passes]).argsort()
-        wanted = set(step.logit_rows)
-        logit_rows = [row for one in passes for row in one.rows if row in wanted]
+        rows_of_passes = torch.cat([one.rows for one in passes])
+        order = rows_of_passes.argsort()
+        wanted = torch.isin(rows_of_passes, torch.tensor(step.logit_rows))
         similarities = [one.similarities for one in passes if one.similarities is not None]
         return StepResult(
-            torch.cat([one.logits for one in passes])[torch.tensor(logit_rows).argsort()],
+            torch.cat([one.logits for one in passes])[rows_of_passes[wanted].argsort()],
             torch.cat([one.exit_layers for one in passes])[order],
             similarities=torch.cat(similarities, 1)[:, order] if similarities else None,
         )
@@ -184,47 +182,41 @@ class TorchEngine(NotCopiedEngine):
 
     def _run(self, step: Step, rows: Mapping[int, Sequence[int]]) -> _Pass:
         """One pass of the model over the rows of some sequences."""
-        batch, past = self._cache.aligned(list(rows))
+        batch, past = self._cache.aligned(list(rows), apart_from=set(step.sequences) - set(rows))
         text_length = max(self._text_length(s, len(of)) for s, of in rows.items())
         end = max(self.length(s) + len(of) for s, of in rows.items())
-        needs_angles = self._angles(end) != self._angles(text_length)
-        places = {  # of each row: the sequence in the batch, and the column
-            row: (batch.sequences.index(sequence), column)
-            for sequence, of in rows.items()
-            for column, row in enumerate(of)
-        }
-        places = dict(sorted(places.items()))
-        num_tokens = max(len(of) for of in rows.values()) + needs_angles
-        index = torch.full((len(batch.sequences), num_tokens), -1)  # of the row of each token
-        sequences, columns = torch.tensor(list(places.values())).unbind(1)
-        index[sequences, columns] = torch.tensor(list(places))
-        is_real = index >= 0
-        tokens = torch.tensor([*step.tokens, _FILLER_TOKEN])[index]
+        lengthens = self._angles(end) != self._angles(text_length)
+        places = RowPlaces.of(batch.sequences, rows, int(lengthens))
+        tokens = torch.tensor(step.tokens)[places.step_rows]
         inputs: dict[str, Any] = {"input_ids": tokens.to(self.device)}
-        if any(batch.starts) or not bool(is_real.all()):
-            mask = attention_mask(batch, self._cache.lengths, past, is_real)
+        if any(batch.starts) or not bool(places.is_real.all()):
+            mask = attention_mask(batch, self._cache.lengths, past, places.is_real)
             inputs["attention_mask"] = mask.to(inputs["input_ids"])
             if self._takes_position_ids:
-                positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-                if needs_angles:
+                positions = (mask.long().cumsum(1) - 1)[:, past:] * places.is_real
+                if lengthens:  # the angles are those of the furthest position
                     positions[0, -1] = self._angles(text_length) - 1
                 inputs["position_ids"] = positions.to(self.device)
-        wanted = [places[row] for row in step.logit_rows if row in places]
-        kept = sorted({column for _, column in wanted}) or [num_tokens - 1]
-        if not self._takes_logit_columns:
-            kept = list(range(num_tokens))
-        elif len(kept) < num_tokens:
-            is_last = kept == [num_tokens - 1]
-            inputs["logits_to_keep"] = 1 if is_last else torch.tensor(kept, device=self.device)
+        wanted = torch.isin(places.rows, torch.tensor(step.logit_rows))
+        sequences, columns = places.sequences[wanted], places.columns[wanted]
+        num_tokens = tokens.shape[1]
+        kept = columns.unique()  # type: ignore[no-untyped-call]
+        if not self._takes_logit_columns or len(kept) == num_tokens:
+            kept = torch.arange(num_tokens)
+        elif len(kept) == 0 or kept.tolist() == [num_tokens - 1]:
+            kept, inputs["logits_to_keep"] = torch.tensor([num_tokens - 1]), 1
+        else:
+            inputs["logits_to_keep"] = kept.to(self.device)
         self._reset_angles()
-        with self.attached.routed_by(_rule(step, index.where(is_real, min(places)), is_real)):
+        with self.attached.routed_by(_rule(step, places)):
             output = self.model(past_key_values=batch.cache, use_cache=True, **inputs)
         router = self.attached.router
+        at = places.sequences, places.columns
         return _Pass(
-            list(places),
-            output.logits[[b for b, _ in wanted], [kept.index(column) for _, column in wanted]],
-            router.exit_layers[sequences, columns],
-            None if router.similarities is None else router.similarities[:, sequences, columns],
+            places.rows,
+            output.logits[sequences, torch.searchsorted(kept, columns)],
+            router.exit_layers[at],
+            None if router.similarities is None else router.similarities[:, at[0], at[1]],
         )
 
     def _reset_angles(self) -> None:
@@ -259,21 +251,22 @@ class TorchEngine(NotCopiedEngine):
 class _Pass:
     """What came of a pass over some `rows` of a step, ascending; see `StepResult`."""
 
-    rows: list[int]
+    rows: Tensor
     logits: Tensor
     exit_layers: Tensor
     similarities: Tensor | None
 
 
-def _rule(step: Step, index: Tensor, is_real: Tensor) -> RoutingRule:
-    """The routing of a pass whose tokens are these rows of a step, `[B, T]`."""
+def _rule(step: Step, places: RowPlaces) -> RoutingRule:
+    """The routing of a pass over rows of a step."""
 
     def of_tokens(groups: Sequence[int]) -> Tensor | None:
-        return torch.tensor(groups)[index] if groups else None
+        return torch.tensor(groups)[places.step_rows] if groups else None
 
+    thresholds = step.thresholds
     return RoutingRule(
-        step.thresholds if step.thresholds.ndim == 1 else step.thresholds[index],
-        None if bool(is_real.all()) else is_real,
+        thresholds if thresholds.ndim == 1 else thresholds[places.step_rows],
+        None if bool(places.is_real.all()) else places.is_real,
         of_tokens(step.mean_groups),
         of_tokens(step.minimum_groups),
         step.record_similarities,
