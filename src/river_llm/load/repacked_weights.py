@@ -33,7 +33,7 @@ import river_llm
 from river_llm.config import RiverConfig
 from river_llm.engines import CpuEngine, weight_layout
 from river_llm.engines.native_core import holds_heads
-from river_llm.engines.native_model import RopeBoundary, NativeModel, RotaryTable, WeightFormats
+from river_llm.engines.native_model import NativeModel, RopeBoundary, RotaryTable, WeightFormats
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.load.source import model_files
