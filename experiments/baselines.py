@@ -151,7 +151,7 @@ def main() -> None:
     for bits in sorted({16, options.lm_head_bits}, reverse=True):
         settings = {"threads": options.threads, "lm_head_bits": bits, "device": "cpu"}
         lm = RiverLM.from_pretrained(options.model, options.river, ExitPolicy.never(), **settings)
-        text = Text(lm.tokenizer, lm.engine.draft_vocabularies[-1])
+        text = Text(lm.tokenizer, lm.engine.vocab_size)
         suffix = "" if bits == 16 else f", {bits}-bit head"
         own_bits, exits = lm.river_config.bits, options.exit_layers
         variants += make_variants(lm.engine, text, own_bits, exits, suffix=suffix)

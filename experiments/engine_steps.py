@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from river_llm import ExitPolicy
-from river_llm.engines import Engine
-from river_llm.engines.step import StepResult
+from river_llm.engines import Engine, Step
+from river_llm.generate.rows import new_sequence, prefill
+
+_ROWS = 256  # whose logits are held at a time
 
 
 def score(engine: Engine, tokens: Sequence[int], thresholds: Tensor) -> tuple[Tensor, list[int]]:
@@ -19,18 +21,15 @@ def score(engine: Engine, tokens: Sequence[int], thresholds: Tensor) -> tuple[Te
     Args:
         thresholds: `[L]`, see `ExitPolicy.thresholds`, or `[T, L]`, a row for each token.
     """
-    engine.truncate(0)
-    if thresholds.ndim == 1:
-        engine.policy = _policy(thresholds)
-        first = engine.prefill(torch.tensor([tokens[:1]]))
-        logits, depths = [first.logits.clone()], first.exit_layers.tolist()
-        rest = engine.score(torch.tensor([tokens[1:]]))
-        return torch.cat([*logits, rest.logits[0]]), depths + rest.exit_layers[0].tolist()
     logits, depths = [], []
-    for token, row in zip(tokens, thresholds, strict=True):
-        result = _append(engine, token, row)
-        logits.append(result.logits.clone())
-        depths += result.exit_layers.tolist()
+    with new_sequence(engine) as sequence:
+        for first in range(0, len(tokens), _ROWS):
+            part = tokens[first : first + _ROWS]
+            rows = thresholds if thresholds.ndim == 1 else thresholds[first : first + _ROWS]
+            step = Step(part, [sequence] * len(part), rows, range(len(part)))
+            result = engine.forward(step)
+            logits.append(result.logits.clone())
+            depths += result.exit_layers.tolist()
     return torch.cat(logits), depths
 
 
@@ -42,22 +41,10 @@ def tokens_per_second(
     Args:
         thresholds: `[L]` or `[T, L]`, as of `score`.
     """
-    engine.truncate(0)
-    engine.policy = ExitPolicy.never()
-    engine.prefill(torch.tensor([tokens[:prompt]])).best_tokens.tolist()
     rows = thresholds.expand(len(tokens), -1)
-    start = time.perf_counter()
-    for token, row in zip(tokens[prompt:], rows[prompt:], strict=True):
-        _append(engine, token, row).best_tokens.tolist()
-    return (len(tokens) - prompt) / (time.perf_counter() - start)
-
-
-def _append(engine: Engine, token: int, thresholds: Tensor) -> StepResult:
-    engine.policy = _policy(thresholds)
-    if engine.length == 0:
-        return engine.prefill(torch.tensor([[token]]))
-    return engine.decode(torch.tensor([token]))
-
-
-def _policy(thresholds: Tensor) -> ExitPolicy:
-    return ExitPolicy.per_layer(tuple(thresholds.tolist()), prefill="token")
+    with new_sequence(engine) as sequence:
+        prefill(engine, sequence, tokens[:prompt], ExitPolicy.never())
+        start = time.perf_counter()
+        for token, row in zip(tokens[prompt:], rows[prompt:], strict=True):
+            engine.forward(Step([token], [sequence], row, [0])).best_tokens.tolist()
+        return (len(tokens) - prompt) / (time.perf_counter() - start)

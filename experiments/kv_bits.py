@@ -18,15 +18,18 @@ from output import describe, print_table, write_json
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverConfig, RiverLM
+from river_llm.engines import Step
 from river_llm.measure.divergence import compare_logits
 
 PIECE = 256  # tokens of a pass
 BORDERS = (0, 2048, 4096, 8192, 16384, 32768)
 
 
-def logits_of(lm: RiverLM, tokens: Tensor) -> Tensor:
-    """Append tokens `[T]`: logits `[T, vocabulary]`."""
-    return lm.engine.verify(tokens.unsqueeze(0)).logits[0]
+def logits_of(lm: RiverLM, sequence: int, tokens: Tensor) -> Tensor:
+    """Append tokens `[T]` through the backbone: logits `[T, vocabulary]`."""
+    never = torch.tensor(ExitPolicy.never().thresholds(lm.engine.num_layers))
+    rows = range(len(tokens))
+    return lm.engine.forward(Step(tokens.tolist(), [sequence] * len(tokens), never, rows)).logits
 
 
 def main() -> None:
@@ -51,9 +54,10 @@ def main() -> None:
     text = options.text.read_text(encoding="utf-8")
     most = min(options.tokens, wide.engine.context_length or options.tokens)
     tokens = torch.tensor(wide.tokenizer(text).input_ids[:most])
+    sequences = [(lm, lm.engine.add_sequence()) for lm in (wide, narrow)]
     parts = []
     for piece, targets in zip(tokens[:-1].split(PIECE), tokens[1:].split(PIECE), strict=True):
-        reference, logits = logits_of(wide, piece), logits_of(narrow, piece)
+        reference, logits = (logits_of(*one, piece) for one in sequences)
         of_reference = compare_logits(reference, reference, targets)[0]
         parts.append((*compare_logits(logits, reference, targets), of_reference))
     nll, kld, same, reference_nll = map(torch.cat, zip(*parts, strict=True))

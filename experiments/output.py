@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from river_llm.plots import save_figure
+from river_llm.measure.plots import save_figure
 
 from river_llm.measure.environment import describe_run
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from output import describe, print_table, write_json
 
 from river_llm import RiverLM
+from river_llm.config import PolicyConfig
 from river_llm.measure.rounds import Spread
 
 QUESTIONS = ("What is this text about?", "Which files does it name?")
@@ -27,27 +28,28 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--river", help="the folder of a saved river")
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--mode", default="river")
+    parser.add_argument("--threshold", type=float, help="river mode; by default lossless")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
     options = parser.parse_args()
     text = "\n".join(path.read_text(encoding="utf-8") for path in options.documents)
     first, second = (f"{text}\n{question}" for question in QUESTIONS)
-    lm = RiverLM.from_pretrained(options.model, options.river, engine=options.engine)
+    policy = PolicyConfig(threshold=options.threshold).exit_policy()
+    lm = RiverLM.from_pretrained(options.model, options.river, policy, engine=options.engine)
     differ, whole_seconds, loaded_seconds = 0, [], []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "prompt.safetensors"
-        answer = lm.generate(first, mode=options.mode, max_new_tokens=1)
+        answer = lm.generate(first, max_new_tokens=1)
         start = time.perf_counter()
         kept = lm.save_prompt_cache(path, answer.prompt_tokens)
         written, size = time.perf_counter() - start, path.stat().st_size
         print(f"{kept} tokens kept in {size / 2**20:.0f} MiB, written in {written:.2f} s")
         for number in range(-1, options.rounds):  # one to warm up
-            whole = lm.generate(second, mode=options.mode, max_new_tokens=32)
+            whole = lm.generate(second, max_new_tokens=32)
             start = time.perf_counter()
-            lm.load_prompt_cache(path, options.mode)
+            lm.load_prompt_cache(path)
             loading = time.perf_counter() - start
-            result = lm.generate(second, reuse_cache=True, mode=options.mode, max_new_tokens=32)
+            result = lm.generate(second, reuse_cache=True, max_new_tokens=32)
             differ += result.tokens != whole.tokens
             if number >= 0:
                 whole_seconds.append(whole.time_to_first_token)
