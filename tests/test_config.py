@@ -22,8 +22,8 @@ from river_llm.config import (
     PromptConfig,
     RiverConfig,
     SamplingConfig,
-    Settings,
 )
+from river_llm.settings import Settings
 
 CLASSES = [RiverConfig, EngineConfig, PolicyConfig, SamplingConfig, DraftConfig, PromptConfig]
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
-from numbers import Integral, Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard, TypeVar, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from river_llm.errors import ConfigError
+from river_llm.settings import Allowed, Settings, is_whole_number, number, one_of, setting, whole
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from typing_extensions import Self
 
     from river_llm.exit_policy import ExitPolicy
 
@@ -37,103 +35,6 @@ GROUP_SIZES = (32, 64, 128)
 MOST_DRAFT_TOKENS = 64
 MOST_THREADS = 1024  # of the native core
 MIN_TEMPERATURE = 1e-4  # besides 0: below it logits would leave the range of float32
-
-_T = TypeVar("_T")
-
-
-def is_whole_number(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number, infinities and NaN too; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """What a setting may be: a test, and the same in words ("it must be ...")."""
-
-    test: Callable[[Any], bool]
-    words: str
-
-
-def whole(least: int, most: int | None = None) -> Allowed:
-    """A whole number from `least` on."""
-    words = f"a whole number, {least} or more"
-    if most is None:
-        return Allowed(lambda value: is_whole_number(value) and least <= value, words)
-    words = f"a whole number from {least} to {most}"
-    return Allowed(lambda value: is_whole_number(value) and least <= value <= most, words)
-
-
-def number(test: Callable[[float], bool], words: str) -> Allowed:
-    """A real number for which `test` holds."""
-    return Allowed(lambda value: is_number(value) and test(value), words)
-
-
-def one_of(*values: Any) -> Allowed:
-    """One of these, and of their type."""
-    return Allowed(
-        lambda value: any(value == one and type(value) is type(one) for one in values),
-        "one of " + ", ".join(map(str, values)),
-    )
-
-
-def setting(
-    default: _T,
-    help: str,
-    allowed: Allowed | None = None,
-    *,
-    advanced: bool = False,
-    option: tuple[str, ...] = (),
-) -> _T:
-    """A field of a settings class.
-
-    Args:
-        help: one sentence, which the command line shows.
-        allowed: what it may be beside None, where that is the default; None: anything.
-        advanced: the command line lists it under "Advanced".
-        option: its names on the command line, if not its own; an empty string: it has none there.
-    """
-    metadata = {"help": help, "allowed": allowed, "advanced": advanced, "option": option}
-    return field(default=default, metadata=metadata)
-
-
-class Settings:
-    """Base of the settings: frozen dataclasses whose fields are made by `setting`."""
-
-    __slots__ = ()
-    noun: ClassVar[str] = "setting"
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value, allowed = getattr(self, one.name), one.metadata["allowed"]
-            if allowed is None or (value is None and one.default is None) or allowed.test(value):
-                continue
-            raise ConfigError(f"{one.name} is {value!r}; it must be {allowed.words}")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """From names and values.
-
-        Raises:
-            ConfigError: a name is unknown, or a value out of its range.
-        """
-        known = [one.name for one in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"there is no {cls.noun} {name!r}; there are {', '.join(known)}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,20 +408,3 @@ class PromptConfig(ChatConfig):
                 "a raw prompt goes through no chat template, and its control tokens are what they "
                 "are; leave chat_template_kwargs and allow_control_tokens out"
             )
-
-
-def split_settings(values: Mapping[str, Any], *kinds: type[Settings]) -> tuple[Any, ...]:
-    """An object of each class, out of names and values that are its fields.
-
-    Raises:
-        ConfigError: a name is a field of none of them, or a value is out of its range.
-    """
-    names = [[one.name for one in fields(kind)] for kind in kinds]
-    known = [name for of_kind in names for name in of_kind]
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"there is no setting {name!r}; there are {', '.join(known)}")
-    return tuple(
-        kind(**{name: values[name] for name in of_kind if name in values})
-        for kind, of_kind in zip(kinds, names, strict=True)
-    )

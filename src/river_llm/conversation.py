@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from river_llm.config import DraftConfig, PromptConfig, SamplingConfig, split_settings
+from river_llm.config import DraftConfig, PromptConfig, SamplingConfig
 from river_llm.errors import ConfigError
 from river_llm.generate import GenerationResponse
 from river_llm.lm import PolicyChoice, RiverLM
+from river_llm.settings import split_settings
 from river_llm.text.prompt import Message
 
 

@@ -16,8 +16,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeGuard, get_args
 
-from river_llm.config import DEFAULT_THRESHOLD, is_number, is_whole_number
+from river_llm.config import DEFAULT_THRESHOLD
 from river_llm.errors import ConfigError
+from river_llm.settings import is_number, is_whole_number
 
 PolicyKind = Literal["never", "always", "fixed", "similarity", "thresholds"]
 PrefillRule = Literal["backbone", "river", "sequence", "token"]

@@ -16,7 +16,6 @@ from river_llm.config import (
     PromptConfig,
     RiverConfig,
     SamplingConfig,
-    split_settings,
 )
 from river_llm.engines import Engine
 from river_llm.engines.step import Offloading
@@ -33,6 +32,7 @@ from river_llm.generate.runner import Runner
 from river_llm.pretrained import RiverChoice, load_pretrained
 from river_llm.residency import ResidencyPlan
 from river_llm.river import Progress
+from river_llm.settings import split_settings
 from river_llm.text.prompt import Message, Prompt, encode_prompt, warn_of_unusable_tokens
 
 if TYPE_CHECKING:

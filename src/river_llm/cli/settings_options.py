@@ -14,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from river_llm.cli.usage import usage_error
-from river_llm.config import Settings
 from river_llm.errors import ConfigError
+from river_llm.settings import Settings
 
 ADVANCED = "Advanced"
 

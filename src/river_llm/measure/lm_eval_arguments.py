@@ -9,10 +9,10 @@ from river_llm.config import (
     EngineConfig,
     PolicyConfig,
     RiverConfig,
-    split_settings,
 )
 from river_llm.errors import ConfigError
 from river_llm.lm import RiverLM
+from river_llm.settings import split_settings
 
 
 def load_model(pretrained: str = DEFAULT_MODEL, river: str | None = None, **given: Any) -> RiverLM:

@@ -6,8 +6,8 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from river_llm.config import is_whole_number
 from river_llm.errors import ConfigError
+from river_llm.settings import is_whole_number
 from river_llm.text.chat_template import Message, render_messages
 from river_llm.text.control_tokens import is_bracketed
 
