@@ -34,7 +34,12 @@ from river_llm.cache import CachedFolder, cache_directory, file_state, folder_fo
 from river_llm.config import RiverConfig
 from river_llm.engines import CpuEngine, weight_layout
 from river_llm.engines.native_core import holds_heads
-from river_llm.engines.native_model import AngleLimit, NativeModel, RotaryTable, WeightFormats
+from river_llm.engines.native_model import (
+    NativeModel,
+    RopeBoundary,
+    RotaryTable,
+    WeightFormats,
+)
 from river_llm.errors import RiverError
 from river_llm.exit_policy import ExitPolicy
 from river_llm.model_source import model_files
@@ -353,7 +358,7 @@ def _describe(model: NativeModel) -> tuple[dict[str, Any], dict[str, Any]]:
         "shape": model.shape,
         "layers": layers,
         "rotary_scaling": [table.scaling for table in model.rotary],
-        "angle_limit": None if model.angle_limit is None else asdict(model.angle_limit),
+        "rope_boundary": None if model.rope_boundary is None else asdict(model.rope_boundary),
         "query_scaling": model.query_scaling,
         "context_length": model.context_length,
     }
@@ -377,13 +382,13 @@ def _native_model(description: dict[str, Any], arrays: dict[str, Any]) -> Native
                 None if long is None else torch.from_numpy(long),
             )
         )
-    limit, scaling = description["angle_limit"], description["query_scaling"]
+    boundary, scaling = description["rope_boundary"], description["query_scaling"]
     return NativeModel(
         shape=description["shape"],
         layers=layers,
         final_norm=arrays["final_norm"],
         rotary=rotary,
-        angle_limit=None if limit is None else AngleLimit(**limit),
+        rope_boundary=None if boundary is None else RopeBoundary(**boundary),
         query_scaling=None if scaling is None else (scaling[0], scaling[1]),
         context_length=description["context_length"],
     )
