@@ -77,7 +77,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   require(thresholds.ndim() == 1 || (thresholds.ndim() == 2 && thresholds.shape(0) == rows),
         "thresholds are [layers] or [rows, layers]");
   require(thresholds.shape(thresholds.ndim() - 1) == layers, "give one threshold for each layer");
-  ++passes_;  // a pass that is refused takes the last one's logits with it, too
+  logits_of_ = 0;  // a pass that is refused takes the last one's logits with it, too
   pass_.tokens = std::move(tokens);
   pass_.sequences = std::move(sequences);
   pass_.thresholds.assign(thresholds.data(), thresholds.data() + thresholds.size());
@@ -96,6 +96,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
     throw nb::python_error();
   }
   depth_capped_ += pass_.depth_capped;
+  logits_of_ = ++passes_;
   nb::object similarities = nb::none();
   if (record_similarities) similarities = numpy_array(std::move(pass_.similarities), {layers, rows});
   return nb::make_tuple(whole_numbers(pass_.best_tokens), whole_numbers(pass_.exit_layers),
@@ -104,7 +105,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
 
 nb::object Engine::logits(int64_t pass) {
   const Lock lock(*this);
-  if (pass != passes_)
+  if (pass != logits_of_ || pass == 0)
     throw std::runtime_error("these logits are gone; look at them before the engine's next pass");
   const size_t rows = pass_.logit_rows.size(), tokens = static_cast<size_t>(model_.shape.vocab_size);
   std::vector<float> copy(rows * tokens);

@@ -95,7 +95,6 @@ class Engine {
   void check_layer(int layer) const;
   void check_sequence(int sequence) const;
   void check_complete() const;
-  int columns(int projection) const;
   nb::object bytes_of(uint8_t* data, size_t count);
 
   const KernelSet& kernels_;
@@ -106,7 +105,8 @@ class Engine {
   std::atomic<bool> busy_{false};
   Matrix16 embedding_;
   Pass pass_;  // the last one: its logits, and memory that is used again
-  int64_t passes_ = 0, depth_capped_ = 0;
+  int64_t passes_ = 0, logits_of_ = 0;  // counted from 1; 0: of none
+  int64_t depth_capped_ = 0;
 };
 
 }  // namespace river

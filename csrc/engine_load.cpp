@@ -91,24 +91,22 @@ void Engine::load_layer(int index, const nb::dict& given) {
   require(changed.window >= 0, "a negative window");
   require(changed.rope >= -1 && changed.rope < s.rope_kinds, "there are no such rotary angles");
 
-  std::vector<std::vector<nb::object>> matrices[2];  // [Side][Projection]
-  std::vector<SourceMatrix> sources[2][4];
+  std::vector<std::vector<nb::object>> matrices[2];  // [Side][Projection], kept while they are read
+  Model::Sources sources[2];
   for (const Side side : {kBackbone, kRiver}) {
     nb::object part;
     if (!parts.take(side == kBackbone ? "backbone" : "river", part)) continue;
     require(nb::try_cast(part, matrices[side], false) && matrices[side].size() == 4,
-          "a side of a layer is a list of matrices for each of four projections");
+            "a side of a layer is a list of matrices for each of four projections");
     for (size_t p = 0; p < 4; ++p)
       for (const nb::object& matrix : matrices[side][p])
         sources[side][p].push_back(
-            read_matrix(matrix, columns(static_cast<int>(p)), layer.projections[p][side]));
+            read_matrix(matrix, model_.inputs(static_cast<int>(p)), layer.projections[p][side]));
   }
   parts.check_all_taken();
   {
     nb::gil_scoped_release release;
-    for (const Side side : {kBackbone, kRiver})
-      for (int p = 0; p < 4 && !matrices[side].empty(); ++p)
-        model_.set_projection(index, static_cast<Projection>(p), side, sources[side][p], *pool_);
+    model_.set_layer(index, sources, *pool_);
   }
   layer = std::move(changed);
 }
@@ -180,13 +178,6 @@ nb::object Engine::head_rows(int first, int count) {
     std::transform(row.begin(), row.end(), rows.begin() + static_cast<ptrdiff_t>(i * width), to_bf16);
   }
   return numpy_array(std::move(rows), {static_cast<size_t>(count), width});
-}
-
-int Engine::columns(int projection) const {
-  const Shape& s = model_.shape;
-  return projection == kOutput ? s.num_heads * s.head_dim
-         : projection == kDown ? s.intermediate_size
-                               : s.hidden_size;
 }
 
 }  // namespace river

@@ -70,8 +70,7 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
   require(s.rope_kinds >= 0 && s.rope_kinds <= 16, "there are 0 to 16 kinds of rotary angles");
   require(s.rope_boundary >= 0, "the boundary of rotary angles is negative");
   require(s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= s.head_dim, "the rotary dim is odd, negative or too large");
-  const int columns[4] = {s.hidden_size, s.num_heads * s.head_dim, s.hidden_size,
-                          s.intermediate_size};
+  const int columns[4] = {inputs(kQkv), inputs(kOutput), inputs(kGateUp), inputs(kDown)};
   const int rows[4] = {(s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden_size,
                        2 * s.intermediate_size, s.hidden_size};
   for (const Format& format : {backbone, river})
@@ -118,19 +117,30 @@ size_t Model::weight_bytes() const {
   return bytes;
 }
 
-void Model::set_projection(int layer, Projection projection, Side side,
-                           const std::vector<SourceMatrix>& sources, ThreadPool& pool) {
-  const PackedMatrix& matrix = layers.at(static_cast<size_t>(layer)).projections[projection][side];
-  int rows = 0;
-  for (const SourceMatrix& source : sources) rows += source.rows;
-  require(matrix.data != nullptr, "the layer is not in memory");
-  require(rows == matrix.rows, "a projection has the wrong number of outputs");
-  require(projection != kGateUp || (sources.size() == 2 && sources[0].rows == sources[1].rows),
-        "gate and up are two matrices of one size");
-  const int columns = projection == kOutput ? shape.num_heads * shape.head_dim
-                      : projection == kDown ? shape.intermediate_size
-                                            : shape.hidden_size;
-  pack(matrix, columns, sources, projection == kGateUp, pool);
+void Model::set_layer(int layer, const Sources (&sources)[2], ThreadPool& pool) {
+  const auto is_given = [&](Side side) {
+    return std::any_of(sources[side].begin(), sources[side].end(), [](auto& s) { return !s.empty(); });
+  };
+  auto& projections = layers.at(static_cast<size_t>(layer)).projections;
+  for (const Side side : {kBackbone, kRiver})
+    for (int p = 0; p < 4 && is_given(side); ++p) {
+      const std::vector<SourceMatrix>& parts = sources[side][static_cast<size_t>(p)];
+      int rows = 0;
+      for (const SourceMatrix& part : parts) rows += part.rows;
+      require(projections[p][side].data != nullptr, "the layer is not in memory");
+      require(rows == projections[p][side].rows, "a projection has the wrong number of outputs");
+      require(p != kGateUp || (parts.size() == 2 && parts[0].rows == parts[1].rows),
+              "gate and up are two matrices of one size");
+    }
+  for (const Side side : {kBackbone, kRiver})
+    for (int p = 0; p < 4 && is_given(side); ++p)
+      pack(projections[p][side], inputs(p), sources[side][static_cast<size_t>(p)], p == kGateUp, pool);
+}
+
+int Model::inputs(int projection) const {
+  return projection == kOutput ? shape.num_heads * shape.head_dim
+         : projection == kDown ? shape.intermediate_size
+                               : shape.hidden_size;
 }
 
 void Model::set_head(const SourceMatrix& source, ThreadPool& pool) {

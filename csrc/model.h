@@ -1,6 +1,7 @@
 // A decoder of the Llama family with its exit river: shape and packed weights.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -81,8 +82,9 @@ class Model {
   std::vector<float> query_scales;  // by position; empty: one everywhere
 
   // Throw std::invalid_argument where the sources don't fit.
-  void set_projection(int layer, Projection projection, Side side,
-                      const std::vector<SourceMatrix>& sources, ThreadPool& pool);
+  // A side without sources stays as it is; where any don't fit, all stay.
+  using Sources = std::array<std::vector<SourceMatrix>, 4>;  // [Projection]
+  void set_layer(int layer, const Sources (&sources)[2], ThreadPool& pool);
   void set_head(const SourceMatrix& source, ThreadPool& pool);
   void set_draft_head(const SourceMatrix& source, Format format, ThreadPool& pool);
   // Rotary angles change once beyond a length (longrope): texts with more than `rope_boundary`
@@ -94,6 +96,7 @@ class Model {
     return rotary[static_cast<size_t>(kind + (is_long ? shape.rope_kinds : 0))];
   }
   int positions(bool is_long) const;  // that all kinds' tables cover
+  int inputs(int projection) const;   // columns of its matrices
 
   void embed(int token, float* out) const;
   // Bytes of a layer's weights on one side, and of the head.

@@ -1,5 +1,5 @@
-"""What holds for the native engine bit for bit: a row's numbers depend on the tokens of its sequence
-and their thresholds alone (batch invariance), and what was forgotten leaves no trace."""
+"""What holds for the native engine bit for bit: a row depends on the tokens of its sequence and on
+their thresholds alone (batch invariance), and what was forgotten leaves no trace."""
 
 from __future__ import annotations
 

@@ -1,23 +1,24 @@
-"""What the native engine takes from a model beside its matrices: rotary angles, their limits."""
+"""What the native engine takes from a model beside its matrices: rotary angles, their boundary."""
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from native_engines import CASES, long_subject, subject_of
-from river_llm.engines.llama_family import describe
+from native_engines import CASES
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
-from river_llm import ExitPolicy, River, RiverConfig, UnsupportedModelError
-from river_llm.engines import CpuEngine
-from river_llm.engines.native_model import AngleLimit, NativeModel
+from river_llm import UnsupportedModelError
+from river_llm.engines.llama import describe
+from river_llm.engines.native_model import NativeModel, RopeBoundary
 
 CONTEXT = 128  # of the tiny models
 LONG_CONTEXT = 4096
@@ -72,17 +73,15 @@ changing_model = pytest.mark.parametrize(
 )
 
 
-def model_of(case: str) -> PreTrainedModel:
-    """One that tests share, where it is of `CASES`."""
-    return MORE[case]() if case in MORE else subject_of(case).model
-
-
 def fresh_model_of(case: str) -> PreTrainedModel:
     """One of the test's own."""
     if case in MORE:
         return MORE[case]()
     architecture, settings = CASES[case]
     return tiny_model(architecture, **settings)
+
+
+model_of = cache(fresh_model_of)  # that tests share
 
 
 def layer_types_of(model: PreTrainedModel) -> list[str | None]:
@@ -105,9 +104,9 @@ def own_angles(
 
 
 def check_angles(model: PreTrainedModel, described: NativeModel, first: int, end: int) -> None:
-    """See that every table has the model's own angles, bit for bit."""
-    limit = described.angle_limit
-    is_long = limit is not None and end > limit.positions
+    """Validate that every table has the model's own angles, bit for bit."""
+    boundary = described.rope_boundary
+    is_long = boundary is not None and end > boundary.positions
     layer_types = layer_types_of(model)
     assert len(described.rotary) == len(layer_types)
     for table, layer_type in zip(described.rotary, layer_types, strict=True):
@@ -122,13 +121,13 @@ class TestAngles:
     def test_are_the_models_own(self, case: str) -> None:
         model = model_of(case)
         described = describe(model)
-        limit = described.angle_limit
-        last = CONTEXT if limit is not None and limit.keep_changing else 5000
+        boundary = described.rope_boundary
+        last = CONTEXT if boundary is not None and boundary.keep_changing else 5000
 
         @example(0, 1)
         @example(0, CONTEXT)
         @example(CONTEXT - 1, 1)
-        @example(0, 16)  # the limit of phi3's longrope
+        @example(0, 16)  # the boundary of phi3's longrope
         @example(0, 17)
         @example(15, 1)
         @example(16, 1)
@@ -142,21 +141,13 @@ class TestAngles:
 
         check()
 
-    @pytest.mark.parametrize("case", ["llama", "phi3, longrope", "gemma3_text"])
-    def test_of_an_engine_are_those_across_the_blocks_that_it_computes(self, case: str) -> None:
-        subject = long_subject(case)
-        described = describe(subject.model)
-        check_angles(subject.model, described, 0, 2048)
-        check_angles(subject.model, described, 2048, 2150)
-
-    def test_of_longrope_change_for_every_position_behind_the_limit(self) -> None:
-        (table,) = describe(model_of("phi3, longrope")).rotary
+    def test_change_beyond_the_boundary_alone(self) -> None:
+        (table,), (unchanging,) = (
+            describe(model_of(case)).rotary for case in ("phi3, longrope", "llama")
+        )
         for short, long in zip(table.angles(1, 16), table.angles(1, 16, True), strict=True):
             assert not torch.equal(short, long)
-
-    def test_of_a_table_without_a_limit_are_the_same_behind_it(self) -> None:
-        (table,) = describe(model_of("llama")).rotary
-        for short, long in zip(table.angles(0, 9), table.angles(0, 9, True), strict=True):
+        for short, long in zip(unchanging.angles(0, 9), unchanging.angles(0, 9, True), strict=True):
             assert torch.equal(short, long)
 
     def test_of_gemma3_differ_by_the_kind_of_layer(self) -> None:
@@ -197,16 +188,6 @@ class TestDescribe:
             assert torch.equal(cosines, own_cosines)
             assert torch.equal(sines, own_sines)
 
-    @every_model
-    def test_gives_the_same_again(self, case: str) -> None:
-        model = model_of(case)
-        first, second = describe(model), describe(model)
-        assert first.shape == second.shape
-        assert first.angle_limit == second.angle_limit
-        for table, again in zip(first.rotary, second.rotary, strict=True):
-            assert table.scaling == again.scaling
-            assert torch.equal(table.frequencies, again.frequencies)
-
     @changing_model
     @pytest.mark.parametrize("length", [17, 40, CONTEXT, CONTEXT + 1, 300])
     def test_takes_the_same_from_a_model_that_has_run_a_text(self, case: str, length: int) -> None:
@@ -216,38 +197,40 @@ class TestDescribe:
         check_angles(fresh, described, 0, 12)
         check_angles(fresh, described, 0, CONTEXT)
 
-    def test_takes_the_dynamic_limit_from_the_context_and_longropes_from_its_own(self) -> None:
-        assert describe(_dynamic_rope()).angle_limit == AngleLimit(CONTEXT, keep_changing=True)
+    def test_finds_the_boundary(self) -> None:
+        """Of dynamic scaling in the context, of longrope in a number of its own."""
+        assert describe(_dynamic_rope()).rope_boundary == RopeBoundary(CONTEXT, keep_changing=True)
         for case, positions in (("phi3, longrope", 16), ("phi3, partial longrope", 32)):
-            limit = describe(model_of(case)).angle_limit
-            assert limit == AngleLimit(positions, keep_changing=False)
-        assert describe(model_of("llama, yarn rope")).angle_limit is None
+            boundary = describe(model_of(case)).rope_boundary
+            assert boundary == RopeBoundary(positions, keep_changing=False)
+        assert describe(model_of("llama, yarn rope")).rope_boundary is None
 
-    @pytest.mark.parametrize("case", ["llama", "phi3, longrope", "gemma3_text"])
-    @pytest.mark.parametrize("way", ["scaled", "shifted", "swapped", "turned the other way"])
+    @pytest.mark.parametrize(
+        ("case", "how"),
+        [
+            *product(["llama", "phi3, longrope", "gemma3_text"], ["scaled", "shifted", "swapped"]),
+            ("phi3, longrope", "long ones doubled"),
+        ],
+    )
     def test_refuses_angles_of_another_kind(
-        self, case: str, way: str, monkeypatch: pytest.MonkeyPatch
+        self, case: str, how: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = model_of(case)
         rotary = model.model.rotary_emb
         own = rotary.forward
 
         def forward(x: Tensor, position_ids: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-            if way == "shifted":
-                position_ids = position_ids + 1
-            cosines, sines = own(x, position_ids, *arguments)
-            if way == "scaled":
+            shifted = position_ids + (how == "shifted")
+            cosines, sines = own(x, shifted, *arguments)
+            if how == "scaled":
                 return cosines * (1 + 2**-20), sines
-            if way == "swapped":
-                return sines, cosines
-            return (cosines, -sines) if way == "turned the other way" else (cosines, sines)
+            if how == "long ones doubled" and int(position_ids.max()) >= 16:
+                return 2 * cosines, 2 * sines
+            return (sines, cosines) if how == "swapped" else (cosines, sines)
 
         monkeypatch.setattr(rotary, "forward", forward)
-        with pytest.raises(UnsupportedModelError, match="rotary angles otherwise"):
+        with pytest.raises(UnsupportedModelError, match=r"rotary angles otherwise.*--engine torch"):
             describe(model)
-        river = River.build(model, RiverConfig(group_size=32, quantizer="rtn"))
-        with pytest.raises(UnsupportedModelError, match="--engine torch"):
-            CpuEngine(model, river, ExitPolicy.never())
 
     @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
     def test_knows_or_refuses_changing_angles_of_one_kind_of_layer(self, rope_type: str) -> None:
@@ -276,75 +259,60 @@ class TestDescribe:
         for end in (9, 16, 17, CONTEXT):
             check_angles(model, described, 0, end)
 
-    def test_refuses_angles_that_are_others_behind_the_limit_alone(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model = model_of("phi3, longrope")
-        rotary = model.model.rotary_emb
-        own = rotary.forward
 
-        def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-            cosines, sines = own(x, position_ids)
-            return (cosines, sines) if int(position_ids.max()) < 16 else (2 * cosines, 2 * sines)
-
-        monkeypatch.setattr(rotary, "forward", forward)
-        with pytest.raises(UnsupportedModelError, match="rotary angles otherwise"):
-            describe(model)
-
-
-def _angles(limit: AngleLimit, positions: int) -> int:
+def _angles(boundary: RopeBoundary, positions: int) -> int:
     """What they are in a text of so many positions: 0, the usual ones, or others."""
-    if positions <= limit.positions:
+    if positions <= boundary.positions:
         return 0
-    return positions if limit.keep_changing else 1
+    return positions if boundary.keep_changing else 1
 
 
-def _rows_by_definition(limit: AngleLimit, length: int) -> int | None:
+def _rows_by_definition(boundary: RopeBoundary, length: int) -> int | None:
     """The most tokens that all have, in one pass, the angles of a step of their own."""
-    endless = limit.positions + 3
+    endless = boundary.positions + 3
     alike = [
         rows
         for rows in range(1, endless + 1)
         if all(
-            _angles(limit, length + row) == _angles(limit, length + rows)
+            _angles(boundary, length + row) == _angles(boundary, length + rows)
             for row in range(1, rows + 1)
         )
     ]
     return None if len(alike) == endless else max(alike)
 
 
-class TestAngleLimit:
-    @given(st.integers(1, 40), st.booleans(), st.integers(0, 80))
-    def test_gives_the_rows_of_one_pass_by_its_definition(
-        self, positions: int, keep_changing: bool, length: int
-    ) -> None:
-        limit = AngleLimit(positions, keep_changing)
-        assert limit.rows_like_single_steps(length) == _rows_by_definition(limit, length)
-
-    @given(st.integers(1, 40), st.booleans(), st.integers(0, 80), st.integers(0, 80))
-    def test_is_crossed_where_angles_differ_on_the_way(
-        self, positions: int, keep_changing: bool, length: int, more: int
-    ) -> None:
-        limit = AngleLimit(positions, keep_changing)
-        met = {_angles(limit, end) for end in range(length, length + more + 1)}
-        assert limit.is_crossed(length, length + more) == (len(met) > 1)
+@given(
+    st.builds(RopeBoundary, st.integers(1, 40), st.booleans()),
+    st.integers(0, 80),
+    st.integers(0, 80),
+)
+def test_a_boundary_tells_texts_with_the_same_angles(
+    boundary: RopeBoundary, length: int, other: int
+) -> None:
+    assert boundary.rows_like_single_steps(length) == _rows_by_definition(boundary, length)
+    is_same = _angles(boundary, length) == _angles(boundary, other)
+    assert boundary.is_shared_by(length, other) == is_same
 
 
-class TestQueryScales:
-    @given(st.integers(1, 300))
-    @example(15)
-    @example(16)
-    @example(17)
-    def test_are_those_of_transformers(self, positions: int) -> None:
-        described = describe(model_of("ministral3, query scales"))
-        assert described.query_scaling == (0.3, 16)
-        scales = described.query_scales(positions)
-        assert scales is not None
-        expected = get_llama_4_attn_scale(torch.arange(positions).unsqueeze(0), 0.3, 16)
-        assert torch.equal(scales, expected.flatten())
-        assert bool((scales[:16] == 1).all())
-        assert bool((scales[16:] > 1).all())
+@cache
+def scaled_queries() -> NativeModel:
+    return describe(model_of("ministral3, query scales"))
 
-    @pytest.mark.parametrize("case", [case for case in CASES if "ministral3" not in case])
-    def test_are_none_for_other_models(self, case: str) -> None:
-        assert describe(model_of(case)).query_scales(100) is None
+
+@given(st.integers(0, 40), st.integers(0, 300))
+@example(15, 1)
+@example(15, 2)
+@example(16, 1)
+def test_query_scales_are_those_of_transformers(first: int, count: int) -> None:
+    described = scaled_queries()
+    assert described.query_scaling == (0.3, 16)
+    scales = described.query_scales(first, first + count)
+    positions = torch.arange(first, first + count)
+    assert torch.equal(scales, get_llama_4_attn_scale(positions.unsqueeze(0), 0.3, 16).flatten())
+    assert torch.equal(scales > 1, positions >= 16)
+
+
+def test_other_models_have_no_query_scales() -> None:
+    for case in CASES:
+        if "ministral3" not in case:
+            assert len(describe(model_of(case)).query_scales(0, 9)) == 0

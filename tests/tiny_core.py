@@ -26,6 +26,8 @@ SHAPE = {
     "intermediate_size": INNER,
     "vocab_size": VOCABULARY,
     "rotary_dim": 16,
+    "rope_kinds": 1,
+    "rope_boundary": 0,
     "norm_epsilon": 1e-5,
     "attention_scale": 0.25,
     "embedding_scale": 1.0,
@@ -37,7 +39,6 @@ SETTINGS = {
     "backbone": (16, 0),
     "river": (4, GROUP),
     "head": (16, 0),
-    "rotary_tables": 1,
     "threads": 1,
     "kernels": "",
     "resident_layers": LAYERS,
@@ -62,15 +63,22 @@ def ready_core(**changes: Any) -> _core.Engine:
     core = empty_core(**changes)
     generator = np.random.default_rng(0)
     for layer in range(LAYERS):
-        for projection, matrices in enumerate(PROJECTIONS):
-            core.set_weights(layer, projection, [weights(generator, *size) for size in matrices])
-            core.set_codes(layer, projection, 1, [codes(generator, *size) for size in matrices])
         norm = generator.uniform(0.5, 1.5, HIDDEN).astype(np.float32)
-        core.set_layer(layer, {"attention_norm": norm, "mlp_norm": norm})
-    core.set_head_weights(weights(generator, VOCABULARY, HIDDEN))
-    core.set_rotary(0, 0, *angles(POSITIONS))
-    core.resize(1)
+        parts = {
+            "attention_norm": norm,
+            "mlp_norm": norm,
+            "backbone": [[weights(generator, *size) for size in of] for of in PROJECTIONS],
+            "river": [[codes(generator, *size) for size in of] for of in PROJECTIONS],
+        }
+        core.load_layer(layer, parts)
+    core.load_head({"weights": weights(generator, VOCABULARY, HIDDEN)})
+    load_positions(core)
+    core.add_sequence()
     return core
+
+
+def load_positions(core: _core.Engine, first: int = 0, count: int = POSITIONS) -> None:
+    core.load_positions(first, [angles(count)], np.empty(0, np.float32))
 
 
 def weights(generator: np.random.Generator, rows: int, columns: int) -> NDArray[np.uint16]:
@@ -98,12 +106,12 @@ def angles(positions: int, rotary_dim: int = 16) -> tuple[NDArray[Any], NDArray[
 
 
 def run_pass(core: _core.Engine, **changes: Any) -> Any:
-    """One pass, by default over one token that leaves after one layer."""
+    """One pass, by default over one token that leaves after one layer; what `forward` returns."""
     tokens = changes.get("tokens", [5])
     arguments: dict[str, Any] = {
         "tokens": tokens,
         "sequences": [0] * len(tokens),
-        "thresholds": [1.0, -1.0],
+        "thresholds": np.array([1, -1], np.float32),
         "logit_rows": [len(tokens) - 1],
         "mean_groups": [],
         "minimum_groups": [],

@@ -81,17 +81,19 @@ void Subject::set_weights(const Kind& kind) {
       {kHeads * kDims, kKvHeads * kDims, kKvHeads * kDims}, {kHidden}, {kInner, kInner}, {kHidden}};
   const int inputs[4] = {kHidden, kHeads * kDims, kHidden, kInner};
   Random seeds[2] = {Random(kind.backbone_seed), Random(kind.river_seed)};
-  for (int l = 0; l < kLayers; ++l)
-    for (int p = 0; p < 4; ++p)
-      for (const Side side : {kBackbone, kRiver}) {
-        const Format& format = model.formats[side];
-        std::vector<Source> sources;
-        for (const int rows : outputs[static_cast<size_t>(p)])
-          sources.emplace_back(rows, inputs[p], format.bits, format.group_size, seeds[side]);
-        std::vector<SourceMatrix> matrices;
-        for (const Source& source : sources) matrices.push_back(source.matrix());
-        model.set_projection(l, static_cast<Projection>(p), side, matrices, pool);
-      }
+  for (int l = 0; l < kLayers; ++l) {
+    std::vector<Source> kept;
+    kept.reserve(16);
+    Model::Sources sources[2];
+    for (size_t p = 0; p < 4; ++p)
+      for (const Side side : {kBackbone, kRiver})
+        for (const int rows : outputs[p]) {
+          const Format& format = model.formats[side];
+          kept.emplace_back(rows, inputs[p], format.bits, format.group_size, seeds[side]);
+          sources[side][p].push_back(kept.back().matrix());
+        }
+    model.set_layer(l, sources, pool);
+  }
   Random random(3);
   for (Layer& layer : model.layers) {
     layer.attention_norm = random.reals(kHidden, 0.2f, 0.5f);

@@ -57,7 +57,7 @@ class CpuEngine(NotCopiedEngine):
 
     name = "cpu"
     device = torch.device("cpu")
-    prefill_rows = 1024
+    prefill_rows: int | None = 1024
 
     def __init__(
         self,

@@ -55,15 +55,11 @@ class RopeBoundary:
             return None
         return max(1, self.positions - length)
 
-    def is_crossed(self, length: int, end: int) -> bool:
-        """Whether the angles change while a text grows from `length` to `end` positions."""
-        if length <= self.positions:
-            return end > self.positions
-        return self.keep_changing and end > length
-
     def is_shared_by(self, first: int, second: int) -> bool:
         """Whether texts of so many positions have the same angles."""
-        return not self.is_crossed(min(first, second), max(first, second))
+        if first <= self.positions or second <= self.positions:
+            return max(first, second) <= self.positions
+        return first == second or not self.keep_changing
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +130,3 @@ class WeightFormats:
 def held_bits(bits: int) -> int:
     """In how many bits the core holds a code of `bits`: 4, 6 or 8."""
     return next(width for width in (4, 6, 8) if bits <= width)
-
-
-AngleLimit = RopeBoundary  # until strategies/ are gone
