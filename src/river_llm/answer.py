@@ -9,7 +9,7 @@ from torch import Tensor
 
 from river_llm.engines import Engine
 from river_llm.sampling import Sampler, SamplingConfig
-from river_llm.text.prompt import IncrementalDecoder
+from river_llm.text.decoder import IncrementalDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
