@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -292,7 +293,7 @@ def report(
             for name, found in speeds.items()
         ],
     )
-    papers = {name.replace("river", "exit"): size for name, size in model.get("memory", {}).items()}
+    papers = model.get("memory", {})  # by variant; an exit's depth is left out
     print_table(
         ["variant", "context", "resident GiB", "peak GiB", "the paper's"],
         [
@@ -301,20 +302,13 @@ def report(
                 str(found["context"]),
                 f"{found['steady_bytes'] / _GIB:.2f}",
                 f"{found['peak_bytes'] / _GIB:.2f}",
-                figure(_claimed(papers, name), "{:.2f}"),
+                figure(papers.get(re.sub(r"after \d+, ", "", name)), "{:.2f}"),
             ]
             for name, found in memory.items()
         ],
     )
     if (share := bandwidth_share(model)) is not None:
         print(f"The paper's backbone reaches {share:.0%} of its card's bandwidth (GSM8K).")
-
-
-def _claimed(papers: dict[str, float], variant: str) -> float | None:
-    """The paper's memory of a variant of `river-llm bench`."""
-    if variant.startswith("exit"):
-        return papers.get("exit offloaded") if variant.endswith("offloaded") else None
-    return None if variant.endswith("offloaded") else papers.get(variant.partition(" ")[0])
 
 
 def arguments() -> argparse.Namespace:

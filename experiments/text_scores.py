@@ -66,6 +66,6 @@ class WindowScores:
 
     def summarise(self) -> dict[str, Any]:
         """See `TextScore`; and the mean divergence of each window."""
-        parts = [torch.cat(part) for part in zip(*self._parts, strict=True)]
-        score = summarise(*parts, torch.tensor(self.exit_layers, dtype=torch.float32))
+        nll, kld, same = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        score = summarise(nll, kld, same, torch.tensor(self.exit_layers).float())
         return {**asdict(score), "kld_of_windows": [float(kld.mean()) for _, kld, _ in self._parts]}

@@ -11,7 +11,8 @@ from byte_models import byte_id, byte_lm, byte_model, byte_tokenizer, save_folde
 from transformers import PreTrainedModel
 
 from river_llm import RiverLM
-from river_llm.text.prompt import IncrementalDecoder, encode_prompt
+from river_llm.text.decoder import IncrementalDecoder
+from river_llm.text.prompt import encode_prompt
 from river_llm.text.stop_tokens import stop_tokens
 
 EOS, FIRST = 1, 259  # of a byte tokenizer: </s>, the first token that is added

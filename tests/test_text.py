@@ -13,7 +13,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from river_llm import ConfigError
-from river_llm.text.prompt import IncrementalDecoder, Prompt, encode_prompt
+from river_llm.text.decoder import IncrementalDecoder
+from river_llm.text.prompt import Prompt, encode_prompt
 
 UNFINISHED = "\ufffd"
 

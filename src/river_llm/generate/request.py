@@ -9,7 +9,7 @@ from river_llm.config import DraftConfig, SamplingConfig
 from river_llm.exit_policy import ExitPolicy
 from river_llm.generate.ngrams import NgramIndex
 from river_llm.generate.sampler import Sampler
-from river_llm.text.prompt import IncrementalDecoder
+from river_llm.text.decoder import IncrementalDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -129,7 +129,7 @@ class _Template:
             moved = _system_moved(messages) if moves_system else messages
             if moved is None:
                 continue
-            chat = [_with_content(one, _content(_text(one), in_parts)) for one in moved]
+            chat = [_with_text(one, _text(one), in_parts) for one in moved]
             try:
                 chat, rendering = self._with_calls(chat)
                 lost = self._without_trace(chat)
@@ -146,11 +146,8 @@ class _Template:
             raise max(refusals, key=lambda refusal: refusal[0])[1]
         lost, chat, rendering = min(incomplete, key=lambda found: len(found[0]))
         for place in lost:  # a template may look at a content and write something else
-            others = [
-                *chat[:place],
-                _with_text(chat[place], "something else"),
-                *chat[place + 1 :],
-            ]
+            others = list(chat)
+            others[place] = _with_text(chat[place], "something else")
             if self._render(others) == rendering:
                 number = place + 1 + len(messages) - len(chat)
                 raise ConfigError(
@@ -187,25 +184,19 @@ class _Template:
 
     def _without_trace(self, messages: Sequence[Message]) -> list[int]:
         """The places of messages whose contents can't be found in the rendering."""
-        first, second = MARKS[-2:]
-        probes = [f"{first}{place}{second}" for place in range(len(messages))]
-        pairs = zip(messages, probes, strict=True)
-        rendering = self._render(
-            [_with_text(one, _text(one) + probe) if _text(one) else one for one, probe in pairs]
-        )
-        return [
-            place
-            for place, probe in enumerate(probes)
-            if probe not in rendering and _text(messages[place]).strip()
+        texts = [_text(one) for one in messages]
+        probes = [f"{MARKS[-2]}{place}{MARKS[-1]}" for place in range(len(messages))]
+        probed = [
+            _with_text(one, text + probe) if text else one
+            for one, text, probe in zip(messages, texts, probes, strict=True)
         ]
+        rendering = self._render(probed)
+        return [i for i, p in enumerate(probes) if p not in rendering and texts[i].strip()]
 
     def _render(self, messages: Sequence[Message]) -> str:
+        given = {"tokenize": False, **self._arguments}
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, **self._arguments
-                )
-            )
+            return str(self._tokenizer.apply_chat_template(list(messages), **given))
         except Exception as error:  # a template is a program, and can fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"the chat template refuses the messages: {reason}") from error
@@ -266,13 +257,14 @@ def _checked(message: object) -> Message:
     Raises:
         ConfigError: it is no message, or has something else than text.
     """
-    content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ConfigError(WANTED_MESSAGES)
-    if has_calls(message):
-        message = checked_calls(message)
-        check_encodable("".join(map(str, arguments_of_calls([message]))))
-        content = "" if content is None else content
+    checked: Message = dict(message)
+    if has_calls(checked):
+        checked = checked_calls(checked)
+        check_encodable("".join(map(str, arguments_of_calls([checked]))))
+        checked["content"] = checked.get("content") or ""
+    content = checked.get("content")
     if isinstance(content, list | tuple):
         for part in content:
             is_text = isinstance(part, dict) and part.get("type") == "text"
@@ -281,10 +273,9 @@ def _checked(message: object) -> Message:
                     "the content of a message has a part that is no text; the parts of a content "
                     'are {"type": "text", "text": ...}, or the content is one string'
                 )
-        content = list(content)
+        checked["content"] = list(content)
     elif not isinstance(content, str):
         raise ConfigError(WANTED_MESSAGES)
-    checked = _with_content(message, content)
     check_encodable(_text(checked))
     return checked
 
@@ -312,22 +303,16 @@ def check_encodable(text: str) -> None:
         ) from error
 
 
-def _with_content(message: Message, content: str | list[Message]) -> Message:
-    return {**message, "content": content}
-
-
 def _text(message: Message) -> str:
     content = message["content"] or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _content(text: str, in_parts: bool) -> str | list[Message]:
-    return [{"type": "text", "text": text}] if in_parts else text
-
-
-def _with_text(message: Message, text: str) -> Message:
-    """The message with another text, in the form of its content."""
-    return _with_content(message, _content(text, isinstance(message["content"], list)))
+def _with_text(message: Message, text: str, in_parts: bool | None = None) -> Message:
+    """The message with another text, as one part or as a string; None: as its content is."""
+    if in_parts is None:
+        in_parts = isinstance(message["content"], list)
+    return {**message, "content": [{"type": "text", "text": text}] if in_parts else text}
 
 
 def _system_moved(messages: Sequence[Message]) -> list[Message] | None:
@@ -337,8 +322,8 @@ def _system_moved(messages: Sequence[Message]) -> list[Message] | None:
     rest = list(messages[len(system) :])
     if not system or not rest or rest[0]["role"] != "user":
         return None
-    texts = [_text(message) for message in (*system, rest[0])]
-    return [_with_content(rest[0], "\n\n".join(texts)), *rest[1:]]
+    text = "\n\n".join(map(_text, [*system, rest[0]]))
+    return [_with_text(rest[0], text, False), *rest[1:]]
 
 
 @lru_cache

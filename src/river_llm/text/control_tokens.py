@@ -172,13 +172,7 @@ def _any_of(texts: set[str]) -> re.Pattern[str]:
 
 def _beginning_of_any(texts: set[str]) -> re.Pattern[str]:
     """The first character of every one of these texts, also where they overlap."""
-    rests: dict[str, set[str]] = {}
-    for text in texts:
-        rests.setdefault(text[0], set()).add(text[1:])
-    alternatives = [
-        f"{re.escape(first)}(?={'|'.join(map(re.escape, sorted(rest)))})"
-        for first, rest in sorted(rests.items())
-    ]
+    alternatives = [f"{re.escape(one[0])}(?={re.escape(one[1:])})" for one in sorted(texts)]
     return re.compile("|".join(alternatives)) if alternatives else _NONE
 
 
@@ -188,21 +182,18 @@ def _respelled(backend: Tokenizer, spellings: Mapping[str, str]) -> Tokenizer:
     In its model too, and without the merges that lead there: some vocabularies come to a control
     token by pieces of plain text.
     """
-
-    def respell(text: str) -> str:
-        return spellings.get(text, text)
-
+    respelled = spellings.get
     description = json.loads(backend.to_str())
     description["truncation"] = description["padding"] = None
     for token in description["added_tokens"]:
-        token["content"] = respell(token["content"])
+        token["content"] = respelled(token["content"], token["content"])
     model = description["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {respell(text): token for text, token in model["vocab"].items()}
+        model["vocab"] = {respelled(text, text): token for text, token in model["vocab"].items()}
     else:  # of a unigram model
-        model["vocab"] = [[respell(text), score] for text, score in model["vocab"]]
+        model["vocab"] = [[respelled(text, text), score] for text, score in model["vocab"]]
     if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = respell(model["unk_token"])
+        model["unk_token"] = respelled(model["unk_token"], model["unk_token"])
     if "merges" in model:
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         model["merges"] = [
