@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from river_llm.measure.plots import save_figure
 
 from river_llm.measure.environment import describe_run
+from river_llm.measure.plots import save_figure
 
 PACKAGES = ("river-llm", "torch", "transformers", "lm-eval")
 

@@ -30,9 +30,9 @@ from river_llm import (
     detach_river,
 )
 from river_llm.backbone import decoder_layers
-from river_llm.store import ENVIRONMENT_VARIABLE
 from river_llm.engines import TorchEngine
 from river_llm.offloading import FileStore, HostStore
+from river_llm.store import ENVIRONMENT_VARIABLE
 
 LAYERS = 4
 CONFIG = RiverConfig(group_size=32, quantizer="rtn")
