@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from command_line import Outcome, run
 from native_engines import subject_of
+from steps import append, begin
 from torch import Tensor
+from toy_engine import ToyEngine
 
 from river_llm import ConfigError, ExitPolicy, River, RiverConfig, RiverLM, attach_river
 from river_llm.engines import TorchEngine
@@ -148,74 +150,85 @@ class TestRounds:
         assert str(Spread(8, 2, 120)) == "8.0 [2.0 - 120.0]"
 
 
-class FakeSession(Session):
-    """n is followed by n + 1; each sequence leaves after as many layers as its row says."""
-
-    def __init__(self, exit_layers: list[int]) -> None:
-        super().__init__(mock.Mock(name="engine", length=0, layer_bytes=(100, 100)))
-        self.engine.name = "fake"
-        self.engine.step_bytes = lambda exit_layer, position: (
-            100 * exit_layer + 25 * (2 - exit_layer) + 40 + 4 * position
-        )
-        self.exit_layers = torch.tensor(exit_layers)
-        self.decoded: list[list[int]] = []
-
-    def decode(self, tokens: Tensor, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
-        self.decoded.append(tokens.tolist())
-        return tokens + 1, self.exit_layers
-
-
 class TestEngineVariant:
-    def test_decodes_its_own_greedy_tokens_and_counts_what_was_read(self) -> None:
-        session = FakeSession([1])
-        timing = EngineVariant("x", session, ExitPolicy.fixed(1), Text(None, 97)).run(DECODE)
-        first = session.decoded[0][0]
-        assert session.decoded == [[first], [first + 1], [first + 2]]
-        read = sum(100 + 25 + 40 + 4 * position for position in (16, 17, 18))
+    def test_decodes_its_own_greedy_tokens_and_counts_what_was_read(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, text, steps = subject_of("llama").engine(), Text(None, 97), []
+        decode = Session.decode
+
+        def spy(session: Session, tokens: list[int], thresholds: Tensor) -> Any:
+            steps.append((tokens, decode(session, tokens, thresholds)))
+            return steps[-1][1]
+
+        monkeypatch.setattr(Session, "decode", spy)
+        variant = EngineVariant("x", Session(engine), ExitPolicy.fixed(1), text)
+        variant.prepare(DECODE)
+        timing = variant.run(DECODE)
+        given, found = [tokens for tokens, _ in steps], [best for _, (best, _) in steps]
+        assert given == [text.tokens(1, 16, 1).flatten().tolist(), *found[:2]]
+        (expected,) = begin(engine)
+        append(engine, {expected: text.tokens(1, 0, 16)[0].tolist()})
+        for tokens, best in zip(given, found, strict=True):
+            step = append(engine, {expected: tokens}, ExitPolicy.fixed(1))
+            assert step.best_tokens.tolist() == best
+        read = sum(engine.step_bytes(1, position) for position in (16, 17, 18))
         assert (timing.tokens, timing.bytes_per_token, timing.mean_exit_layer) == (3, read / 3, 1)
 
     def test_a_batch_reads_both_weights_where_it_is_split(self) -> None:
-        session = FakeSession([0, 2])
-        workload = Workload("decode", 1, depth=20, batch=2)
-        timing = EngineVariant("x", session, ExitPolicy.fixed(1), Text(None, 97)).run(workload)
-        assert (timing.tokens, timing.mean_exit_layer) == (2, 1)
-        assert timing.bytes_per_token == (200 + 50 + 40 + 2 * 4 * 20) / 2
-        session.engine.step_bytes = None
-        assert session.step_bytes([0, 2], 20) is None
+        subject = subject_of("llama")
+        engine = subject.engine()
+        full, cache = engine.step_bytes(0, 0), engine.step_bytes(0, 20) - engine.step_bytes(0, 0)
+        session = Session(engine)
+        assert session.step_bytes([2, 0], 20) == full + sum(engine.layer_bytes[:2]) + 2 * cache
+        assert session.step_bytes([2, 2], 20) == engine.step_bytes(2, 20) + cache
+        assert Session(subject.reference()).step_bytes([0, 2], 20) is None
 
-    def test_a_context_is_filled_once_and_another_batch_begins_anew(self) -> None:
-        engine = subject_of("llama").engine()
+    @pytest.mark.parametrize("prefill_rows", [None, 7])
+    def test_a_context_is_filled_once_and_another_batch_begins_anew(
+        self, prefill_rows: int | None
+    ) -> None:
+        engine = ToyEngine(None, prefill_rows)
         session, text = Session(engine), Text(None, 97)
-        lengths = []
-        fill = session.prefill
-        session.prefill = lambda tokens, policy: (
-            lengths.append(tokens.shape) or fill(tokens, policy)
-        )
+        filled = []
         deep = Workload("decode", 3, 32)
         for workload in (DECODE, DECODE, deep, Workload("decode", 3, 32, 2), DECODE, PROMPT):
+            engine.steps = []
             session.fill(workload, text)
-            assert engine.length == workload.context
+            sequences = engine.sequences()
+            assert [engine.length(n) for n in sequences] == [workload.context] * workload.batch
+            filled.append(sum(len(step.tokens) for step in engine.steps))
+            for n, tokens in zip(sequences, text.tokens(workload.batch, 0, 32), strict=True):
+                held = [token for token, _ in engine._rows[n]]
+                assert held == tokens[: workload.context].tolist()
             if workload is DECODE:
-                session.decode(torch.tensor([1]), ExitPolicy.always())
-        assert lengths == [(1, 16), (1, 32), (2, 32), (1, 16)]
+                session.decode([1], torch.full((4,), -math.inf))
+        assert filled == [16, 0, 32, 64, 16, 0]
+
+    def test_a_prompt_in_parts_gives_the_tokens_that_come_next(self) -> None:
+        tokens, policy = Text(None, 97).tokens(2, 0, 11), ExitPolicy.never()
+        best = []
+        for prefill_rows in (None, 6, 1):
+            session = Session(ToyEngine(None, prefill_rows))
+            session.restart(2)
+            best.append(session.prefill(tokens, policy))
+        assert best[0] == best[1] == best[2]
+        assert len(best[0]) == 2
 
     def test_times_a_prompt_only_where_the_policy_has_a_way_of_its_own(self) -> None:
-        engine = subject_of("llama").engine()
-        variants = make_variants(engine, Text(None, 97), 4, [1], [0.9], ", tiny")
+        variants = make_variants(ToyEngine(), Text(None, 97), 4, [1], [0.9], ", tiny")
         taking = {variant.name: variant.takes(PROMPT) for variant in variants}
         names = ["backbone", "full 4-bit", "exit after 1", "similarity > 0.9"]
         assert taking == dict(zip([f"{name}, tiny" for name in names], [1, 1, 0, 0], strict=True))
         with pytest.raises(ConfigError, match="exit layer is 5"):
-            make_variants(engine, Text(None, 97), 4, [5])
+            make_variants(ToyEngine(), Text(None, 97), 4, [5])
 
 
-def test_lossless_mode_decodes_as_many_tokens_without_an_end(
-    make_lm: Callable[..., RiverLM],
-) -> None:
-    lm = make_lm()
-    lm.stop_tokens = frozenset(range(lm.engine.draft_vocabularies[-1]))
+def test_lossless_mode_decodes_as_many_tokens_without_an_end(lm: RiverLM) -> None:
+    lm.stop_tokens = frozenset(range(lm.engine.vocab_size))
+    lm.policy = ExitPolicy.always()
     variant = LosslessVariant("lossless", lm, Text(None, 97))
-    for workload in (DECODE, Workload("decode", 4, 20, 2)):
+    for workload in (DECODE, Workload("decode", 4, 20, 2), Workload("decode", 1, 63)):
         variant.prepare(workload)
         timing = variant.run(workload)
         assert timing.tokens == workload.batch * workload.tokens
@@ -251,10 +264,10 @@ class TestRandomWeights:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         assert (embedding.weight.data_ptr() == head.weight.data_ptr()) == tied
         session = Session(TorchEngine(attach_river(model, river)))
+        session.restart(1)
         session.prefill(torch.arange(5).unsqueeze(0), ExitPolicy.never())
-        token, exit_layers = session.decode(torch.tensor([5]), ExitPolicy.fixed(2))
-        assert exit_layers.tolist() == [2]
-        assert token >= 0
+        thresholds = torch.tensor(ExitPolicy.fixed(2).thresholds(4))
+        assert session.decode([5], thresholds)[1].tolist() == [2]
 
     def test_are_marked_and_have_fixed_depths_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SHAPES, "llama-3.2-1b", TINY_SHAPE)
@@ -326,7 +339,8 @@ class TestCommand:
             (("--exit-layer", "-1"), 2, "--exit-layer takes numbers of 0 or more"),
             (("--prompt-tokens", 0, "--new-tokens", 0), 2, "nothing to time"),
             (("--exit-layer", 5), 1, "the model has 4 layers"),
-            (("--engine", "torch", "--lm-head-bits", 8), 1, "--engine cpu"),
+            (("--engine", "torch", "--lm-head-bits", 8), 2, "--engine cpu"),
+            (("--offload", 1), 2, "leave --offload out"),
         ],
     )
     def test_what_cannot_be_is_one_line(

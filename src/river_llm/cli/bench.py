@@ -70,6 +70,7 @@ def bench(
 ) -> None:
     """Time backbone, full quantisation and River in interleaved rounds, beside the memory bandwidth
     that they could use."""
+    refuse_idle(context, "bench offloads with --memory alone", {"--offload", "--no-miss"})
     if shape is not None:
         idle = {"--model", "--river", "--threshold", "--lossless", "--dtype"}
         refuse_idle(context, "--shape is random weights: speed at a fixed depth alone", idle)
@@ -95,7 +96,7 @@ def bench(
     variants: list[Variant] = []
     for head, cache in list(product(heads, caches))[-1 if memory else 0 :]:
         of_widths = replace(engine, lm_head_bits=head, kv_bits=cache)
-        made, lm, output = _load(model, built, of_widths, shape)
+        made, lm, output = _load(model, built, of_widths, shape, lossless)
         suffix = ", 8-bit head" * (head == 8) + ", 8-bit KV cache" * (cache == 8)
         own_bits = output["river"]["bits"]
         text = Text(lm and lm.tokenizer, made.vocab_size)
@@ -119,13 +120,18 @@ def bench(
 
 
 def _load(
-    model: str, river: Path | RiverConfig, config: EngineConfig, shape: str | None
+    model: str,
+    river: Path | RiverConfig,
+    config: EngineConfig,
+    shape: str | None,
+    lossless: bool,
 ) -> tuple[Engine, RiverLM | None, dict[str, Any]]:
     """An engine, the model of that name where it isn't random weights, and what describes it."""
     from river_llm.engines.step import CacheAccess
+    from river_llm.exit_policy import ExitPolicy
 
     if shape is None:
-        lm = load(model, river, None, config)
+        lm = load(model, river, None if lossless else ExitPolicy.never(), config)
         described = describe_loaded(model, river, config, lm)
         if isinstance(lm.engine, CacheAccess):
             described["fingerprint"] = lm.engine.cache_identity([0])

@@ -4,7 +4,7 @@ mode."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from river_llm.config import SamplingConfig
-from river_llm.engines import Engine, Step
-from river_llm.engines.step import Offloading
+from river_llm.engines import CpuEngine, Engine, Step
 from river_llm.exit_policy import ExitPolicy
 from river_llm.lm import RiverLM
 from river_llm.measure.bandwidth import BUFFER_BYTES, read_bandwidth
@@ -107,15 +106,13 @@ class Session:
             exit_layers: how many backbone layers each sequence ran.
             position: tokens of each in the cache before.
         """
-        account: Callable[[int, int], int] | None = getattr(self.engine, "step_bytes", None)
-        if account is None:
+        if not isinstance(self.engine, CpuEngine):
             return None
+        account = self.engine.step_bytes
         shallowest, deepest = min(exit_layers), max(exit_layers)
-        assert isinstance(self.engine, Offloading)
-        split = sum(self.engine.layer_bytes[shallowest:deepest])
-        split -= account(deepest, 0) - account(shallowest, 0)  # what is left is the river's
-        cache = account(deepest, position) - account(deepest, 0)
-        return account(deepest, 0) + split + len(exit_layers) * cache
+        weights = account(shallowest, 0) + sum(self.engine.layer_bytes[shallowest:deepest])
+        cache = account(shallowest, position) - account(shallowest, 0)
+        return weights + len(exit_layers) * cache
 
 
 class EngineVariant:
