@@ -10,15 +10,14 @@ import torch
 
 from river_llm.attachment import attach_river
 from river_llm.config import is_whole_number
-from river_llm.engines.cpu_engine import CpuEngine
-from river_llm.engines.engine import Engine
+from river_llm.engines.cpu import CpuEngine
 from river_llm.engines.kv_cache import check_kv_bits
-from river_llm.engines.llama_family import check_supported
+from river_llm.engines.llama import check_supported
 from river_llm.engines.native_core import check_built, is_built, usable_threads
+from river_llm.engines.step import Engine
 from river_llm.engines.torch import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
-from river_llm.exit_policy import ExitPolicy
 from river_llm.loading import check_loadable
 from river_llm.river import River
 
@@ -144,7 +143,6 @@ def choose_engine(
 def make_engine(
     model: PreTrainedModel,
     river: River,
-    policy: ExitPolicy,
     choice: EngineChoice = "auto",
     *,
     threads: int | None = None,
@@ -177,7 +175,6 @@ def make_engine(
         engine = CpuEngine(
             model,
             river,
-            policy,
             threads=threads,
             backbone_bits=backbone_bits,
             lm_head_bits=lm_head_bits,
@@ -187,4 +184,4 @@ def make_engine(
         return engine, None
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchEngine(attach_river(model, river, policy=policy), kv_bits), reason
+    return TorchEngine(attach_river(model, river), kv_bits), reason
