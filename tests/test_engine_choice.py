@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
+from packed_models import PROMPT, save_model, start_without_cache
+from steps import append, begin
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
@@ -28,12 +30,11 @@ from river_llm.engines.choice import check_engine_options, why_not_native
 from river_llm.store import ENVIRONMENT_VARIABLE
 
 pytest.importorskip("river_llm._core", reason="the native engine was not built")
-pytest_plugins = ["cli_models"]
 
 POLICY = ExitPolicy.fixed(2)
 CONFIG = RiverConfig(group_size=32, quantizer="rtn")
-PROMPT = "Name three rivers."
 NOTE = "river-llm: PyTorch computes: "
+NOT_BUILT = "the native engine was not built, for want of a compiler"
 
 
 @pytest.fixture
@@ -42,13 +43,26 @@ def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("river_llm.engines.native_core._core", None)
 
 
-def _model(architecture: str = "Llama", **settings: Any) -> PreTrainedModel:
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a tiny model."""
+    monkeypatch.setenv("RIVER_LLM_CACHE", "off")
+    return save_model(tmp_path / "model")
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = lambda *_: pytest.fail("a model is loaded")  # noqa: E731
+    monkeypatch.setattr("river_llm.pretrained.load_backbone", loads)
+
+
+def model_of(architecture: str = "Llama", **settings: Any) -> PreTrainedModel:
     settings = {"dtype": torch.bfloat16, **ARCHITECTURES[architecture], **settings}
     return tiny_model(architecture, **settings)
 
 
-def _engine(model: PreTrainedModel, choice: EngineChoice = "auto", **settings: Any) -> Any:
-    return make_engine(model, River.build(model, CONFIG), POLICY, choice, **settings)
+def engine_of(model: PreTrainedModel, choice: EngineChoice = "auto", **settings: Any) -> Any:
+    return make_engine(model, River.build(model, CONFIG), choice, **settings)
 
 
 UNSUITED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -63,163 +77,139 @@ UNSUITED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 class TestWhyNotNative:
-    def test_nothing_speaks_against_a_llama_in_bfloat16(self) -> None:
-        assert why_not_native(_model()) is None
-
     @pytest.mark.parametrize("case", UNSUITED)
-    def test_what_does_not_suit_it(self, case: str) -> None:
+    def test_names_what_does_not_suit(self, case: str) -> None:
         architecture, settings, reason = UNSUITED[case]
-        found = why_not_native(_model(architecture, **settings))
+        found = why_not_native(model_of(architecture, **settings))
         assert found is not None
         assert re.search(reason, found)
 
-    def test_another_device(self) -> None:
-        assert why_not_native(_model().to("meta")) == "the model is on meta"
+    def test_names_a_width_of_heads_for_8_bits(self) -> None:
+        wide = model_of(head_dim=544)
+        assert why_not_native(wide) is None
+        reason = why_not_native(wide, kv_bits=8)
+        assert reason is not None
+        assert "heads of 512 dims at most in a KV cache of 8 bits, not 544" in reason
+        engine, said = engine_of(wide, kv_bits=8)
+        assert (engine.name, engine.kv_bits, said) == ("torch", 8, reason)
 
-    @pytest.mark.usefixtures("not_built")
-    def test_an_installation_without_a_compiler(self) -> None:
-        reason = why_not_native(_model())
-        assert reason == "the native engine was not built, for want of a compiler"
+    def test_is_nothing_or_the_installation_or_the_device(
+        self, request: pytest.FixtureRequest
+    ) -> None:
+        assert why_not_native(model_of()) is None
+        assert why_not_native(model_of().to("meta")) == "the model is on meta"
+        request.getfixturevalue("not_built")
+        assert why_not_native(model_of()) == NOT_BUILT
 
 
 class TestMakeEngine:
     def test_auto_takes_the_native_engine_where_it_can(self) -> None:
-        engine, reason = _engine(_model())
+        engine, reason = engine_of(model_of())
         assert isinstance(engine, CpuEngine)
         assert reason is None
-        assert engine.policy == POLICY
+        assert isinstance(engine_of(model_of(dtype=torch.float32), "cpu")[0], CpuEngine)
 
     @pytest.mark.parametrize("case", ["float32", "an architecture", "GPT-2", "an activation"])
     def test_auto_falls_back_with_the_reason(self, case: str) -> None:
         architecture, settings, _ = UNSUITED[case]
-        model = _model(architecture, **settings)
+        model = model_of(architecture, **settings)
         expected = why_not_native(model)
-        engine, reason = _engine(model)
+        engine, reason = engine_of(model)
         assert isinstance(engine, TorchEngine)
         assert reason == expected
-        assert engine.prefill(torch.tensor([[5, 6]])).logits.isfinite().all()
-
-    @pytest.mark.usefixtures("not_built")
-    def test_auto_falls_back_where_the_native_engine_was_not_built(self) -> None:
-        engine, reason = _engine(_model())
-        assert isinstance(engine, TorchEngine)
-        assert reason == "the native engine was not built, for want of a compiler"
-
-    def test_torch_is_taken_without_a_reason(self) -> None:
-        engine, reason = _engine(_model(), "torch")
-        assert isinstance(engine, TorchEngine)
-        assert reason is None
-
-    def test_cpu_takes_a_model_in_float32(self) -> None:
-        engine, reason = _engine(_model(dtype=torch.float32), "cpu")
-        assert isinstance(engine, CpuEngine)
-        assert reason is None
+        (sequence,) = begin(engine)
+        assert append(engine, {sequence: [5, 6]}).logits.isfinite().all()
+        assert engine_of(model_of(), "torch")[1] is None
 
     @pytest.mark.parametrize("case", ["an architecture", "GPT-2", "an activation", "a head dim"])
-    def test_cpu_refuses_with_a_mend(self, case: str) -> None:
+    def test_cpu_refuses_with_a_fix(self, case: str) -> None:
         architecture, settings, _ = UNSUITED[case]
-        model = _model(architecture, **settings)
+        model = model_of(architecture, **settings)
         with pytest.raises(UnsupportedModelError, match=r"; take --engine torch$"):
-            make_engine(model, River(CONFIG, [], "", "llama"), POLICY, "cpu")
+            make_engine(model, River(CONFIG, [], "", "llama"), "cpu")
 
     @pytest.mark.usefixtures("not_built")
     def test_cpu_refuses_where_the_native_engine_was_not_built(self) -> None:
         with pytest.raises(RiverError, match=r"install g\+\+ 12 .* or take --engine torch$"):
-            _engine(_model(), "cpu")
+            engine_of(model_of(), "cpu")
 
     @pytest.mark.parametrize("choice", ["auto", "cpu"])
-    def test_native_settings_reach_the_native_engine(self, choice: EngineChoice) -> None:
-        settings = {"threads": 2, "backbone_bits": 8, "lm_head_bits": 8}
-        engine, _ = _engine(_model(), choice, **settings)
+    def test_settings_reach_the_native_engine(self, choice: EngineChoice) -> None:
+        settings = {"threads": 2, "backbone_bits": 8, "lm_head_bits": 8, "kv_bits": 8}
+        engine, _ = engine_of(model_of(), choice, **settings)
         assert {name: getattr(engine, name) for name in settings} == settings
 
-    def test_threads_reach_the_torch_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_threads_reach_pytorch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         taken: list[int] = []
         monkeypatch.setattr(torch, "set_num_threads", taken.append)
-        _engine(_model(), "torch", threads=3)
-        _engine(_model(dtype=torch.float32), threads=4)
-        _engine(_model(), "torch")
+        engine_of(model_of(), "torch", threads=3)
+        engine_of(model_of(dtype=torch.float32), threads=4)
+        engine_of(model_of(), "torch")
         assert taken == [3, 4]
 
     @pytest.mark.parametrize("bits", [{"backbone_bits": 8}, {"lm_head_bits": 8}])
     def test_8_bits_need_the_native_engine(self, bits: dict[str, int]) -> None:
         with pytest.raises(ConfigError, match=r"are for the native engine; take --engine cpu"):
-            _engine(_model(), "torch", **bits)
+            engine_of(model_of(), "torch", **bits)
         with pytest.raises(ConfigError, match="need the native engine: the model is in float32"):
-            _engine(_model(dtype=torch.float32), **bits)
+            engine_of(model_of(dtype=torch.float32), **bits)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("llama.cpp", 16, 16), "engine is 'llama.cpp'; choose one of auto, cpu, torch"),
-        (("auto", 4, 16), "the backbone has 4 bits; choose 16"),
-        (("cpu", 16, 0), "the LM head has 0 bits; choose 16"),
-        (("torch", 8, 16), "8 bits of the backbone are for the native engine"),
-        (("torch", 16, 8), "8 bits of the LM head are for the native engine"),
-    ],
-)
-def test_options_that_no_engine_takes_are_refused_before_loading(
-    options: tuple[Any, ...], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_engine_options(*options)
-
-    def load(*args: object) -> None:
-        raise AssertionError("a model is loaded")
-
-    monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
-    engine, backbone_bits, lm_head_bits = options
-    bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
-    with pytest.raises(ConfigError, match=message):
-        RiverLM.from_pretrained("absent", engine=engine, **bits)
-
-
-class TestRiverLM:
+@pytest.mark.usefixtures("nothing_is_loaded")
+class TestBeforeLoading:
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("options", "message"),
         [
-            ({"engine": "cpu"}, "has no activation 'relu'; take --engine torch$"),
-            ({"engine": "cpu", "device": "meta"}, "needs the model on a CPU, not on meta$"),
-            ({"lm_head_bits": 8}, "need the native engine: .* has no activation 'relu'$"),
+            (("llama.cpp", 16, 16), "engine is 'llama.cpp'; choose one of auto, cpu, torch"),
+            (("auto", 4, 16), "the backbone has 4 bits; choose 16"),
+            (("cpu", 16, 0), "the LM head has 0 bits; choose 16"),
+            (("torch", 8, 16), "8 bits of the backbone are for the native engine"),
+            (("torch", 16, 8), "8 bits of the LM head are for the native engine"),
+            (("torch", 16, 16, 4), "the KV cache has 4 bits; choose 16"),
         ],
-        ids=["architecture", "device", "8 bits"],
     )
-    def test_what_the_native_engine_cannot_run_is_refused_before_a_river_is_built(
-        self, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    def test_options_that_no_engine_takes_are_refused(
+        self, options: tuple[Any, ...], message: str
     ) -> None:
-        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")  # or files are asked for
-        loaded = _model(hidden_act="relu").to(settings.get("device", "cpu")), None
-        monkeypatch.setattr("river_llm.pretrained.load_backbone", lambda *_: loaded)
-        built: list[tuple[int, int]] = []
-        with pytest.raises(RiverError, match=message):
-            RiverLM.from_pretrained(
-                "relu", CONFIG, POLICY, progress=lambda *done: built.append(done), **settings
-            )
-        assert built == []
+        with pytest.raises(ConfigError, match=message):
+            check_engine_options(*options)
+        names = ("engine", "backbone_bits", "lm_head_bits", "kv_bits")
+        with pytest.raises(ConfigError, match=message):
+            RiverLM.from_pretrained("absent", **dict(zip(names, options, strict=False)))
 
     @pytest.mark.usefixtures("not_built")
-    def test_an_engine_that_was_not_built_is_refused_before_loading(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def load(*args: object) -> None:
-            raise AssertionError("a model is loaded")
-
-        monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
+    def test_an_engine_that_was_not_built_is_refused(self) -> None:
         with pytest.raises(RiverError, match="native engine was not built"):
             RiverLM.from_pretrained("absent", engine="cpu")
 
-    def test_without_a_compiler_the_torch_engine_answers(
-        self, model: str, request: pytest.FixtureRequest
-    ) -> None:
-        native = RiverLM.from_pretrained(model, CONFIG, POLICY)
-        assert native.engine.name == "cpu"
-        assert native.fallback_reason is None
-        request.getfixturevalue("not_built")
-        lm = RiverLM.from_pretrained(model, CONFIG, POLICY)
-        assert lm.engine.name == "torch"
-        assert lm.fallback_reason == "the native engine was not built, for want of a compiler"
-        assert len(lm.generate(PROMPT, max_new_tokens=3).tokens) == 3
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "cpu"}, "has no activation 'relu'; take --engine torch$"),
+        ({"engine": "cpu", "device": "meta"}, "needs the model on a CPU, not on meta$"),
+        ({"lm_head_bits": 8}, "need the native engine: .* has no activation 'relu'$"),
+    ],
+    ids=["architecture", "device", "8 bits"],
+)
+def test_what_the_engine_cannot_run_is_refused_before_a_river_is_built(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIVER_LLM_CACHE", "off")  # or files are asked for
+    loaded = model_of(hidden_act="relu").to(settings.get("device", "cpu")), None
+    monkeypatch.setattr("river_llm.pretrained.load_backbone", lambda *_: loaded)
+    monkeypatch.setattr(River, "build", lambda *_: pytest.fail("a river is built"))
+    with pytest.raises(RiverError, match=message):
+        RiverLM.from_pretrained("relu", CONFIG, POLICY, **settings)
+
+
+def test_without_a_compiler_pytorch_answers(model: Path, request: pytest.FixtureRequest) -> None:
+    native = start_without_cache(model, CONFIG)
+    assert (native.engine.name, native.fallback_reason) == ("cpu", None)
+    request.getfixturevalue("not_built")
+    lm = start_without_cache(model, CONFIG)
+    assert (lm.engine.name, lm.fallback_reason) == ("torch", NOT_BUILT)
+    assert len(lm.generate(PROMPT, max_new_tokens=3).tokens) == 3
 
 
 class TestCommandLine:
@@ -232,16 +222,17 @@ class TestCommandLine:
         assert outcome.exit_code == 0, outcome.stderr
         return [line for line in outcome.stderr.splitlines() if "PyTorch" in line]
 
-    def test_of_another_dtype(self, model: str) -> None:
+    def test_of_dtypes_and_compilers(self, model: Path, request: pytest.FixtureRequest) -> None:
         reason = "the model is in float32, not bfloat16"
         assert self.notes("-m", model, "--dtype", "float32") == [NOTE + reason]
+        assert self.notes("-m", model) == []
+        assert self.notes("-m", model, "--engine", "torch", "--dtype", "float32") == []
+        request.getfixturevalue("not_built")
+        assert self.notes("-m", model) == [NOTE + NOT_BUILT]
+        outcome = run("generate", PROMPT, "-m", model, "--engine", "cpu")
+        outcome.check_fails(1, "g++ 12", "take --engine torch")
 
-    @pytest.mark.usefixtures("not_built")
-    def test_of_a_missing_compiler(self, model: str) -> None:
-        reason = "the native engine was not built, for want of a compiler"
-        assert self.notes("-m", model) == [NOTE + reason]
-
-    def test_of_an_unsupported_model(self, model: str, tmp_path: Path) -> None:
+    def test_of_an_unsupported_model(self, model: Path, tmp_path: Path) -> None:
         odd = shutil.copytree(model, tmp_path / "odd")
         config = json.loads((odd / "config.json").read_text())
         (odd / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
@@ -249,20 +240,3 @@ class TestCommandLine:
         assert self.notes("-m", odd) == [NOTE + reason]
         outcome = run("generate", PROMPT, "-m", odd, "--engine", "cpu")
         outcome.check_fails(1, f"{reason}; take --engine torch")
-
-    def test_nothing_where_the_native_engine_serves_or_torch_was_asked_for(
-        self, model: str
-    ) -> None:
-        assert self.notes("-m", model) == []
-        assert self.notes("-m", model, "--engine", "torch") == []
-        assert self.notes("-m", model, "--engine", "torch", "--dtype", "float32") == []
-
-    def test_8_bits_are_refused_by_torch(self, model: str) -> None:
-        for option in ("--backbone-bits", "--lm-head-bits"):
-            outcome = run("generate", PROMPT, "-m", model, "--engine", "torch", option, 8)
-            outcome.check_fails(1, "native engine; take --engine cpu")
-
-    @pytest.mark.usefixtures("not_built")
-    def test_the_native_engine_by_name_without_a_compiler(self, model: str) -> None:
-        outcome = run("generate", PROMPT, "-m", model, "--engine", "cpu")
-        outcome.check_fails(1, "g++ 12", "take --engine torch")

@@ -14,18 +14,17 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
-from hypothesis import given
-from hypothesis import strategies as st
-from native_engines import begun, random_tokens, subject_of
-from stored_models import PROMPT, save_model, start, start_without_cache
+from native_engines import random_tokens, subject_of
+from packed_models import PROMPT, save_model, start, start_without_cache
+from steps import append, begin
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverLM
+from river_llm.store import cached_folders
 from river_llm.engines import CpuEngine, DraftRule
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.memory import resident_memory_bytes
 from river_llm.residency import OffloadConfig, OffloadStatistics
-from river_llm.store import cached_folders
 
 CASES = ["llama", "gemma3_text", "phi3, longrope", "qwen2"]
 LAYERS = 4
@@ -50,27 +49,24 @@ def offloadable(engine: CpuEngine, directory: Path) -> Iterator[CpuEngine]:
             engine.keep_layers(engine.num_layers)
 
 
-def tokens_of(count: int) -> Tensor:
-    """Of one text, `[1, count]`."""
-    return random_tokens(1, count, seed=1)
-
-
 def everything(engine: CpuEngine) -> list[Tensor]:
-    """What all verbs give, on a batch of two texts of which one has padding."""
-    engine = begun(engine, MIXED)
-    tokens = random_tokens(2, 20, seed=3)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :4] = 0
-    steps = [engine.prefill(tokens[:, :9], mask)]
-    found = [steps[0].logits]
-    for place in range(9, 13):
-        step = engine.decode(tokens[:, place])
-        found += [step.logits, step.exit_layers]
-    for draft in engine.draft(tokens[:, 13].tolist(), [1, 1], DraftRule(1, 16)):
-        found.append(torch.tensor(draft.tokens))
-    found.append(engine.verify(tokens[:, 13:15]).logits)
-    engine.rewind([1, 0])
-    found.append(engine.decode(tokens[:, 15]).logits)
+    """What two texts of unequal length give in some steps and drafts."""
+    a, b = begin(engine, [9, 5])
+    tokens = random_tokens(20, seed=3)
+    found: list[Tensor] = []
+
+    def step(texts: dict[int, list[int]], policy: ExitPolicy | None = None) -> None:
+        result = append(engine, texts, policy)
+        found.extend((result.logits, result.exit_layers))
+
+    step({a: tokens[:9], b: tokens[:5]})
+    for token in tokens[9:13]:
+        step({a: [token], b: [token - 1]}, MIXED)
+    drafts = engine.draft([a, b], tokens[13:15], [1, 1], DraftRule(1, 16))
+    found += [torch.tensor(draft.tokens) for draft in drafts]
+    step({a: tokens[13:15], b: tokens[14:15]})
+    engine.truncate(a, 14)
+    step({a: [5], b: [6]}, MIXED)
     return found
 
 
@@ -88,70 +84,23 @@ class TestEngine:
                 assert engine.resident_layers == kept
                 held = [part is not None for part in engine.packed_weights[:-1]]
                 assert held == [layer < kept for layer in range(LAYERS)]
-                for one, other in zip(everything(engine), expected, strict=True):
-                    assert torch.equal(one, other)
-
-    @given(st.lists(st.integers(0, LAYERS), min_size=1, max_size=6))
-    def test_gives_the_same_bits_while_the_plan_changes(self, plan: list[int]) -> None:
-        engine = self._shared_engine()
-        tokens = random_tokens(1, 4 + len(plan), seed=5)
-
-        def decoded(plan: list[int]) -> list[Tensor]:
-            begun(engine, MIXED).prefill(tokens[:, :4])
-            found = []
-            for place, kept in enumerate(plan):
-                engine.keep_layers(kept)
-                found.append(engine.decode(tokens[:, 4 + place]).logits)
-            return found
-
-        expected = decoded([LAYERS] * len(plan))
-        assert torch.equal(torch.stack(decoded(plan)), torch.stack(expected))
+                assert all(map(torch.equal, everything(engine), expected))
 
     def test_counts_misses(self, tmp_path: Path) -> None:
         engine = subject_of("llama").engine()
         with offloadable(engine, tmp_path):
             engine.keep_layers(1)
             assert engine.offload_statistics == OffloadStatistics(1)
-            begun(engine, ExitPolicy.fixed(1)).prefill(tokens_of(5))  # in the backbone
-            assert engine.offload_statistics.misses == 3
-            engine.decode(torch.tensor([3]))
-            assert engine.offload_statistics.misses == 3
-            engine.policy = ExitPolicy.fixed(2)
-            engine.decode(torch.tensor([3]))
+            (sequence,) = begin(engine)
+            misses = 0
+            for depth in (4, 1, 2, 0, 3):
+                append(engine, {sequence: [3, 4]}, ExitPolicy.fixed(depth))
+                misses += max(0, depth - 1)
+                assert engine.offload_statistics.misses == misses
             statistics = engine.offload_statistics
-            assert statistics.misses == 4
-            assert statistics.bytes_read == 4 * engine.layer_bytes[0]
+            assert statistics.bytes_read == misses * engine.layer_bytes[0]
             assert statistics.seconds_waited > 0
-            assert statistics.held_back == 0
-
-    def test_holds_tokens_back_at_the_depth_limit(self, tmp_path: Path) -> None:
-        engine = subject_of("llama").engine()
-        tokens = tokens_of(12)
-        with offloadable(engine, tmp_path):
-            for limit in range(LAYERS + 1):
-                engine.keep_layers(limit)
-                engine.depth_limit = limit
-                before = engine.offload_statistics
-                begun(engine, ExitPolicy.never()).prefill(tokens)
-                exits = [int(engine.decode(torch.tensor([7])).exit_layers) for _ in range(3)]
-                assert exits == [limit] * 3
-                cost = engine.offload_statistics.since(before)
-                assert cost.misses == 0
-                assert cost.held_back == (0 if limit == LAYERS else 12 + 3)
-            # as if the policy had said so
-            engine.depth_limit = 2
-            limited = begun(engine, MIXED).prefill(tokens).logits
-            engine.depth_limit = None
-            capped = ExitPolicy.fixed(2, prefill="token")
-            assert torch.equal(limited, begun(engine, capped).prefill(tokens).logits)
-
-    def test_refuses_to_verify_within_a_depth_limit(self) -> None:
-        engine = subject_of("llama").engine()
-        begun(engine, MIXED).prefill(tokens_of(5))
-        engine.depth_limit = 2
-        with pytest.raises(RiverError, match="whole backbone"):
-            engine.verify(tokens_of(2))
-        assert engine.length == 5
+            assert statistics.depth_capped == 0
 
     def test_needs_a_file(self, tmp_path: Path) -> None:
         engine = subject_of("llama").engine()
@@ -170,8 +119,11 @@ class TestEngine:
     @pytest.mark.parametrize("how", ["cut short", "changed", "replaced", "removed"])
     def test_never_takes_weights_of_another_file(self, how: str, tmp_path: Path) -> None:
         engine = subject_of("llama").engine()
-        expected = begun(engine, ExitPolicy.never()).prefill(tokens_of(6)).logits
-        shallow = begun(engine, ExitPolicy.always()).prefill(tokens_of(6)).logits
+        tokens, at_once = random_tokens(6, seed=1), ExitPolicy.always()
+        (sequence,) = begin(engine)
+        expected = append(engine, {sequence: tokens}).logits
+        (sequence,) = begin(engine)
+        shallow = append(engine, {sequence: tokens}, at_once).logits
         path = tmp_path / "weights.bin"
         with offloadable(engine, tmp_path):
             engine.keep_layers(1)
@@ -185,38 +137,20 @@ class TestEngine:
                 path.unlink()
                 if how == "replaced":  # what was opened is still there
                     path.write_bytes(bytes(len(whole)))
-            engine.truncate(0)
+            (sequence,) = begin(engine)
             if how in ("cut short", "changed"):
-                begun(engine, ExitPolicy.never())
                 with pytest.raises(RiverError, match="changed while it was in use") as raised:
-                    engine.prefill(tokens_of(6))
+                    append(engine, {sequence: tokens})
                 assert "\n" not in str(raised.value)
-                assert engine.length == 0
+                assert engine.length(sequence) == 0
                 with pytest.raises(RiverError, match="changed while it was in use"):
                     engine.keep_layers(2)
-                again = begun(engine, ExitPolicy.always()).prefill(tokens_of(6)).logits
+                again = append(engine, {sequence: tokens}, at_once).logits
                 assert torch.equal(again, shallow)  # what is in memory goes on
                 path.write_bytes(whole)
                 engine.offload_to(path)
-            found = begun(engine, ExitPolicy.never()).prefill(tokens_of(6)).logits
-            assert torch.equal(found, expected)
-
-    _shared: tuple[CpuEngine, Path] | None = None
-
-    def _shared_engine(self) -> CpuEngine:
-        """One engine with its file for all examples of a test."""
-        if TestEngine._shared is None:
-            engine = subject_of("llama").engine()
-            directory = Path(os.environ["RIVER_LLM_CACHE"])
-            directory.mkdir(parents=True, exist_ok=True)
-            path = directory / f"weights-{os.getpid()}.bin"
-            with path.open("wb") as file:
-                for part in engine.packed_weights:
-                    part.tofile(file)
-            engine.offload_to(path)
-            path.unlink()  # it stays open
-            TestEngine._shared = engine, path
-        return TestEngine._shared[0]
+                (sequence,) = begin(engine)
+            assert torch.equal(append(engine, {sequence: tokens}).logits, expected)
 
 
 @pytest.fixture
@@ -240,7 +174,7 @@ class TestRiverLM:
             assert lm.residency is not None
             assert lm.engine.resident_layers == lm.residency.resident
             assert answer(lm) == expected
-            assert answer(lm, mode="lossless") == backbones
+            assert answer(lm, policy=None) == backbones
 
     def test_keeps_what_a_budget_holds(self, model: Path) -> None:
         engine = start(model).engine
@@ -272,15 +206,15 @@ class TestRiverLM:
         assert first.bytes_read == 15 * lm.engine.layer_bytes[0]
         assert start(model).generate(PROMPT, max_new_tokens=5).offload is None
 
-    def test_without_misses_holds_tokens_back(self, model: Path) -> None:
+    def test_without_misses_caps_the_depth(self, model: Path) -> None:
         lm = start(model, offload="2", no_miss=True, policy=ExitPolicy.never())
         result = lm.generate(PROMPT, max_new_tokens=6)
         assert set(result.exit_layers) == {2}
         assert result.offload is not None
         assert result.offload.misses == 0
-        assert result.offload.held_back == result.prompt_tokens + 5
+        assert result.offload.depth_capped == result.prompt_tokens + 5
         with pytest.raises(ConfigError, match="whole backbone"):
-            lm.generate(PROMPT, mode="lossless")
+            lm.generate(PROMPT, policy=None)
 
     def test_shares_prompt_caches_with_whatever_stays(self, model: Path, tmp_path: Path) -> None:
         lm, file = start(model), tmp_path / "prompt.safetensors"
@@ -317,7 +251,7 @@ class TestRiverLM:
         with pytest.raises(ConfigError, match="RIVER_LLM_CACHE=off"):
             start_without_cache(model, offload="1")
         monkeypatch.setattr(
-            "river_llm.load.repacked_weights.CachedFolder.keep",
+            "river_llm.packed_copy.CachedFolder.keep",
             lambda *_: None,  # a full disk
         )
         with pytest.raises(RiverError, match="could not be written"):
@@ -361,7 +295,7 @@ class TestCommand:
         assert outcome.exit_code == 0
         assert "offloading: layers 1 to 1 of 4 stay" in outcome.stderr
         assert "1 layers in memory" in outcome.stderr
-        assert "tokens held back" in outcome.stderr
+        assert "tokens capped" in outcome.stderr
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -395,7 +329,7 @@ class TestMemory:
 
 @pytest.fixture
 def run_limited() -> Callable[[str], str]:
-    """The real model's answer in a process that may take 250 MB more than Python and its libraries
+    """The real model's answer in a process that may take 300 MB more than Python and its libraries
     do, with layers offloaded so."""
     lm = RiverLM.from_pretrained("smollm2", device="cpu", threads=1)  # see that it is in the cache
     del lm
@@ -415,11 +349,11 @@ import re, resource, sys
 import torch
 from pathlib import Path
 from river_llm import ExitPolicy, RiverLM
-import river_llm.engines.cpu_engine, tokenizers, transformers
+import river_llm.engines.cpu, tokenizers, transformers
 
 torch.set_num_threads(1)
 size = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-limit = size + 250_000_000
+limit = size + 300_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     lm = RiverLM.from_pretrained(

@@ -1,5 +1,5 @@
-"""An engine without a model. What it says hangs on every token of a sequence and on how deep each of
-them ran, as with a KV cache, so a token too many, or one that a draft has left, shows."""
+"""An engine without a model. What it says hangs on every token of a sequence and on how deep each
+of them ran, as with a KV cache, so a token too many, or one that a draft has left, shows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ToyEngine:
     rope_boundary = None
 
     def __init__(
-        self, context_length: int | None = 64, prefill_rows: int | None = 8, river_noise: float = 1
+        self, context_length: int | None = 64, prefill_rows: int | None = 8, river_noise: float = 3
     ) -> None:
         self.context_length, self.prefill_rows = context_length, prefill_rows
         self.river_noise = river_noise
@@ -89,9 +89,9 @@ class ToyEngine:
             return np.full(VOCABULARY, np.nan, np.float32)
         by_text = _random(hash(tuple(token for token, _ in rows[-3:])))
         by_cache = _random(hash(tuple(rows)))
-        noise = 0.2 if exit_layer == NUM_LAYERS else self.river_noise
+        noise = 0.5 if exit_layer == NUM_LAYERS else self.river_noise
         return np.asarray(
-            3 * by_text.standard_normal(VOCABULARY) + noise * by_cache.standard_normal(VOCABULARY),
+            8 * by_text.standard_normal(VOCABULARY) + noise * by_cache.standard_normal(VOCABULARY),
             np.float32,
         )
 
@@ -105,7 +105,7 @@ class DraftingEngine(ToyEngine):
 
     draft_head_bits = (8, 16)
 
-    def __init__(self, *args: float, river_noise: float = 1) -> None:
+    def __init__(self, *args: float, river_noise: float = 3) -> None:
         super().__init__(*args, river_noise=river_noise)  # type: ignore[arg-type]
         self.drafted: list[int] = []
 
