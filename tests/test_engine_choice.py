@@ -27,7 +27,6 @@ from river_llm import (
 )
 from river_llm.engines import CpuEngine, EngineChoice, TorchEngine, make_engine
 from river_llm.engines.choice import check_engine_options, why_not_native
-from river_llm.store import ENVIRONMENT_VARIABLE
 
 pytest.importorskip("river_llm._core", reason="the native engine was not built")
 
