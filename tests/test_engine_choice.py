@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
-from packed_models import PROMPT, save_model, start_without_cache
 from steps import append, begin
+from stored_models import PROMPT, save_model, start_without_cache
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
@@ -25,8 +25,9 @@ from river_llm import (
     RiverLM,
     UnsupportedModelError,
 )
-from river_llm.engines import CpuEngine, EngineChoice, TorchEngine, make_engine
-from river_llm.engines.choice import check_engine_options, why_not_native
+from river_llm.config import EngineChoice, EngineConfig
+from river_llm.engines import CpuEngine, TorchEngine, choice, make_engine
+from river_llm.engines.choice import why_not_native
 
 pytest.importorskip("river_llm._core", reason="the native engine was not built")
 
@@ -61,7 +62,7 @@ def model_of(architecture: str = "Llama", **settings: Any) -> PreTrainedModel:
 
 
 def engine_of(model: PreTrainedModel, choice: EngineChoice = "auto", **settings: Any) -> Any:
-    return make_engine(model, River.build(model, CONFIG), choice, **settings)
+    return make_engine(model, River.build(model, CONFIG), EngineConfig(engine=choice, **settings))
 
 
 UNSUITED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -125,7 +126,7 @@ class TestMakeEngine:
         architecture, settings, _ = UNSUITED[case]
         model = model_of(architecture, **settings)
         with pytest.raises(UnsupportedModelError, match=r"; take --engine torch$"):
-            make_engine(model, River(CONFIG, [], "", "llama"), "cpu")
+            make_engine(model, River(CONFIG, [], "", "llama"), EngineConfig(engine="cpu"))
 
     @pytest.mark.usefixtures("not_built")
     def test_cpu_refuses_where_the_native_engine_was_not_built(self) -> None:
@@ -157,24 +158,31 @@ class TestMakeEngine:
 @pytest.mark.usefixtures("nothing_is_loaded")
 class TestBeforeLoading:
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("settings", "message"),
         [
-            (("llama.cpp", 16, 16), "engine is 'llama.cpp'; choose one of auto, cpu, torch"),
-            (("auto", 4, 16), "the backbone has 4 bits; choose 16"),
-            (("cpu", 16, 0), "the LM head has 0 bits; choose 16"),
-            (("torch", 8, 16), "8 bits of the backbone are for the native engine"),
-            (("torch", 16, 8), "8 bits of the LM head are for the native engine"),
-            (("torch", 16, 16, 4), "the KV cache has 4 bits; choose 16"),
+            ({"engine": "llama.cpp"}, "engine is 'llama.cpp'; it must be one of auto, cpu, torch"),
+            ({"backbone_bits": 4}, "backbone_bits is 4; it must be one of 16, 8"),
+            ({"engine": "torch", "lm_head_bits": 8}, "8 bits of the LM head are for the native"),
+            ({"offload": 2.5}, "offload is 2.5; give off, auto, a number of layers"),
+            ({"river": True}, "river is True; give the folder of one, a River, or a RiverConfig"),
+            ({"policy": "never"}, "policy is 'never'; give an ExitPolicy"),
         ],
     )
-    def test_options_that_no_engine_takes_are_refused(
-        self, options: tuple[Any, ...], message: str
+    def test_settings_that_no_engine_takes_are_refused(
+        self, settings: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(ConfigError, match=message):
-            check_engine_options(*options)
-        names = ("engine", "backbone_bits", "lm_head_bits", "kv_bits")
-        with pytest.raises(ConfigError, match=message):
-            RiverLM.from_pretrained("absent", **dict(zip(names, options, strict=False)))
+            RiverLM.from_pretrained("absent", **settings)
+
+    def test_more_threads_than_cores_are_told_once(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        choice._warn_of_many.cache_clear()
+        monkeypatch.setattr(choice, "usable_threads", lambda: 2)
+        for threads in (None, 2, 1000, 1000):
+            choice.check_threads(threads)
+        (record,) = caplog.records
+        assert record.getMessage().startswith("1000 threads share the 2 cores")
 
     @pytest.mark.usefixtures("not_built")
     def test_an_engine_that_was_not_built_is_refused(self) -> None:

@@ -27,7 +27,7 @@ from river_llm.attachment import AttachedRiver
 from river_llm.backbone import decoder_layers
 from river_llm.engines import CpuEngine, Engine, TorchEngine
 from river_llm.load.model import load_backbone
-from river_llm.measure.divergence import score_text
+from river_llm.measure.divergence import compare_logits
 
 pytestmark = pytest.mark.slow
 
@@ -158,10 +158,14 @@ def test_engine_equals_generate_beyond_the_sliding_window(
 def test_deeper_exits_come_closer_to_the_backbone(
     gemma3: tuple[PreTrainedModel, PreTrainedTokenizerBase], attached: AttachedRiver
 ) -> None:
-    window = gemma3[1](SENTENCE * 8).input_ids[:128]
-    arms = {str(depth): ExitPolicy.fixed(depth) for depth in (0, 6, 12, 18)}
-    scores = score_text(attached, [window], arms)
-    divergences = [score.mean_kld for score in scores.values()]
+    window = torch.tensor(gemma3[1](SENTENCE * 8).input_ids[:128])
+    logits = {}
+    for depth in (0, 6, 12, 18):
+        attached.policy = ExitPolicy.fixed(depth, prefill="token")
+        logits[depth] = attached.model(window.unsqueeze(0), use_cache=False).logits[0, :-1]
+    divergences = [
+        float(compare_logits(logits[depth], logits[18], window[1:])[1].mean()) for depth in logits
+    ]
     assert divergences == sorted(divergences, reverse=True)
     assert divergences[-1] == 0
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from command_line import run
 from native_engines import random_tokens, subject_of
-from packed_models import PROMPT, save_model, start, start_without_cache
 from steps import append, begin
+from stored_models import PROMPT, save_model, start, start_without_cache
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverLM

@@ -110,7 +110,7 @@ class Session:
             return None
         account = self.engine.step_bytes
         shallowest, deepest = min(exit_layers), max(exit_layers)
-        weights = account(shallowest, 0) + sum(self.engine.layer_bytes[shallowest:deepest])
+        weights: int = account(shallowest, 0) + sum(self.engine.layer_bytes[shallowest:deepest])
         cache = account(shallowest, position) - account(shallowest, 0)
         return weights + len(exit_layers) * cache
 
