@@ -227,7 +227,7 @@ class TestCommandLine:
         arguments = ("--max-new-tokens", 1, "--group-size", 32, "--quantizer", "rtn", "--json")
         outcome = run("generate", PROMPT, *arguments, *options)
         assert outcome.exit_code == 0, outcome.stderr
-        return [line for line in outcome.stderr.splitlines() if "PyTorch" in line]
+        return [line for line in outcome.stderr.splitlines() if "PyTorch computes" in line]
 
     def test_of_dtypes_and_compilers(self, model: Path, request: pytest.FixtureRequest) -> None:
         reason = "the model is in float32, not bfloat16"

@@ -251,7 +251,7 @@ class TestRiverLM:
         with pytest.raises(ConfigError, match="RIVER_LLM_CACHE=off"):
             start_without_cache(model, offload="1")
         monkeypatch.setattr(
-            "river_llm.packed_copy.CachedFolder.keep",
+            "river_llm.load.repacked_weights.CachedFolder.keep",
             lambda *_: None,  # a full disk
         )
         with pytest.raises(RiverError, match="could not be written"):
@@ -301,9 +301,9 @@ class TestCommand:
         ("options", "message"),
         [
             (["--offload", "most"], "give off, auto"),
-            (["--no-miss"], "--no-miss goes with --offload"),
-            (["--no-miss", "--offload", "off"], "--no-miss goes with --offload"),
-            (["--no-miss", "--offload", "1", "--mode", "lossless"], "leave out --no-miss"),
+            (["--no-miss"], "no_miss goes with --offload"),
+            (["--no-miss", "--offload", "off"], "no_miss goes with --offload"),
+            (["--no-miss", "--offload", "1"], "leave out --no-miss"),
             (["--no-miss", "--offload", "1", "--compare"], "leave out --no-miss"),
         ],
     )
