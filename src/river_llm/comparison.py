@@ -57,8 +57,9 @@ def compare_variants(
         progress: called with (passes done, passes in all).
     """
     passes: dict[str, list[_Pass]] = {name: [] for name in variants}
+    items = list(variants.items())
     for number in range(rounds):
-        for place, (name, policy) in enumerate(variants.items(), 1):
+        for place, (name, policy) in enumerate(items[:: -1 if number % 2 else 1], 1):
             run = _answer(lm, prompt, answer) if policy is None else None
             passes[name].append(run or _follow(lm, prompt, answer, policy))
             if progress:
