@@ -1,15 +1,20 @@
+"""RiverLM: prompts to answers, one by one, together, and side by side."""
+
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from river_llm.sampling import SamplingConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lossless_lm import PROMPTS, lm_on, subject_with
 from tiny_lm import END, interrupt_once, sharpened, tiny_lm
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from river_llm import (
     ConfigError,
@@ -19,9 +24,20 @@ from river_llm import (
     RiverError,
     RiverLM,
 )
+from river_llm.config import SamplingConfig
+from river_llm.residency import OffloadConfig, ResidencyPlan
 
 PROMPT = "Hello, river"
+NEVER = ExitPolicy.never()
 MIXED = ExitPolicy.similarity(0.9)  # about half of the tiny model's tokens leave early
+POLICIES = [
+    None,
+    NEVER,
+    ExitPolicy.always(),
+    ExitPolicy.fixed(2, prefill="sequence"),
+    ExitPolicy.similarity(0.87),
+    ExitPolicy.similarity(0.87, prefill="token"),
+]
 RANDOM: dict[str, Any] = {"temperature": 1.0, "seed": 5}
 
 
@@ -48,62 +64,54 @@ def plain_logits(tiny_llama: PreTrainedModel) -> Callable[[list[int]], torch.Ten
 
 
 class TestTokens:
-    def test_are_the_likeliest_of_the_plain_model(
-        self, lm: RiverLM, plain_logits: Callable[[list[int]], torch.Tensor]
-    ) -> None:
-        token_ids = lm.tokenizer(PROMPT).input_ids
-        expected: list[int] = []
-        for _ in range(20):
-            expected.append(int(plain_logits(token_ids + expected).argmax()))
-        result = lm.generate(PROMPT, raw=True, max_new_tokens=20)
-        assert result.tokens == expected
-        assert result.text == lm.tokenizer.decode(expected)
-
-    def test_are_penalised_for_standing_in_the_text(
-        self, lm: RiverLM, plain_logits: Callable[[list[int]], torch.Tensor]
+    @pytest.mark.parametrize("penalty", [1.0, 1.7])
+    @pytest.mark.parametrize("policy", [NEVER, None])
+    def test_are_those_of_the_plain_model(
+        self,
+        lm: RiverLM,
+        plain_logits: Callable[[list[int]], torch.Tensor],
+        penalty: float,
+        policy: ExitPolicy | None,
     ) -> None:
         token_ids = lm.tokenizer(PROMPT).input_ids
         expected: list[int] = []
         for _ in range(20):
             logits = plain_logits(token_ids + expected).clone()
             for token in {*token_ids, *expected}:
-                logits[token] *= 1 / 1.7 if logits[token] > 0 else 1.7
+                logits[token] *= 1 / penalty if logits[token] > 0 else penalty
             expected.append(int(logits.argmax()))
-        settings = {"raw": True, "max_new_tokens": 20}
-        assert lm.generate(PROMPT, repetition_penalty=1.7, **settings).tokens == expected
-        assert lm.generate(PROMPT, **settings).tokens != expected
+        asked = {"raw": True, "max_new_tokens": 20, "repetition_penalty": penalty}
+        result = lm.generate(PROMPT, policy=policy, **asked)
+        assert result.tokens == expected
+        assert result.text == lm.tokenizer.decode(expected)
 
     def test_are_the_same_with_the_same_seed_only(self, lm: RiverLM) -> None:
         def answer(seed: int | None) -> str:
             return lm.generate(PROMPT, temperature=1.0, seed=seed, max_new_tokens=20).text
 
-        first = answer(1)
         state = torch.get_rng_state()
-        torch.manual_seed(77)
-        assert answer(1) == first
-        torch.set_rng_state(state)
+        first = answer(1)
         assert answer(1) == first
         assert len({first, answer(2), answer(3), answer(None), answer(None)}) == 5
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_come_by_the_policy_of_the_model_or_of_the_call(self, lm: RiverLM) -> None:
+        asked = {"raw": True, "max_new_tokens": 8}
+        lm.policy = None
+        assert lm.generate(PROMPT, **asked).mode == "lossless"
+        expected = lm.generate(PROMPT, policy=ExitPolicy.fixed(1), **asked)
+        assert (expected.mode, expected.exit_layers) == ("river", [4] + [1] * 7)
+        lm.policy = ExitPolicy.fixed(1)
+        assert lm.generate(PROMPT, **asked).tokens == expected.tokens
+        assert lm.generate(PROMPT, policy=None, **asked).mode == "lossless"
+        assert lm.generate_batch([PROMPT], policy=NEVER, **asked)[0].exit_layers == [4] * 8
+        with pytest.raises(ConfigError, match="the exit layer is 5"):
+            lm.policy = ExitPolicy.fixed(5)
+        with pytest.raises(ConfigError, match="give an ExitPolicy"):
+            lm.policy = 0.5  # type: ignore[assignment]
+
 
 class TestStopping:
-    @pytest.mark.parametrize("max_new_tokens", [1, 2, 7])
-    def test_at_max_new_tokens(self, lm: RiverLM, max_new_tokens: int) -> None:
-        result = lm.generate(PROMPT, max_new_tokens=max_new_tokens)
-        assert len(result.tokens) == max_new_tokens
-        assert result.finish_reason == "length"
-
-    def test_at_a_stop_token_which_gives_no_text(self, lm: RiverLM) -> None:
-        whole = lm.generate(PROMPT, max_new_tokens=20, **RANDOM)
-        stop_token = whole.tokens[9]
-        length = whole.tokens.index(stop_token) + 1
-        lm.stop_tokens = frozenset({stop_token, END})
-        result = lm.generate(PROMPT, max_new_tokens=20, **RANDOM)
-        assert result.tokens == whole.tokens[:length]
-        assert result.text == whole.text[: length - 1]
-        assert result.finish_reason == "stop"
-
     @pytest.mark.parametrize(("start", "length"), [(0, 1), (4, 3), (11, 5), (17, 3)])
     def test_before_a_stop_string_across_tokens(self, lm: RiverLM, start: int, length: int) -> None:
         whole = lm.generate(PROMPT, max_new_tokens=20, **RANDOM)
@@ -113,75 +121,67 @@ class TestStopping:
         assert "".join(response.text for response in responses) == whole.text[:found]
         assert [response.token for response in responses] == whole.tokens[: found + length]
         assert responses[-1].finish_reason == "stop"
+        unfinished = lm.generate(PROMPT, max_new_tokens=20, stop=whole.text[-2:] + "no", **RANDOM)
+        assert (unfinished.text, unfinished.finish_reason) == (whole.text, "length")
 
-    def test_gives_what_only_began_like_a_stop_string(self, lm: RiverLM) -> None:
+    def test_at_a_stop_token_which_gives_no_text(self, lm: RiverLM) -> None:
         whole = lm.generate(PROMPT, max_new_tokens=20, **RANDOM)
-        stop = whole.text[-2:] + "never"
-        result = lm.generate(PROMPT, max_new_tokens=20, stop=(stop,), **RANDOM)
-        assert result.text == whole.text
-        assert result.finish_reason == "length"
-
-    def test_takes_a_lone_stop_string_as_one(self, lm: RiverLM) -> None:
-        whole = lm.generate(PROMPT, max_new_tokens=20, **RANDOM)
-        stop = whole.text[:10][::-1]
-        assert stop not in whole.text
-        result = lm.generate(PROMPT, max_new_tokens=20, stop=stop, **RANDOM)
-        assert result.text == whole.text
+        stop_token = whole.tokens[9]
+        length = whole.tokens.index(stop_token) + 1
+        lm.stop_tokens = frozenset({stop_token, END})
+        result = lm.generate(PROMPT, max_new_tokens=20, **RANDOM)
+        assert result.tokens == whole.tokens[:length]
+        assert (result.text, result.finish_reason) == (whole.text[: length - 1], "stop")
 
     @pytest.mark.parametrize(("prompt_tokens", "expected"), [(50, 15), (63, 2), (64, 1)])
     def test_where_the_context_is_full(
         self, lm: RiverLM, prompt_tokens: int, expected: int
     ) -> None:
-        result = lm.generate("x" * prompt_tokens, raw=True)
-        assert result.prompt_tokens == prompt_tokens
-        assert len(result.tokens) == expected
+        """Each at its own end."""
+        asked = ["x" * prompt_tokens, "y"]
+        result, other = lm.generate_batch(asked, raw=True, max_new_tokens=30)
+        assert (result.prompt_tokens, len(result.tokens)) == (prompt_tokens, expected)
         assert result.finish_reason == "context"
+        assert (len(other.tokens), other.finish_reason) == (30, "length")
 
-    def test_refuses_a_prompt_longer_than_the_context(self, lm: RiverLM) -> None:
-        expected = lm.generate(PROMPT, max_new_tokens=5).tokens
-        with pytest.raises(ContextFullError, match=r"has 65 tokens.*holds 64; shorten"):
-            lm.generate("x" * 65, raw=True)
-        assert lm.generate(PROMPT, max_new_tokens=5).tokens == expected
 
+class TestRefusals:
     @pytest.mark.parametrize("prompt", ["", "  ", []])
-    def test_refuses_an_empty_prompt(self, lm: RiverLM, prompt: Any) -> None:
+    def test_of_an_empty_prompt(self, lm: RiverLM, prompt: Any) -> None:
         with pytest.raises(ConfigError, match="the prompt is empty"):
             lm.generate(prompt)
         with pytest.raises(ConfigError, match="the prompt is empty"):
             lm.generate_batch([PROMPT, prompt])
-
-    def test_refuses_no_prompt_at_all(self, lm: RiverLM) -> None:
         with pytest.raises(ConfigError, match="the prompt is empty"):
             list(lm.stream_tokens([], SamplingConfig()))
 
-    def test_refuses_an_unknown_setting(self, lm: RiverLM) -> None:
+    def test_of_a_long_prompt_and_of_unknown_settings_change_nothing(self, lm: RiverLM) -> None:
+        expected = lm.generate(PROMPT, max_new_tokens=5).tokens
+        with pytest.raises(ContextFullError, match=r"has 65 tokens.*holds 64; shorten"):
+            lm.generate("x" * 65, raw=True)
+        with pytest.raises(ContextFullError, match=r"^prompt 2 of 2: the prompt has 65 tokens"):
+            lm.generate_batch(["a", "x" * 65], raw=True)
         wanted = r"^there is no setting 'do_sample'; the sampling settings are max_new_tokens, "
         with pytest.raises(ConfigError, match=wanted):
             lm.generate(PROMPT, do_sample=True)
+        with pytest.raises(ConfigError, match="takes a list of prompts, not one string"):
+            lm.generate_batch("hi")
+        result = lm.generate(PROMPT, max_new_tokens=5, reuse_cache=True)
+        assert result.tokens == expected
+        assert result.cached_prompt_tokens == result.prompt_tokens - 1
 
 
 class TestStatistics:
     @pytest.mark.parametrize(("prefill", "first"), [("backbone", 4), ("river", 0), ("token", 2)])
     def test_count_tokens_and_layers(self, lm: RiverLM, prefill: Any, first: int) -> None:
-        lm.policy = ExitPolicy.fixed(2, prefill=prefill)
-        responses = list(lm.stream(PROMPT, raw=True, max_new_tokens=6))
+        policy = ExitPolicy.fixed(2, prefill=prefill)
+        responses = list(lm.stream(PROMPT, raw=True, policy=policy, max_new_tokens=6))
         assert [response.exit_layer for response in responses] == [first, 2, 2, 2, 2, 2]
         assert [response.generated_tokens for response in responses] == [1, 2, 3, 4, 5, 6]
         assert {response.prompt_tokens for response in responses} == {len(PROMPT)}
         means = [(first + 2 * count) / (count + 1) for count in range(6)]
         assert [response.mean_exit_layer for response in responses] == pytest.approx(means)
         assert [response.finish_reason for response in responses] == [None] * 5 + ["length"]
-
-    def test_hold_the_prefills_exit_layer_and_then_the_tokens_own(self, lm: RiverLM) -> None:
-        attached = lm.engine.attached
-        lm.policy = ExitPolicy.similarity(0.87, prefill="token")
-        result = lm.generate(PROMPT, raw=True, max_new_tokens=16)
-        attached.phase = "prefill"
-        with torch.no_grad():
-            attached.model(torch.tensor([[*lm.tokenizer(PROMPT).input_ids, *result.tokens[:-1]]]))
-        expected = attached.last_exit_layers[0, len(PROMPT) - 1 :].tolist()
-        assert result.exit_layers == expected
-        assert len(set(expected)) > 1
 
     def test_measure_speeds_from_the_second_token_on(self, lm: RiverLM) -> None:
         responses = list(lm.stream(PROMPT, max_new_tokens=4))
@@ -194,44 +194,34 @@ class TestStatistics:
         assert responses[0].peak_memory_bytes > 50e6
 
     def test_of_a_result_are_the_last_responses(self, lm: RiverLM) -> None:
-        lm.policy = MIXED
-        responses = list(lm.stream(PROMPT, max_new_tokens=10))
-        result = GenerationResult.of(lm.engine, responses, responses[-1].prompt_tokens)
+        responses = list(lm.stream(PROMPT, policy=MIXED, max_new_tokens=10))
         last = responses[-1]
+        result = GenerationResult.of(lm.engine, responses, last.prompt_tokens, MIXED)
         shared = set(GenerationResult.__slots__) & set(type(last).__slots__) - {"text"}
         assert len(shared) == 10
         for name in shared:
             assert getattr(result, name) == getattr(last, name), name
-        assert result.tokens == lm.generate(PROMPT, max_new_tokens=10).tokens
         assert (result.num_layers, result.engine) == (4, "torch")
         assert result.policy == MIXED.to_dict()
 
     def test_of_a_stream_cut_short_say_so(self, lm: RiverLM) -> None:
         responses = list(itertools.islice(lm.stream(PROMPT, max_new_tokens=10), 4))
-        result = GenerationResult.of(lm.engine, responses, len(PROMPT))
+        result = GenerationResult.of(lm.engine, responses, len(PROMPT), NEVER)
         assert result.finish_reason == "interrupted"
         assert result.tokens == lm.generate(PROMPT, max_new_tokens=4).tokens
-        nothing = GenerationResult.of(lm.engine, [], len(PROMPT))
+        nothing = GenerationResult.of(lm.engine, [], len(PROMPT), NEVER)
         assert (nothing.finish_reason, nothing.text, nothing.tokens) == ("interrupted", "", [])
         assert nothing.mean_exit_layer is None
 
 
 class TestInterruption:
     def test_of_a_stream_leaves_the_model_usable(self, lm: RiverLM) -> None:
-        lm.policy = MIXED
         expected = lm.generate(PROMPT, max_new_tokens=10).tokens
         stream = lm.stream("Something else", max_new_tokens=10)
         next(stream)
-        next(stream)
         stream.close()  # type: ignore[attr-defined]
         assert lm.generate(PROMPT, max_new_tokens=10).tokens == expected
-
-    def test_by_another_answer_ends_a_stream_with_an_error(self, lm: RiverLM) -> None:
-        stream = lm.stream(PROMPT, max_new_tokens=10)
-        next(stream)
-        lm.generate("Something else", max_new_tokens=10)
-        with pytest.raises(RiverError):
-            next(stream)
+        assert len(lm.engine.sequences()) == 1  # the last text, for the next answer
 
     @pytest.mark.parametrize("passes", [0, 1, 4])
     def test_within_a_pass_leaves_the_model_usable(self, lm: RiverLM, passes: int) -> None:
@@ -243,18 +233,96 @@ class TestInterruption:
         with pytest.raises(KeyboardInterrupt):
             next(stream)
         assert lm.generate(PROMPT, max_new_tokens=10).tokens == expected
+        interrupt_once(lm.engine.attached.model, passes)
+        with pytest.raises(KeyboardInterrupt):
+            lm.generate_batch([PROMPT, "y"], max_new_tokens=10)
+        assert len(lm.engine.sequences()) == 1
 
-    def test_within_a_pass_leaves_the_cache_as_it_was(self, lm: RiverLM) -> None:
-        token_ids = torch.tensor([lm.tokenizer(PROMPT).input_ids])
-        engine = lm.engine
-        logits = []
-        for is_interrupted in (False, True):
-            engine.truncate(0)
-            engine.prefill(token_ids)
-            if is_interrupted:
-                interrupt_once(engine.attached.model, 0)
-                with pytest.raises(KeyboardInterrupt):
-                    engine.decode(torch.tensor([9]))
-            assert engine.length == len(PROMPT)
-            logits.append(engine.decode(torch.tensor([8])).logits)
-        assert torch.equal(*logits)
+
+@settings(max_examples=12)
+@given(
+    policy=st.sampled_from(POLICIES),
+    sampling=st.sampled_from([{}, {"temperature": 1.0, "seed": 40}]),
+    ends=st.booleans(),
+)
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+def test_answers_of_a_batch_are_those_of_the_prompts_alone(
+    kind: str, policy: ExitPolicy | None, sampling: dict[str, Any], ends: bool
+) -> None:
+    lm = lm_on(kind, policy=policy)
+    asked = {"raw": True, "max_new_tokens": 12, **sampling}
+    if ends:
+        whole = lm.generate_batch(PROMPTS, **asked)
+        lm.stop_tokens = frozenset(row.tokens[3 * i] for i, row in enumerate(whole))
+    rows = lm.generate_batch(PROMPTS, **asked)
+    assert lm.generate_batch(PROMPTS[:1], **asked)[0].tokens == rows[0].tokens
+    for prompt, row in list(zip(PROMPTS, rows, strict=True))[: 1 if sampling else None]:
+        alone = lm.generate(prompt, **asked)
+        for name in ("tokens", "text", "exit_layers", "finish_reason", "prompt_tokens", "policy"):
+            assert getattr(row, name) == getattr(alone, name), name
+    assert lm.generate_batch([]) == []
+
+
+def test_answers_of_a_model_with_absolute_positions_are_those_of_the_prompts_alone() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=3, n_head=4)
+    config.pad_token_id = config.eos_token_id = config.bos_token_id = None
+    config.tie_word_embeddings = False
+    model = sharpened(GPT2LMHeadModel(config).eval())
+    model.transformer.wpe.weight.data.mul_(3)
+    lm = tiny_lm(model)
+    rows = lm.generate_batch(PROMPTS, raw=True, max_new_tokens=15)
+    alone = [lm.generate(prompt, raw=True, max_new_tokens=15) for prompt in PROMPTS]
+    assert [row.tokens for row in rows] == [one.tokens for one in alone]
+
+
+def test_answers_leave_together_by_the_minimum_and_else_each_on_its_own(lm: RiverLM) -> None:
+    policy = ExitPolicy.similarity(0.85)
+    rows = lm.generate_batch(PROMPTS, raw=True, policy=policy, max_new_tokens=15)
+    assert any(len(set(layers)) > 1 for layers in zip(*(r.exit_layers for r in rows), strict=True))
+    policy = ExitPolicy.similarity(0.8, batch="minimum")
+    rows = lm.generate_batch(PROMPTS, raw=True, policy=policy, max_new_tokens=15)
+    assert len({tuple(row.exit_layers) for row in rows}) == 1
+    assert len(set(rows[0].exit_layers[1:])) > 1
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+class TestSideBySide:
+    def test_streams_of_one_thread_are_what_they_are_alone(self, kind: str) -> None:
+        lm = lm_on(kind)
+        asked: list[dict[str, Any]] = [
+            {"policy": policy, "max_new_tokens": 9, "raw": True, "temperature": 1.0, "seed": 4}
+            for policy in POLICIES
+        ]
+        alone = [lm.generate(PROMPTS[2], **one).tokens for one in asked]
+        streams = [lm.stream(PROMPTS[2], **one) for one in asked]
+        together = [[r.token for r in row] for row in zip(*streams, strict=True)]
+        assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
+
+    def test_answers_of_many_threads_are_what_they_are_alone(self, kind: str) -> None:
+        lm = lm_on(kind)
+
+        def answer(number: int) -> list[int]:
+            prompt, policy = PROMPTS[number % 4], POLICIES[number % 6]
+            asked = {"raw": True, "max_new_tokens": 8, "policy": policy, **RANDOM}
+            return lm.generate(prompt, reuse_cache=policy is None, **asked).tokens
+
+        alone = [answer(number) for number in range(12)]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(answer, range(12))) == alone
+        assert len(lm.engine.sequences()) == 1
+
+
+def test_depths_of_decoded_tokens_decide_over_the_layers_that_stay() -> None:
+    """With a step's end, not with the prompt's."""
+    subject = subject_with(64)
+    engine = subject.reference()
+    plan = ResidencyPlan(OffloadConfig("auto"), engine.layer_bytes, engine.rest_bytes, NEVER)
+    kept: list[int] = []
+    engine.keep_layers = kept.append  # type: ignore[method-assign]
+    lm = RiverLM(engine, lm_on("torch").tokenizer, subject.river.config, residency=plan)
+    result = lm.generate("y", raw=True, policy=ExitPolicy.fixed(2), max_new_tokens=40)
+    assert kept == [2]
+    assert result.offload is not None
+    with pytest.raises(RiverError):
+        lm.generate("y", policy=ExitPolicy.fixed(9))

@@ -205,11 +205,11 @@ class TestBadInput:
         with pytest.raises(ConfigError, match="exit layer is 5, but the model has 4 layers"):
             lm.generate("a", policy=None, drafts=DraftConfig(2, 5))
         if lm.engine.name == "torch":
-            with pytest.raises(ConfigError, match="no LM head of 8 bits for drafts; choose 16$"):
+            with pytest.raises(ConfigError, match=r"no LM head of 8 bits for drafts; choose 16$"):
                 lm.generate("a", policy=None, drafts=DraftConfig(lm_head_bits=8))
         with pytest.raises(ConfigError, match="drafts are for lossless mode"):
             lm.generate("a", policy=MIXED, drafts=DraftConfig())
-        with pytest.raises(ConfigError, match="the exit policy is 0.9; give an ExitPolicy"):
+        with pytest.raises(ConfigError, match=r"the exit policy is 0\.9; give an ExitPolicy"):
             lm.generate("a", policy=0.9)
         lm.engine.depth_limit = 2
         try:

@@ -301,8 +301,8 @@ class TestCommand:
         ("options", "message"),
         [
             (["--offload", "most"], "give off, auto"),
-            (["--no-miss"], "no_miss goes with --offload"),
-            (["--no-miss", "--offload", "off"], "no_miss goes with --offload"),
+            (["--no-miss"], "--no-miss goes with offload"),
+            (["--no-miss", "--offload", "off"], "--no-miss goes with offload"),
             (["--no-miss", "--offload", "1"], "leave out --no-miss"),
             (["--no-miss", "--offload", "1", "--compare"], "leave out --no-miss"),
         ],

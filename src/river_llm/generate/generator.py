@@ -236,15 +236,18 @@ class Generator:
         return taken
 
 
-def check_prompt(length: int, context_length: int | None) -> None:
+def check_prompt(length: int, context_length: int | None, whose: str = "") -> None:
     """Validate that a prompt of so many tokens fits the model's context; None: there is no limit.
+
+    Args:
+        whose: said in front of the error.
 
     Raises:
         ContextFullError: it doesn't.
     """
     if context_length is not None and length > context_length:
         raise ContextFullError(
-            f"the prompt has {length} tokens, the model's context holds {context_length}; "
+            f"{whose}the prompt has {length} tokens, the model's context holds {context_length}; "
             "shorten the prompt"
         )
 
@@ -259,8 +262,8 @@ def check_request(engine: Engine, request: Request) -> None:
         RiverError: the embedding has no row for a token.
     """
     if not request.tokens:
-        raise ConfigError("the prompt is empty; give some text")
-    check_prompt(request.prompt_length, engine.context_length)
+        raise ConfigError(f"{request.name}the prompt is empty; give some text")
+    check_prompt(request.prompt_length, engine.context_length, request.name)
     check_tokens(request.tokens, engine.vocab_size)
     if request.policy is not None:
         request.policy.thresholds(engine.num_layers)
