@@ -46,9 +46,7 @@ def engine(lm: RiverLM) -> Engine:
     return lm.engine
 
 
-def step_by_step(
-    engine: Engine, policy: ExitPolicy | None, candidate: Candidate
-) -> CandidateScore:
+def step_by_step(engine: Engine, policy: ExitPolicy | None, candidate: Candidate) -> CandidateScore:
     """The plain reference: one token after the other."""
     (sequence,) = begin(engine)
     total, layers, is_greedy = 0.0, [], True
