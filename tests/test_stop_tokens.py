@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from byte_models import byte_id, byte_lm, byte_model, byte_tokenizer, save_folder, speaks_only
+from odd_tokenizers import CHATML
 from transformers import PreTrainedModel
 
 from river_llm import RiverLM
@@ -16,10 +17,6 @@ from river_llm.text.prompt import encode_prompt
 from river_llm.text.stop_tokens import stop_tokens
 
 EOS, FIRST = 1, 259  # of a byte tokenizer: </s>, the first token that is added
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 WITHOUT_CLOSING = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
 CLOSED_AT_THE_END = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"

@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_tokenizers import TOKENIZERS
 from tiny_lm import character_tokenizer
-from tokenizers import Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from river_llm import ConfigError
 from river_llm.text.decoder import IncrementalDecoder
-from river_llm.text.prompt import Prompt, encode_prompt
+from river_llm.text.prompt import encode_prompt
 
 UNFINISHED = "\ufffd"
 
@@ -59,13 +58,13 @@ class TestStreamedText:
 
     @given(text=st.text(alphabet="ab ée漢🚀", max_size=20))
     def test_joins_to_the_whole_where_the_tokeniser_strips_the_first_blank(self, text: str) -> None:
-        tokenizer = sentencepiece_tokenizer()
+        tokenizer = TOKENIZERS["sentencepiece"]
         token_ids = tokenizer(text).input_ids
         assert _decode(tokenizer, token_ids) == text
         assert "".join(_pieces(tokenizer, token_ids)) == text
 
     def test_keeps_the_blank_after_a_special_token(self) -> None:
-        tokenizer = sentencepiece_tokenizer()
+        tokenizer = TOKENIZERS["sentencepiece"]
         token_ids = [*tokenizer("ab").input_ids, tokenizer.eos_token_id, *tokenizer("ba").input_ids]
         assert _decode(tokenizer, token_ids) == "ab ba"
         assert "".join(_pieces(tokenizer, token_ids)) == "ab ba"
@@ -162,85 +161,52 @@ class TestEncodePrompt:
             encode_prompt(without_template, [{"role": "user", "content": "Hi"}])
 
     @pytest.mark.parametrize("raw", [False, True])
-    @pytest.mark.parametrize("prompt", ["", []])
-    def test_refuses_an_empty_prompt(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, raw: bool
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            *((prompt, "empty") for prompt in ("", [])),
+            *(
+                (prompt, rf"prompt is of type {kind}; give a string, or a list of messages")
+                for kind, prompt in (
+                    ("NoneType", None),
+                    ("int", 5),
+                    ("bytes", b"Hi"),
+                    ("dict", {"role": "user", "content": "Hi"}),
+                    ("Tensor", torch.tensor([1, 2])),
+                    ("str_.*iterator", iter("Hi")),
+                )
+            ),
+            *((prompt, "token ids; .* to stream_tokens") for prompt in ([5], [1, 2, 3], (1, 2))),
+            *(
+                (prompt, "messages must be a list of")
+                for prompt in (
+                    ["Hi"],
+                    [{"role": "user", "content": 5}],
+                    [{"role": "user"}],
+                    [{"content": "Hi"}],
+                    [{"role": "user", "content": None}],
+                    [{"role": "user", "content": "Hi"}, 5],
+                    [[{"role": "user", "content": "Hi"}]],
+                )
+            ),
+        ],
+        ids=str,
+    )
+    def test_refuses_what_is_no_prompt(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Any, message: str, raw: bool
     ) -> None:
-        with pytest.raises(ConfigError, match="empty"):
+        with pytest.raises(ConfigError, match=message):
             encode_prompt(tokenizer, prompt, raw)
 
     def test_refuses_a_blank_message(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(ConfigError, match="empty"):
             encode_prompt(tokenizer, " \n\t")
 
-    @pytest.mark.parametrize(
-        "messages",
-        [
-            ["Hi"],
-            [{"role": "user", "content": 5}],
-            [{"role": "user"}],
-            [{"content": "Hi"}],
-            [{"role": "user", "content": None}],
-            [{"role": "user", "content": "Hi"}, 5],
-            [[{"role": "user", "content": "Hi"}]],
-        ],
-        ids=str,
-    )
-    def test_refuses_malformed_messages(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Prompt
-    ) -> None:
-        with pytest.raises(ConfigError, match="messages must be a list of"):
-            encode_prompt(tokenizer, messages)
-
-    @pytest.mark.parametrize("raw", [False, True])
-    @pytest.mark.parametrize(
-        "prompt",
-        [None, 5, b"Hi", {"role": "user", "content": "Hi"}, torch.tensor([1, 2]), iter("Hi")],
-        ids=lambda prompt: type(prompt).__name__,
-    )
-    def test_says_what_a_prompt_is(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Any, raw: bool
-    ) -> None:
-        wanted = f"prompt is of type {type(prompt).__name__}; give a string, or a list of messages"
-        with pytest.raises(ConfigError, match=wanted):
-            encode_prompt(tokenizer, prompt, raw)
-
-    @pytest.mark.parametrize("prompt", [[5], [1, 2, 3], (1, 2)])
-    def test_sends_token_ids_elsewhere(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Any
-    ) -> None:
-        with pytest.raises(ConfigError, match=r"list of token ids; .* give them to stream_tokens"):
-            encode_prompt(tokenizer, prompt)
-
     def test_passes_on_what_the_template_refuses(self) -> None:
         tokenizer = character_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(ConfigError, match="roles must alternate"):
             encode_prompt(tokenizer, "Hi")
-
-
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2 has it: words begin with a mark, unknown characters fall back to bytes."""
-    tokens = ["<end>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
-    tokenizer = Tokenizer(
-        BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[("a", "b"), ("▁", "ab")],
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:

@@ -22,22 +22,17 @@ if TYPE_CHECKING:
 # Settings of a GGUF file that `transformers` doesn't read, and what they are in a configuration:
 # they may stand there only with the value that the configuration has all the same.
 _SAME_AS = {
-    "attention.key_length": ("head_dim",),
-    "attention.value_length": ("head_dim",),
-    "attention.sliding_window": ("sliding_window",),
-    "attention.layer_norm_epsilon": (
-        "layer_norm_epsilon",
-        "layer_norm_eps",
-        "norm_epsilon",
-        "norm_eps",
-    ),
-    "attn_logit_softcapping": ("attn_logit_softcapping",),
-    "feed_forward_length": ("intermediate_size", "n_inner", "ffn_hidden_size"),
-    "final_logit_softcapping": ("final_logit_softcapping",),
-    "logit_scale": ("logit_scale",),
-    "context_length": ("max_position_embeddings", "n_positions", "seq_length"),
-    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads"),
-    "use_parallel_residual": ("use_parallel_residual", "parallel_attn"),
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon layer_norm_eps norm_epsilon norm_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "feed_forward_length": "intermediate_size n_inner ffn_hidden_size",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "logit_scale": "logit_scale",
+    "context_length": "max_position_embeddings n_positions seq_length",
+    "attention.head_count_kv": "num_key_value_heads num_kv_heads",
+    "use_parallel_residual": "use_parallel_residual parallel_attn",
 }
 
 
@@ -130,33 +125,25 @@ def _settings_read(
     """Keys of the architecture that `transformers` took, or that say what the model has anyway."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    architecture = metadata.architecture
     config = model.config
-    taken = GGUF_CONFIG_MAPPING[architecture]
-    for key, value in content.metadata.items():
-        if not key.startswith(f"{architecture}."):
-            continue
-        own = key.removeprefix(f"{architecture}.")
-        if own == "rope.freq_base":
-            is_read = _is_near(_rope(config).get("rope_theta"), value)
-        elif own == "rope.dimension_count":
-            is_read = value == _rotary_dims(config)
-        else:
-            same = (getattr(config, name, None) for name in _SAME_AS.get(own, ()))
-            is_read = taken.get(own) is not None or any(_is_near(one, value) for one in same)
-        if is_read:
-            yield key
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    rope: dict[str, Any] = parameters.get("full_attention", parameters)
-    return rope
-
-
-def _rotary_dims(config: Any) -> int:
+    taken = GGUF_CONFIG_MAPPING[metadata.architecture]
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * (_rope(config).get("partial_rotary_factor") or 1))
+    for key, value in content.metadata.items():
+        architecture, _, own = key.partition(".")
+        if architecture != metadata.architecture:
+            continue
+        if own == "rope.freq_base":
+            same = [rope.get("rope_theta")]
+        elif own == "rope.dimension_count":
+            same = [int(head_dim * (rope.get("partial_rotary_factor") or 1))]
+        else:
+            same = [getattr(config, name, None) for name in _SAME_AS.get(own, "").split()]
+            if taken.get(own) is not None:
+                same = [value]
+        if any(_is_near(one, value) for one in same):
+            yield key
 
 
 def _is_near(own: Any, value: Any) -> bool:

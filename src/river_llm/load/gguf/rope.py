@@ -42,17 +42,14 @@ def rope_parameters(
     if kind == "yarn" and factor != 1:
         parameters |= betas | _yarn(metadata, factor, original, attention)
     elif kind == "longrope" or LONG_DIVISORS in tensors or SHORT_DIVISORS in tensors:
-        long, short = (
-            _divisors(metadata, tensors, name, rotary_dims)
-            for name in (LONG_DIVISORS, SHORT_DIVISORS)
-        )
+        long = _divisors(metadata, tensors, LONG_DIVISORS, rotary_dims)
+        short = _divisors(metadata, tensors, SHORT_DIVISORS, rotary_dims)
         if long is None or short is None or factor != 1 or DIVISORS in tensors:
             raise metadata.refusal(
                 f"scales its rotary angles by {kind} without {LONG_DIVISORS} and {SHORT_DIVISORS} "
                 "alone, which isn't known"
             )
-        parameters |= _longrope(long, short, original, context, attention)
-        return parameters
+        return parameters | _longrope(long, short, original, context, attention)
     elif kind not in ("linear", "none", "yarn"):
         raise metadata.refusal(
             f"scales its rotary angles by {kind!r}, which isn't known here (linear, yarn and "
@@ -65,14 +62,11 @@ def rope_parameters(
             raise metadata.refusal("scales rotary cosines without yarn or longrope")
         if kind == "linear" and factor != 1:
             parameters |= {"rope_type": "linear", "factor": factor}
-    beta = None
-    if metadata.architecture == "mistral3":
-        beta = metadata.number("attention.temperature_scale", None)
+    is_mistral3 = metadata.architecture == "mistral3"
+    beta = metadata.number("attention.temperature_scale", None) if is_mistral3 else None
     if beta is not None:
-        parameters |= {
-            "llama_4_scaling_beta": beta,
-            "original_max_position_embeddings": original,
-        }
+        parameters["llama_4_scaling_beta"] = beta
+        parameters["original_max_position_embeddings"] = original
     divisors = _divisors(metadata, tensors, DIVISORS, rotary_dims)
     if divisors is None or np.all(divisors == 1):
         return parameters
