@@ -14,17 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from river_llm import ExitPolicy
-from river_llm.cached_text import (
-    CachedText,
-    common_beginning,
-    prefill_thresholds,
-    text_of_answer,
-)
-from river_llm.engines.native_model import AngleLimit
+from river_llm.cached_text import CachedText, common_prefix, prompt_thresholds, text_of_answer
+from river_llm.engines.native_model import RopeBoundary
 
 NUM_LAYERS = 3
 STAYS, LEAVES, TAU = (math.inf,) * 3, (-math.inf,) * 3, (math.inf, 0.5, 0.5)
 POLICIES = [
+    None,
     ExitPolicy.never(),
     ExitPolicy.always(),
     ExitPolicy.fixed(1),
@@ -33,64 +29,63 @@ POLICIES = [
         for rule in ("backbone", "river", "token", "sequence")
     ),
 ]
-LIMITS = [None, AngleLimit(4, keep_changing=False), AngleLimit(4, keep_changing=True)]
+BOUNDARIES = [None, RopeBoundary(4, keep_changing=False), RopeBoundary(4, keep_changing=True)]
 
 
 @pytest.mark.parametrize(
     ("policy", "thresholds"),
     [
+        (None, STAYS),
         (ExitPolicy.similarity(0.5), STAYS),
         (ExitPolicy.always(), LEAVES),
-        (ExitPolicy.similarity(0.5, prefill="river"), LEAVES),
         (ExitPolicy.similarity(0.5, prefill="token"), TAU),
         (ExitPolicy.similarity(0.5, prefill="sequence"), None),
     ],
     ids=str,
 )
 def test_each_token_of_a_prompt_leaves_by_the_prefill_rule(
-    policy: ExitPolicy, thresholds: tuple[float, ...] | None
+    policy: ExitPolicy | None, thresholds: tuple[float, ...] | None
 ) -> None:
-    assert prefill_thresholds(policy, NUM_LAYERS) == thresholds
+    assert prompt_thresholds(policy, NUM_LAYERS) == thresholds
 
 
-def test_a_beginning_leaves_the_prompts_last_token_to_run() -> None:
-    text = CachedText([1, 2, 3, 4], 4, STAYS, 4)
-    assert text.beginning([1, 2, 3, 4]) == 3
-    assert text.beginning([1, 2, 3, 4, 5]) == 4
-    assert text.beginning([1, 2]) == 1
-    assert text.beginning([1, 9, 3]) == 1
-    assert text.beginning([9]) == text.beginning([]) == 0
-    assert common_beginning([1, 2], [1, 2, 3]) == 2
+def test_what_is_usable_leaves_the_prompts_last_token_to_run() -> None:
+    policy = ExitPolicy.similarity(0.5, prefill="token")
+    text = CachedText(0, [1, 2, 3, 4], 3, TAU, 4)
 
+    def usable(prompt: list[int], policy: ExitPolicy | None = policy) -> int:
+        return text.usable(prompt, policy, NUM_LAYERS, None)
 
-def test_only_exact_tokens_are_exact_and_by_the_same_thresholds() -> None:
-    text = CachedText([1, 2, 3, 4], 3, TAU, 4)
-    prompt = [1, 2, 3, 4, 5]
-    assert text.beginning(prompt) == 4
-    assert text.exact_beginning(prompt, TAU, None) == 3
-    assert text.exact_beginning(prompt, STAYS, None) == 0
-    assert text.exact_beginning(prompt, None, None) == 0
-    assert text.first(2) == CachedText([1, 2], 2, TAU, 4)
+    assert [usable(prompt) for prompt in ([1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 9, 3])] == [3, 4, 1]
+    assert usable([9]) == usable([]) == 0
+    assert usable([1, 2, 3, 4, 5], None) == 0  # exits have written it
+    loaded = dataclasses.replace(text, is_loaded=True)
+    assert loaded.usable([1, 2, 3, 4, 5], policy, NUM_LAYERS, None) == 3
+    assert loaded.usable([1, 2, 3, 4, 5], ExitPolicy.fixed(1), NUM_LAYERS, None) == 0
+    assert text.first(2) == CachedText(0, [1, 2], 2, TAU, 4)
+    assert common_prefix([1, 2], [1, 2, 3]) == 2
 
 
 @pytest.mark.parametrize(
-    ("limit", "positions", "length", "exact"),
+    ("keep_changing", "positions", "length", "usable"),
     [
-        (AngleLimit(4, keep_changing=False), 4, 4, 3),
-        (AngleLimit(4, keep_changing=False), 4, 5, 0),
-        (AngleLimit(4, keep_changing=False), 5, 4, 0),
-        (AngleLimit(4, keep_changing=False), 5, 9, 3),
-        (AngleLimit(4, keep_changing=True), 3, 4, 3),
-        (AngleLimit(4, keep_changing=True), 5, 6, 0),
-        (AngleLimit(4, keep_changing=True), 6, 6, 3),
+        (False, 4, 4, 3),
+        (False, 4, 5, 0),
+        (False, 5, 4, 0),
+        (False, 5, 9, 3),
+        (True, 3, 4, 3),
+        (True, 5, 6, 0),
+        (True, 6, 6, 3),
     ],
 )
-def test_tokens_with_other_angles_are_not_exact(
-    limit: AngleLimit, positions: int, length: int, exact: int
+def test_tokens_with_other_angles_are_not(
+    keep_changing: bool, positions: int, length: int, usable: int
 ) -> None:
-    text = CachedText([1, 2, 3], 3, STAYS, positions)
+    text = CachedText(0, [1, 2, 3], 3, STAYS, positions)
     prompt = [1, 2, 3, *range(10, 10 + length - 3)]
-    assert text.exact_beginning(prompt, STAYS, limit) == exact
+    for policy in (None, ExitPolicy.always()):
+        found = text.usable(prompt, policy, NUM_LAYERS, RopeBoundary(4, keep_changing))
+        assert found == usable
 
 
 # ---- a slow plain reference: each token with all that its keys and values depend on ----
@@ -99,40 +94,46 @@ Entry = tuple[Any, ...]
 
 
 def read(
-    tokens: Sequence[int], policy: ExitPolicy, limit: AngleLimit | None, kept: list[Entry]
+    tokens: Sequence[int],
+    policy: ExitPolicy | None,
+    boundary: RopeBoundary | None,
+    kept: list[Entry],
 ) -> list[Entry]:
     """The entries of a prompt whose beginning is there."""
     entries = list(kept)
-    by = prefill_thresholds(policy, NUM_LAYERS) or ("together", *tokens[len(kept) :])
+    by = prompt_thresholds(policy, NUM_LAYERS) or ("together", *tokens[len(kept) :])
     for token in tokens[len(kept) :]:
-        entries.append((token, by, angles(limit, len(tokens)), tuple(entries)))
+        entries.append((token, by, angles(boundary, len(tokens)), tuple(entries)))
     return entries
 
 
 def decode(
-    tokens: Sequence[int], policy: ExitPolicy, limit: AngleLimit | None, entries: list[Entry]
+    tokens: Sequence[int],
+    policy: ExitPolicy | None,
+    boundary: RopeBoundary | None,
+    entries: list[Entry],
 ) -> list[Entry]:
     entries = list(entries)
     for token in tokens:
-        by = policy.thresholds(NUM_LAYERS)
-        entries.append((token, by, angles(limit, len(entries) + 1), tuple(entries)))
+        by = (policy or ExitPolicy.never()).thresholds(NUM_LAYERS)
+        entries.append((token, by, angles(boundary, len(entries) + 1), tuple(entries)))
     return entries
 
 
-def angles(limit: AngleLimit | None, length: int) -> object:
-    if limit is None or length <= limit.positions:
+def angles(boundary: RopeBoundary | None, length: int) -> object:
+    if boundary is None or length <= boundary.positions:
         return "usual"
-    return length if limit.keep_changing else "long"
+    return length if boundary.keep_changing else "long"
 
 
-def check_claims(text: CachedText, entries: list[Entry], limit: AngleLimit | None) -> None:
-    """See that whatever the text offers to any prompt is what reading that prompt gives."""
+def check_claims(text: CachedText, entries: list[Entry], boundary: RopeBoundary | None) -> None:
+    """Whatever the text offers as exact to any prompt is what reading that prompt gives."""
+    loaded = dataclasses.replace(text, is_loaded=True)
     for policy in POLICIES:
         for length in range(1, len(text.tokens) + 4):
             prompt = [*text.tokens, 2, 2, 2][:length]
-            thresholds = prefill_thresholds(policy, NUM_LAYERS)
-            exact = text.exact_beginning(prompt, thresholds, limit)
-            assert entries[:exact] == read(prompt, policy, limit, [])[:exact]
+            exact = loaded.usable(prompt, policy, NUM_LAYERS, boundary)
+            assert entries[:exact] == read(prompt, policy, boundary, [])[:exact]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +143,7 @@ class Turn:
     common: int  # tokens, if there are as many
     new: int
     answered: int
-    policy: ExitPolicy
-    as_left: bool
+    policy: ExitPolicy | None
     is_loaded: bool
 
 
@@ -154,18 +154,17 @@ turns = st.builds(
     st.integers(0, 3),
     st.sampled_from(POLICIES),
     st.booleans(),
-    st.booleans(),
 )
 
 
 @settings(max_examples=150)
-@given(st.lists(turns, min_size=2, max_size=4), st.sampled_from(LIMITS))
+@given(st.lists(turns, min_size=2, max_size=4), st.sampled_from(BOUNDARIES))
 def test_what_is_taken_over_is_what_reading_in_one_go_gives(
-    turns: list[Turn], limit: AngleLimit | None
+    turns: list[Turn], boundary: RopeBoundary | None
 ) -> None:
-    """Prompts answered after each other, which take over what is exact, or as chats do whatever is
-    there, or load what another run has saved."""
-    text = CachedText([], 0, STAYS, 0)
+    """Prompts answered after each other, which take over what is usable, or load what another run
+    has saved."""
+    text = CachedText(0, [], 0, STAYS, 0)
     entries: list[Entry] = []
     fresh = itertools.count(10)
     for turn in turns:
@@ -173,41 +172,38 @@ def test_what_is_taken_over_is_what_reading_in_one_go_gives(
             text = dataclasses.replace(text.first(text.exact), is_loaded=True)
             entries = entries[: len(text.tokens)]
         prompt = [*text.tokens[: turn.common], *itertools.islice(fresh, turn.new)]
-        if turn.as_left and not text.is_loaded:
-            kept = text.beginning(prompt)
-        else:
-            thresholds = prefill_thresholds(turn.policy, NUM_LAYERS)
-            kept = text.exact_beginning(prompt, thresholds, limit)
-        entries = read(prompt, turn.policy, limit, entries[:kept])
+        usable = text.usable(prompt, turn.policy, NUM_LAYERS, boundary)
+        taken = text.first(usable) if usable else None
+        entries = read(prompt, turn.policy, boundary, entries[:usable])
         answer = list(itertools.islice(fresh, turn.answered))
-        entries = decode(answer, turn.policy, limit, entries)
+        entries = decode(answer, turn.policy, boundary, entries)
         tokens = [*prompt, *answer]
-        text = text_of_answer(tokens, len(prompt), turn.policy, NUM_LAYERS, limit, text, kept)
+        text = text_of_answer(0, tokens, len(prompt), turn.policy, NUM_LAYERS, boundary, taken)
         assert text.tokens == tokens
         assert not text.is_loaded
-        check_claims(text, entries, limit)
+        check_claims(text, entries, boundary)
 
 
 def test_an_answer_by_the_prompts_own_thresholds_is_exact_too() -> None:
     tokens = [5, 6, 7, 8]
     for policy, exact in [
-        (ExitPolicy.never(), 4),
+        (None, 4),
         (ExitPolicy.always(), 4),
         (ExitPolicy.similarity(0.5, prefill="token"), 4),
         (ExitPolicy.similarity(0.5), 2),
         (ExitPolicy.never(prefill="river"), 2),
         (ExitPolicy.never(prefill="sequence"), 0),
     ]:
-        assert text_of_answer(tokens, 2, policy, NUM_LAYERS, None).exact == exact
-    crossing = AngleLimit(3, keep_changing=False)
-    assert text_of_answer(tokens, 2, ExitPolicy.never(), NUM_LAYERS, crossing).exact == 2
+        assert text_of_answer(0, tokens, 2, policy, NUM_LAYERS, None).exact == exact
+    crossing = RopeBoundary(3, keep_changing=False)
+    assert text_of_answer(0, tokens, 2, None, NUM_LAYERS, crossing).exact == 2
 
 
 def test_what_stands_on_other_tokens_is_not_exact() -> None:
     """The second prompt takes over an answer that exits have written."""
     policy = ExitPolicy.fixed(1)
-    first = text_of_answer([5, 6, 7, 8], 2, policy, NUM_LAYERS, None)
-    second = text_of_answer([5, 6, 7, 8, 9, 9], 5, policy, NUM_LAYERS, None, first, 4)
+    first = text_of_answer(0, [5, 6, 7, 8], 2, policy, NUM_LAYERS, None)
+    second = text_of_answer(0, [5, 6, 7, 8, 9, 9], 5, policy, NUM_LAYERS, None, first)
     assert (first.exact, second.exact) == (2, 2)
-    third = text_of_answer([5, 6, 1, 8, 9, 9], 5, policy, NUM_LAYERS, None, first, 2)
+    third = text_of_answer(0, [5, 6, 1, 8, 9, 9], 5, policy, NUM_LAYERS, None, first.first(2))
     assert third.exact == 5

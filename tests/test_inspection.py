@@ -16,12 +16,21 @@ from transformers import DynamicCache, PreTrainedModel
 from river_llm import ExitPolicy, River, RiverConfig, attach_river
 from river_llm.attachment import AttachedRiver
 from river_llm.engines import TorchEngine
+from river_llm.generate.rows import decode, new_sequence
 from river_llm.measure.inspection import TextInspection, inspect_text
 
 TOKENS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 CONFIG = RiverConfig(bits=3)
 THRESHOLDS = (math.inf, 0.935, 0.92, 0.88)  # tokens leave after any of the layers
 MIXED = ExitPolicy.per_layer(THRESHOLDS)
+POLICIES = [
+    MIXED,
+    ExitPolicy.similarity(0.92, 2, prefill="sequence"),
+    ExitPolicy.similarity(0.9, prefill="river", batch="minimum"),
+    ExitPolicy.fixed(2),
+    ExitPolicy.always(),
+    ExitPolicy.never(),
+]
 
 
 @pytest.fixture
@@ -29,79 +38,47 @@ def attached(tiny_llama: PreTrainedModel) -> AttachedRiver:
     return attach_river(copy.deepcopy(tiny_llama), CONFIG, policy=MIXED)
 
 
-@pytest.fixture
-def river(tiny_llama: PreTrainedModel) -> River:
-    return River.build(tiny_llama, CONFIG)
-
-
-@pytest.mark.parametrize("policy", [MIXED, ExitPolicy.always(), ExitPolicy.never()])
-def test_similarities_are_those_of_the_untouched_model(
-    attached: AttachedRiver, tiny_llama: PreTrainedModel, policy: ExitPolicy
+def test_figures_are_those_of_the_untouched_model_and_its_quantised_copy(
+    attached: AttachedRiver, tiny_llama: PreTrainedModel
 ) -> None:
-    attached.policy = policy
-    similarities = inspect_text(attached, TOKENS).similarities
-    expected = layer_similarities(tiny_llama, TOKENS)
+    river = River.build(tiny_llama, CONFIG)
+    found = inspect_text(attached, TOKENS)
+    similarities = layer_similarities(tiny_llama, TOKENS)
     assert similarities.shape == (4, 40)
-    torch.testing.assert_close(similarities.double(), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("policy", [MIXED, ExitPolicy.always()])
-def test_cosines_are_those_of_two_models_caches(
-    attached: AttachedRiver, tiny_llama: PreTrainedModel, river: River, policy: ExitPolicy
-) -> None:
-    attached.policy = policy
-    inspection = inspect_text(attached, TOKENS)
-    backbone, quantised = _cache(tiny_llama), _cache(fake_quantised(tiny_llama, river))
-    for name, measured in (
-        ("keys", inspection.key_cosine),
-        ("values", inspection.value_cosine),
+    torch.testing.assert_close(found.similarities.double(), similarities, rtol=0, atol=1e-6)
+    _, exit_layers = decode_with_exits(tiny_llama, river, TOKENS, THRESHOLDS)
+    assert set(exit_layers) == {1, 2, 3, 4}
+    assert found.exit_layers.tolist() == exit_layers
+    layers = zip(
+        _cache(fake_quantised(tiny_llama, river)).layers, _cache(tiny_llama).layers, strict=True
+    )
+    pairs = [(_cosines(a.keys, b.keys), _cosines(a.values, b.values)) for a, b in layers]
+    for measured, cosines in zip(
+        (found.key_cosine, found.value_cosine), zip(*pairs, strict=True), strict=True
     ):
-        expected = [
-            _mean_cosine(getattr(a, name), getattr(b, name))
-            for a, b in zip(quantised.layers, backbone.layers, strict=True)
-        ]
+        expected = [float(one.mean()) for one in cosines]
         assert measured.tolist() == pytest.approx(expected, abs=1e-6)
         assert max(expected) < 0.99
         assert len({round(cosine, 4) for cosine in expected}) == 4
+    last = pairs[-1][1].mean(0)  # over heads
+    torch.testing.assert_close(found.final_value_cosine.double(), last, rtol=0, atol=1e-6)
 
 
-def test_exit_layers_are_those_of_slow_decoding(
-    attached: AttachedRiver, tiny_llama: PreTrainedModel, river: River
-) -> None:
-    _, expected = decode_with_exits(tiny_llama, river, TOKENS, THRESHOLDS)
-    assert set(expected) == {1, 2, 3, 4}
-    assert inspect_text(attached, TOKENS).exit_layers.tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        MIXED,
-        ExitPolicy.similarity(0.93),
-        ExitPolicy.similarity(0.92, 2, prefill="sequence"),
-        ExitPolicy.similarity(0.9, prefill="river", batch="minimum"),
-        ExitPolicy.fixed(2),
-        ExitPolicy.always(),
-        ExitPolicy.never(),
-    ],
-    ids=lambda policy: policy.describe(),
-)
-def test_exit_layers_are_those_of_the_engines_decoding(
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.describe())
+def test_only_exit_layers_depend_on_the_policy_as_the_engine_decodes_by_it(
     attached: AttachedRiver, policy: ExitPolicy
 ) -> None:
+    expected = inspect_text(attached, TOKENS)
     attached.policy = policy
-    measured = inspect_text(attached, TOKENS).exit_layers.tolist()
-    engine = TorchEngine(attached)
-    decoded = [int(engine.decode(torch.tensor([token])).exit_layers[0]) for token in TOKENS]
-    assert measured == decoded
-
-
-def test_is_repeatable_and_leaves_the_policy(attached: AttachedRiver) -> None:
-    first, second = inspect_text(attached, TOKENS), inspect_text(attached, TOKENS)
+    found = inspect_text(attached, TOKENS)
+    assert attached.policy is policy
     for name in TextInspection.__dataclass_fields__:
-        assert torch.equal(getattr(first, name), getattr(second, name))
-    assert attached.policy is MIXED
-    assert not attached.router.record_similarities
+        if name != "exit_layers":
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    engine = TorchEngine(attached)
+    with new_sequence(engine) as sequence:
+        steps = [decode(engine, sequence, token, policy) for token in TOKENS]
+    assert found.exit_layers.tolist() == [int(step.exit_layers[0]) for step in steps]
 
 
 def test_two_tokens_are_enough(attached: AttachedRiver) -> None:
@@ -138,9 +115,9 @@ def _cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def _mean_cosine(a: Tensor, b: Tensor) -> float:
-    """Over heads and tokens but the first, of `[1, heads, tokens, head_dim]`."""
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """`[heads, tokens - 1]`, of all tokens but the first, of `[1, heads, tokens, head_dim]`."""
     a, b = a[0, :, 1:].double(), b[0, :, 1:].double()
     cosines = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
     assert cosines.shape == (2, 39)
-    return float(cosines.sum()) / cosines.numel()
+    return cosines

@@ -148,7 +148,9 @@ def check_same(results: dict[str, Any], expected: dict[str, Any]) -> None:
                 assert found[0] == pytest.approx(other[0], abs=2e-3)
                 assert found[1] == other[1]
             else:
-                assert found == (pytest.approx(other, abs=2e-3) if isinstance(found, float) else other)
+                assert found == (
+                    pytest.approx(other, abs=2e-3) if isinstance(found, float) else other
+                )
         for metric, value in expected["results"][task].items():
             assert results["results"][task][metric] == (
                 pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
