@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from river_llm import ExitPolicy, River, attach_river, detach_river
-from river_llm.backbone import decoder_layers, text_decoder
+from river_llm.river.backbone import decoder_layers, text_decoder
 
 
 class RiverDecoder:

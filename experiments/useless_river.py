@@ -15,7 +15,7 @@ import torch
 
 from river_llm import River, RiverConfig
 from river_llm.load.model import load_backbone
-from river_llm.quantization import QuantizedMatrix
+from river_llm.river.quantize import QuantizedMatrix
 
 
 def with_random_codes(matrix: QuantizedMatrix, generator: torch.Generator) -> QuantizedMatrix:

@@ -15,7 +15,7 @@ from tiny_lm import character_tokenizer, sharpened
 from river_llm import DraftConfig, ExitPolicy, GenerationResult, River, RiverLM
 from river_llm.engines import CpuEngine, TorchEngine
 from river_llm.engines.step import Step, StepResult
-from river_llm.quantization import QuantizedMatrix
+from river_llm.river.quantize import QuantizedMatrix
 
 CONTEXT = 64
 NUM_LAYERS = 4

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_llm import River, RiverConfig, attach_river
-from river_llm.attachment import AttachedRiver
 from river_llm.engines.cpu import CpuEngine
 from river_llm.engines.torch import TorchEngine
+from river_llm.river.attach import AttachedRiver
 
 _core = pytest.importorskip("river_llm._core", reason="the native engine was not built")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from river_llm.backbone import decoder_layers
+from river_llm.river.backbone import decoder_layers
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from river_llm import (
     attach_river,
     detach_river,
 )
-from river_llm.attachment import AttachedRiver
+from river_llm.river.attach import AttachedRiver
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

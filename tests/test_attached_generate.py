@@ -25,9 +25,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from river_llm import ExitPolicy, RiverConfig, RiverError, attach_river, detach_river
-from river_llm.attachment import AttachedRiver
 from river_llm.engines import TorchEngine
 from river_llm.engines.step import Step
+from river_llm.river.attach import AttachedRiver
 
 CONFIG = RiverConfig(group_size=32)
 PROMPT = torch.tensor([[5, 17, 3, 88, 42, 9, 5, 17, 3, 88, 42]])

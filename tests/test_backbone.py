@@ -20,8 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from river_llm.backbone import DecoderLayer, check_kind, decoder_layers, fingerprint
 from river_llm.errors import UnsupportedModelError
+from river_llm.river.backbone import DecoderLayer, check_kind, decoder_layers, fingerprint
 
 LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),

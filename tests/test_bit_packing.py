@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from river_llm.bit_packing import pack_codes, unpack_codes
 from river_llm.config import BITS
+from river_llm.river.bit_packing import pack_codes, unpack_codes
 
 all_widths = pytest.mark.parametrize("bits", BITS)
 row_counts = st.integers(1, 9)

@@ -14,8 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from river_llm import ExitPolicy
-from river_llm.cached_text import CachedText, common_prefix, prompt_thresholds, text_of_answer
 from river_llm.engines.native_model import RopeBoundary
+from river_llm.generate.cached_text import (
+    CachedText,
+    common_prefix,
+    prompt_thresholds,
+    text_of_answer,
+)
 
 NUM_LAYERS = 3
 STAYS, LEAVES, TAU = (math.inf,) * 3, (-math.inf,) * 3, (math.inf, 0.5, 0.5)

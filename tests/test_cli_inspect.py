@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River, RiverConfig
 from river_llm.config import EngineConfig
+from river_llm.load.pretrained import load_with_river
 from river_llm.measure.inspection import inspect_text
-from river_llm.pretrained import load_with_river
 
 pytest_plugins = ["cli_models"]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from river_llm import ConfigError, ExitPolicy, River, RiverConfig
 from river_llm.config import BITS, GROUP_SIZES
-from river_llm.quantization import quantize
+from river_llm.river.quantize import quantize
 
 KERNEL_TOLERANCE = 0.003  # relative L2 of logits to portable C++, on average
 NUM_TOKENS = 40  # more than any set computes at a time

@@ -12,10 +12,10 @@ import pytest
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from river_llm.backbone import decoder_layers
 from river_llm.config import RiverConfig
 from river_llm.errors import RiverFileError
-from river_llm.river import MANIFEST_NAME, TENSORS_NAME, River
+from river_llm.river.backbone import decoder_layers
+from river_llm.river.river import MANIFEST_NAME, TENSORS_NAME, River
 
 
 @pytest.fixture

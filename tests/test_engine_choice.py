@@ -53,7 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = lambda *_: pytest.fail("a model is loaded")  # noqa: E731
-    monkeypatch.setattr("river_llm.pretrained.load_backbone", loads)
+    monkeypatch.setattr("river_llm.load.pretrained.load_backbone", loads)
 
 
 def model_of(architecture: str = "Llama", **settings: Any) -> PreTrainedModel:
@@ -204,7 +204,7 @@ def test_what_the_engine_cannot_run_is_refused_before_a_river_is_built(
 ) -> None:
     monkeypatch.setenv("RIVER_LLM_CACHE", "off")  # or files are asked for
     loaded = model_of(hidden_act="relu").to(settings.get("device", "cpu")), None
-    monkeypatch.setattr("river_llm.pretrained.load_backbone", lambda *_: loaded)
+    monkeypatch.setattr("river_llm.load.pretrained.load_backbone", lambda *_: loaded)
     monkeypatch.setattr(River, "build", lambda *_: pytest.fail("a river is built"))
     with pytest.raises(RiverError, match=message):
         RiverLM.from_pretrained("relu", CONFIG, POLICY, **settings)

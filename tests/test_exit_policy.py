@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy, check_is_policy
+from river_llm.river.policy import ExitPolicy, check_is_policy
 
 INF, NAN = math.inf, math.nan
 

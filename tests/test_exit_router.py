@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import BatchRule, ExitPolicy, PrefillRule
-from river_llm.exit_router import ExitRouter, Phase, Route, RoutingRule
+from river_llm.river.policy import BatchRule, ExitPolicy, PrefillRule
+from river_llm.river.router import ExitRouter, Phase, Route, RoutingRule
 
 INF = math.inf
 WIDTH = 5

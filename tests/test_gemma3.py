@@ -23,11 +23,11 @@ from river_llm import (
     attach_river,
     detach_river,
 )
-from river_llm.attachment import AttachedRiver
-from river_llm.backbone import decoder_layers
 from river_llm.engines import CpuEngine, Engine, TorchEngine
 from river_llm.load.model import load_backbone
 from river_llm.measure.divergence import compare_logits
+from river_llm.river.attach import AttachedRiver
+from river_llm.river.backbone import decoder_layers
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from river_llm import (
     RiverLM,
 )
 from river_llm.config import SamplingConfig
-from river_llm.residency import OffloadConfig, ResidencyPlan
+from river_llm.river.residency import OffloadConfig, ResidencyPlan
 
 PROMPT = "Hello, river"
 NEVER = ExitPolicy.never()

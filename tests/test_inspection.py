@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from river_llm import ExitPolicy, River, RiverConfig, attach_river
-from river_llm.attachment import AttachedRiver
 from river_llm.engines import TorchEngine
 from river_llm.generate.rows import decode, new_sequence
 from river_llm.measure.inspection import TextInspection, inspect_text
+from river_llm.river.attach import AttachedRiver
 
 TOKENS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 CONFIG = RiverConfig(bits=3)

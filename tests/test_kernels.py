@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from river_llm.bit_packing import pack_codes
 from river_llm.config import BITS, GROUP_SIZES
-from river_llm.kernels import (
+from river_llm.river.bit_packing import pack_codes
+from river_llm.river.kernels import (
     DequantizeKernel,
     PackedInt4Kernel,
     has_packed_kernel,
     make_kernel,
 )
-from river_llm.quantization import QuantizedMatrix
+from river_llm.river.quantize import QuantizedMatrix
 
 CPU = torch.device("cpu")
 BFLOAT16_TOLERANCE = 0.005  # relative L2; rounding the result alone costs about 0.0017

@@ -23,7 +23,7 @@ from river_llm import ExitPolicy, RiverLM
 from river_llm.engines import CpuEngine, DraftRule
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.memory import resident_memory_bytes
-from river_llm.residency import OffloadConfig, OffloadStatistics
+from river_llm.river.residency import OffloadConfig, OffloadStatistics
 from river_llm.store import cached_folders
 
 CASES = ["llama", "gemma3_text", "phi3, longrope", "qwen2"]

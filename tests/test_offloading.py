@@ -29,9 +29,9 @@ from river_llm import (
     attach_river,
     detach_river,
 )
-from river_llm.backbone import decoder_layers
 from river_llm.engines import TorchEngine
-from river_llm.offloading import FileStore, HostStore
+from river_llm.river.backbone import decoder_layers
+from river_llm.river.offloading import FileStore, HostStore
 from river_llm.store import ENVIRONMENT_VARIABLE
 
 LAYERS = 4

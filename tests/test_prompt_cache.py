@@ -43,7 +43,7 @@ from river_llm import (
 )
 from river_llm.config import SamplingConfig
 from river_llm.engines import TorchEngine
-from river_llm.prompt_cache import FORMAT_VERSION, is_worth_keeping
+from river_llm.generate.prompt_cache import FORMAT_VERSION, is_worth_keeping
 
 POLICIES = [
     None,
@@ -336,7 +336,7 @@ class TestARun:
         with monkeypatch.context() as patched:
             patched.setattr("river_llm.__version__", "0.0.9")
             check_refused(lm_with("cpu"), path, "this run has 0.0.9")
-        monkeypatch.setattr("river_llm.prompt_cache.FORMAT_VERSION", 99)
+        monkeypatch.setattr("river_llm.generate.prompt_cache.FORMAT_VERSION", 99)
         check_refused(lm_with("cpu"), path, f"version {FORMAT_VERSION}, this release reads 99")
 
 
@@ -415,7 +415,7 @@ class TestWriting:
             def fail(*_: object) -> None:
                 raise error
 
-            patched.setattr(f"river_llm.prompt_cache.{step}", fail)
+            patched.setattr(f"river_llm.generate.prompt_cache.{step}", fail)
             is_told = isinstance(error, OSError)
             wanted = "can't write the prompt cache .*No space left" if is_told else None
             with pytest.raises(PromptCacheError if is_told else type(error), match=wanted):

@@ -17,7 +17,7 @@ from torch import Tensor
 from river_llm import quantization
 from river_llm.config import BITS, GROUP_SIZES, Quantizer, RiverConfig
 from river_llm.errors import ConfigError
-from river_llm.quantization import QuantizedMatrix, quantize
+from river_llm.river.quantize import QuantizedMatrix, quantize
 
 QUANTIZERS: tuple[Quantizer, ...] = ("hqq", "rtn")
 BFLOAT16_STEP = 2.0**-8  # relative distance of two neighbours, at most

@@ -47,7 +47,7 @@ from river_llm.errors import ModelLoadError
 from river_llm.load import repacked_weights
 from river_llm.load.model import load_backbone
 from river_llm.load.repacked_weights import PackedModel, keep_packed, packed_folder, read_packed
-from river_llm.river import LEARNT_NAME
+from river_llm.river.river import LEARNT_NAME
 from river_llm.store import (
     ENVIRONMENT_VARIABLE,
     MANIFEST_NAME,
@@ -93,7 +93,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         loaded.append(name_or_path)
         return load_backbone(name_or_path, *arguments)
 
-    monkeypatch.setattr("river_llm.pretrained.load_backbone", load)
+    monkeypatch.setattr("river_llm.load.pretrained.load_backbone", load)
     return loaded
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy
-from river_llm.residency import OffloadConfig, OffloadStatistics, ResidencyPlan
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.residency import OffloadConfig, OffloadStatistics, ResidencyPlan
 
 LAYERS = 6
 SIMILARITY = ExitPolicy.similarity(0.9)

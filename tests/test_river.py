@@ -17,11 +17,11 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from river_llm import river as river_module
-from river_llm.backbone import decoder_layers, fingerprint
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
-from river_llm.quantization import quantize
-from river_llm.river import MANIFEST_NAME, TENSORS_NAME, River
+from river_llm.river.backbone import decoder_layers, fingerprint
+from river_llm.river.quantize import quantize
+from river_llm.river.river import MANIFEST_NAME, TENSORS_NAME, River
 from river_llm.store import file_digest
 
 LINEARS = [

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm import AttachedRiver, ExitPolicy, River, RiverConfig, RiverLM, attach_river
 from river_llm.engines import TorchEngine
-from river_llm.kernels import KernelChoice
-from river_llm.quantization import QuantizedMatrix
+from river_llm.river.kernels import KernelChoice
+from river_llm.river.quantize import QuantizedMatrix
 
 PROMPTS = (
     "The capital of France is",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from river_llm import River
-from river_llm.backbone import decoder_layers
+from river_llm.river.backbone import decoder_layers
 
 VOCABULARY = 97
 _COMMON = {

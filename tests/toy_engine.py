@@ -15,7 +15,7 @@ from torch import Tensor
 
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.step import Step, StepResult, check_room, check_tokens
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 
 VOCABULARY = 97
 NUM_LAYERS = 4

@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from river_llm.attachment import AttachedRiver, attach_river, detach_river
     from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
     from river_llm.conversation import Conversation
     from river_llm.errors import (
@@ -19,10 +18,11 @@ if TYPE_CHECKING:
         RiverFileError,
         UnsupportedModelError,
     )
-    from river_llm.exit_policy import ExitPolicy
     from river_llm.generate import GenerationResponse, GenerationResult, LosslessStatistics
     from river_llm.lm import RiverLM
-    from river_llm.river import River
+    from river_llm.river.attach import AttachedRiver, attach_river, detach_river
+    from river_llm.river.policy import ExitPolicy
+    from river_llm.river.river import River
 
 __version__ = "0.2.0"
 
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "attachment": ("AttachedRiver", "attach_river", "detach_river"),
+    "river.attach": ("AttachedRiver", "attach_river", "detach_river"),
     "config": ("DraftConfig", "RiverConfig", "SamplingConfig"),
     "conversation": ("Conversation",),
     "errors": (
@@ -68,10 +68,10 @@ _MODULES = {
         "RiverFileError",
         "UnsupportedModelError",
     ),
-    "exit_policy": ("ExitPolicy",),
+    "river.policy": ("ExitPolicy",),
     "generate": ("GenerationResponse", "GenerationResult", "LosslessStatistics"),
     "lm": ("RiverLM",),
-    "river": ("River",),
+    "river.river": ("River",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from river_llm.exit_policy import ExitPolicy
+    from river_llm.river.policy import ExitPolicy
 
     LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -134,7 +134,7 @@ class EngineConfig(Settings):
                 raise ConfigError(
                     f"8 bits of the {name} are for the native engine; take --engine cpu"
                 )
-        from river_llm.residency import OffloadConfig  # which needs this module
+        from river_llm.river.residency import OffloadConfig  # which needs this module
 
         OffloadConfig.of(self.offload, self.no_miss)
 
@@ -207,7 +207,7 @@ class PolicyConfig(Settings):
 
     def exit_policy(self) -> ExitPolicy | None:
         """The policy; None: lossless mode."""
-        from river_llm.exit_policy import ExitPolicy
+        from river_llm.river.policy import ExitPolicy
 
         rules = {} if self.prefill is None else {"prefill": self.prefill}
         if self.kind is None:

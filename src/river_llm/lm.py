@@ -20,7 +20,6 @@ from river_llm.config import (
 from river_llm.engines import Engine
 from river_llm.engines.step import Offloading
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.generate import (
     GenerationResponse,
     GenerationResult,
@@ -29,9 +28,10 @@ from river_llm.generate import (
     check_request,
 )
 from river_llm.generate.runner import Runner
-from river_llm.pretrained import RiverChoice, load_pretrained
-from river_llm.residency import ResidencyPlan
-from river_llm.river import Progress
+from river_llm.load.pretrained import RiverChoice, load_pretrained
+from river_llm.river.policy import ExitPolicy, check_is_policy
+from river_llm.river.residency import ResidencyPlan
+from river_llm.river.river import Progress
 from river_llm.settings import split_settings
 from river_llm.text.prompt import Message, Prompt, encode_prompt, warn_of_unusable_tokens
 

@@ -128,7 +128,7 @@ def _load(
 ) -> tuple[Engine, RiverLM | None, dict[str, Any]]:
     """An engine, the model of that name where it isn't random weights, and what describes it."""
     from river_llm.engines.step import CacheAccess
-    from river_llm.exit_policy import ExitPolicy
+    from river_llm.river.policy import ExitPolicy
 
     if shape is None:
         lm = load(model, river, None if lossless else ExitPolicy.never(), config)

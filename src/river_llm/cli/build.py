@@ -31,7 +31,7 @@ def build(
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
         from river_llm.load.model import load_backbone
-        from river_llm.river import River
+        from river_llm.river.river import River
 
         River.check_place(output)
         backbone, _ = load_backbone(

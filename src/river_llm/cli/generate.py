@@ -166,8 +166,8 @@ def _compare(
     """The variants along the backbone's own answer; None if it is too short."""
     from river_llm.cli import render
     from river_llm.cli.progress import LoadingProgress
-    from river_llm.exit_policy import ExitPolicy
     from river_llm.measure.comparison import compare_variants, compared_variants
+    from river_llm.river.policy import ExitPolicy
 
     with LoadingProgress("comparing") as progress:
         greedy = SamplingConfig(max_new_tokens=max_new_tokens)

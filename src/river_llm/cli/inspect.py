@@ -28,9 +28,9 @@ from river_llm.text.utf8 import read_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from river_llm.attachment import AttachedRiver
     from river_llm.measure.inspection import TextInspection
-    from river_llm.residency import OffloadConfig, ResidencyPlan
+    from river_llm.river.attach import AttachedRiver
+    from river_llm.river.residency import OffloadConfig, ResidencyPlan
 
 
 @with_settings
@@ -53,8 +53,8 @@ def inspect(
     json_output: options.Json = False,
 ) -> None:
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
-    from river_llm.exit_policy import ExitPolicy
-    from river_llm.residency import OffloadConfig
+    from river_llm.river.policy import ExitPolicy
+    from river_llm.river.residency import OffloadConfig
 
     chosen = policy.exit_policy() or ExitPolicy.similarity(DEFAULT_THRESHOLD)
     offloading = OffloadConfig.of(engine.offload)
@@ -134,7 +134,7 @@ def _check_plot(plot: Path) -> None:
 
 def _describe(attached: AttachedRiver) -> dict[str, Any]:
     """The model's shape, and the bytes of backbone and river."""
-    from river_llm.backbone import decoder_layers, linear_weight
+    from river_llm.river.backbone import decoder_layers, linear_weight
 
     layers = decoder_layers(attached.model)
     linears = [linear_weight(linear) for layer in layers for linear in layer.linears.values()]
@@ -158,8 +158,8 @@ def _plan(
     attached: AttachedRiver, config: OffloadConfig, described: dict[str, Any]
 ) -> ResidencyPlan:
     """Which layers stay in memory by the policy, before a token was decoded."""
-    from river_llm.backbone import decoder_layers, linear_weight
-    from river_llm.residency import ResidencyPlan
+    from river_llm.river.backbone import decoder_layers, linear_weight
+    from river_llm.river.residency import ResidencyPlan
 
     layer_bytes = [
         sum(linear_weight(linear).nbytes for linear in layer.linears.values())

@@ -15,9 +15,9 @@ from river_llm.sizes import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from river_llm.attachment import AttachedRiver
-    from river_llm.exit_policy import ExitPolicy
     from river_llm.lm import RiverLM
+    from river_llm.river.attach import AttachedRiver
+    from river_llm.river.policy import ExitPolicy
 
 
 def saved_or_new(river: Path | None, config: RiverConfig) -> Path | RiverConfig:
@@ -109,7 +109,7 @@ def load_attached(
 
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
-        from river_llm.pretrained import load_with_river
+        from river_llm.load.pretrained import load_with_river
 
         return load_with_river(model, river, policy, engine, progress.layers_built)
 

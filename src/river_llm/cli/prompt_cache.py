@@ -39,7 +39,7 @@ class PromptCache:
             PromptCacheError: it is damaged, of another model or setting, or it isn't there and
                 can't be written either.
         """
-        from river_llm.prompt_cache import check_writable
+        from river_llm.generate.prompt_cache import check_writable
 
         self._path = path
         self._lm = lm
@@ -67,7 +67,7 @@ class PromptCache:
             PromptCacheError: there is none, and it can't be written.
             InterruptedRunError: Ctrl-C came before it was written.
         """
-        from river_llm.prompt_cache import is_of_another_text, is_worth_keeping
+        from river_llm.generate.prompt_cache import is_of_another_text, is_worth_keeping
 
         tokens = self._lm.prompt_cache_tokens[:prompt_tokens]
         if is_of_another_text(tokens, self._kept) and not self._is_left:

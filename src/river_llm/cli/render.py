@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         Origin,
     )
     from river_llm.measure.comparison import Compared
-    from river_llm.residency import OffloadStatistics
+    from river_llm.river.residency import OffloadStatistics
 
 # What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
 # that turn the direction of the text around them.

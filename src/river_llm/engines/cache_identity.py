@@ -20,7 +20,7 @@ from torch import Tensor
 
 from river_llm.engines.native_core import cache_layout
 from river_llm.engines.native_model import NativeModel, WeightFormats
-from river_llm.quantization import QuantizedMatrix
+from river_llm.river.quantize import QuantizedMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from river_llm.attachment import attach_river
 from river_llm.config import EngineConfig
 from river_llm.engines.cpu import CpuEngine
 from river_llm.engines.llama import check_supported
@@ -17,8 +16,9 @@ from river_llm.engines.step import Engine
 from river_llm.engines.torch import TorchEngine
 from river_llm.engines.weight_packer import check_weights
 from river_llm.errors import ConfigError, UnsupportedModelError
-from river_llm.exit_policy import ExitPolicy
-from river_llm.river import River
+from river_llm.river.attach import attach_river
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.river import River
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

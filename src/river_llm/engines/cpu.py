@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from river_llm.backbone import decoder_layers
 from river_llm.engines.cache_identity import native_identity
 from river_llm.engines.drafting import Choose, Draft, DraftRule, draft_step_by_step
 from river_llm.engines.llama import check_supported, describe
@@ -24,11 +23,12 @@ from river_llm.engines.weight_packer import (
     quantized_head,
 )
 from river_llm.errors import ConfigError, RiverError
-from river_llm.exit_policy import ExitPolicy
-from river_llm.exit_router import check_depth_limit
 from river_llm.ownership import NotCopiedEngine
-from river_llm.residency import OffloadStatistics
-from river_llm.river import River
+from river_llm.river.backbone import decoder_layers
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.residency import OffloadStatistics
+from river_llm.river.river import River
+from river_llm.river.router import check_depth_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from torch import Tensor
 from river_llm.engines.drafting import Choose, Draft, DraftRule
 from river_llm.engines.native_model import RopeBoundary
 from river_llm.errors import ContextFullError, LogitsError, RiverError
-from river_llm.residency import OffloadStatistics
+from river_llm.river.residency import OffloadStatistics
 
 NO_TOKEN = -1
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from river_llm.attachment import AttachedRiver
 from river_llm.engines.cache_identity import torch_identity, torch_weights_digest
 from river_llm.engines.kv_cache import check_kv_bits
 from river_llm.engines.llama import rope_boundary
 from river_llm.engines.sequence_cache import RowPlaces, SequenceCache, attention_mask
 from river_llm.engines.step import Step, StepResult, check_room, check_tokens
 from river_llm.errors import RiverError
-from river_llm.exit_router import RoutingRule
 from river_llm.ownership import NotCopiedEngine
-from river_llm.residency import OffloadStatistics
+from river_llm.river.attach import AttachedRiver
+from river_llm.river.residency import OffloadStatistics
+from river_llm.river.router import RoutingRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from river_llm.backbone import linear_weight
-from river_llm.bit_packing import pack_codes, unpack_codes
 from river_llm.config import RiverConfig
 from river_llm.engines.llama import layer_projections
 from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
 from river_llm.errors import RiverError
-from river_llm.quantization import QuantizedMatrix, quantize
+from river_llm.river.backbone import linear_weight
+from river_llm.river.bit_packing import pack_codes, unpack_codes
+from river_llm.river.quantize import QuantizedMatrix, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

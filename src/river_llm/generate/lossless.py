@@ -26,10 +26,10 @@ from river_llm.config import DraftConfig
 from river_llm.engines.drafting import Draft, DraftRule, argmax_with_margin, draft_step_by_step
 from river_llm.engines.step import Drafting, Engine, Step
 from river_llm.errors import ConfigError, LogitsError
-from river_llm.exit_policy import ExitPolicy
 from river_llm.generate.budget import Budget, StepTimes
 from river_llm.generate.events import StepEvent
 from river_llm.generate.request import Request
+from river_llm.river.policy import ExitPolicy
 
 Source = Literal["river", "ngram"]
 

@@ -10,7 +10,7 @@ from river_llm.generate.events import NewToken, Outcome, StepEvent
 from river_llm.generate.request import Request
 from river_llm.generate.responses import GenerationResponse, LosslessStatistics
 from river_llm.memory import peak_memory_bytes
-from river_llm.residency import OffloadStatistics
+from river_llm.river.residency import OffloadStatistics
 
 
 class Recorder:

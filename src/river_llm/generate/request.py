@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from river_llm.config import DraftConfig, SamplingConfig
-from river_llm.exit_policy import ExitPolicy
 from river_llm.generate.ngrams import NgramIndex
 from river_llm.generate.sampler import Sampler
+from river_llm.river.policy import ExitPolicy
 from river_llm.text.decoder import IncrementalDecoder
 
 if TYPE_CHECKING:

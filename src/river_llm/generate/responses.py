@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from river_llm.engines.step import Engine
-from river_llm.exit_policy import ExitPolicy
 from river_llm.generate.events import Origin
 from river_llm.generate.request import FinishReason
 from river_llm.memory import peak_memory_bytes
-from river_llm.residency import OffloadStatistics
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.residency import OffloadStatistics
 
 
 @dataclass(frozen=True, slots=True)

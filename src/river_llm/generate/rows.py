@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from river_llm.engines.step import Engine, Step, StepResult
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 
 
 @dataclass(slots=True)

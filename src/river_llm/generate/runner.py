@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from river_llm.cached_text import CachedText, prompt_thresholds, text_of_answer
 from river_llm.engines.step import Engine, Offloading
 from river_llm.errors import PromptCacheError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.generate.cached_text import CachedText, prompt_thresholds, text_of_answer
 from river_llm.generate.events import StepEvent
 from river_llm.generate.generator import Generator
+from river_llm.generate.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.generate.recorder import Recorder
 from river_llm.generate.request import Request
 from river_llm.generate.responses import GenerationResponse
 from river_llm.ownership import ProcessLock
-from river_llm.prompt_cache import read_prompt_cache, write_prompt_cache
-from river_llm.residency import ResidencyPlan
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.residency import ResidencyPlan
 
 
 class Runner:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from river_llm.backbone import check_kind
 from river_llm.errors import ConfigError, ModelLoadError
 from river_llm.load.checkpoint import (
     ATTENTIONS,
@@ -24,6 +23,7 @@ from river_llm.load.gguf import load_gguf, load_gguf_config
 from river_llm.load.gguf_copy import copy_of, keep_copy, read_copy
 from river_llm.load.source import gguf_parts, resolve
 from river_llm.load.unexpected_tensors import check_unexpected, check_wrapper
+from river_llm.river.backbone import check_kind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -35,10 +35,10 @@ from river_llm.engines import CpuEngine, weight_layout
 from river_llm.engines.native_core import holds_heads
 from river_llm.engines.native_model import NativeModel, RopeBoundary, RotaryTable, WeightFormats
 from river_llm.errors import RiverError
-from river_llm.exit_policy import ExitPolicy
 from river_llm.load.source import model_files
-from river_llm.residency import OffloadConfig, ResidencyPlan
-from river_llm.river import River
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.residency import OffloadConfig, ResidencyPlan
+from river_llm.river.river import River
 from river_llm.store import CachedFolder, cache_directory, file_state
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from river_llm.config import SamplingConfig
 from river_llm.engines import CpuEngine, Engine, Step
-from river_llm.exit_policy import ExitPolicy
 from river_llm.lm import RiverLM
 from river_llm.measure.bandwidth import BUFFER_BYTES, read_bandwidth
 from river_llm.measure.environment import describe_run, usable_cores
 from river_llm.measure.rounds import Progress, Timing, Variant, Workload, measure
+from river_llm.river.policy import ExitPolicy
 
 _SEQUENCE_STRIDE = 37  # a batch's sequences begin so many tokens apart: none is another's copy
 

@@ -9,10 +9,10 @@ from itertools import pairwise
 from statistics import median
 
 from river_llm.config import DraftConfig, SamplingConfig
-from river_llm.exit_policy import ExitPolicy
 from river_llm.generate.rows import decode, new_sequence, prefill
 from river_llm.lm import RiverLM
 from river_llm.measure.rounds import Progress, Spread, interleaved
+from river_llm.river.policy import ExitPolicy
 
 COMPARED = ExitPolicy.similarity(0.98)  # River's policy, where the user asked for none
 

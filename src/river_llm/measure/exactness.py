@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from river_llm.config import DraftConfig, PromptConfig, SamplingConfig
 from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError
-from river_llm.exit_policy import ExitPolicy
 from river_llm.generate import GenerationResult, check_prompt
 from river_llm.generate.rows import new_sequence, prefill
 from river_llm.lm import RiverLM
+from river_llm.river.policy import ExitPolicy
 from river_llm.text.prompt import Prompt
 
 

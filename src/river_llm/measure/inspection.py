@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from river_llm.attachment import AttachedRiver
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.attach import AttachedRiver
+from river_llm.river.policy import ExitPolicy
 
 
 @dataclass(frozen=True, slots=True)

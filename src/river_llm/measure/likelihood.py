@@ -16,7 +16,7 @@ from torch import Tensor
 from river_llm.engines import Engine, Step
 from river_llm.engines.step import check_logits
 from river_llm.errors import LogitsError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 
 _LOGIT_ROWS = 256  # whose logits are held at a time
 

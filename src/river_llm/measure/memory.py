@@ -22,12 +22,12 @@ import torch
 
 from river_llm.engines import CpuEngine, Step
 from river_llm.errors import ConfigError, RiverError
-from river_llm.exit_policy import ExitPolicy
 from river_llm.load.repacked_weights import read_engine, write_engine
 from river_llm.measure.environment import describe_run
 from river_llm.measure.rounds import Progress, interleaved
 from river_llm.memory import peak_memory_bytes, resident_memory_bytes
-from river_llm.residency import OffloadConfig
+from river_llm.river.policy import ExitPolicy
+from river_llm.river.residency import OffloadConfig
 
 _CONTEXTS = (4096, 8192, 16384, 32768, 65536)
 NEW_TOKENS = 32  # decoded at each length

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from river_llm.errors import RiverError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

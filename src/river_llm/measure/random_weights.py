@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from river_llm.backbone import decoder_layers, fingerprint, linear_weight
 from river_llm.config import EngineConfig, RiverConfig
 from river_llm.engines import Engine, make_engine
 from river_llm.errors import ConfigError
-from river_llm.quantization import quantize
-from river_llm.river import River
+from river_llm.river.backbone import decoder_layers, fingerprint, linear_weight
+from river_llm.river.quantize import quantize
+from river_llm.river.river import River
 
 
 def _llama_3(hidden: int, intermediate: int, layers: int, heads: int, factor: float) -> Any:

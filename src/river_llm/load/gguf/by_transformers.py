@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from river_llm.backbone import check_kind
 from river_llm.load.gguf.file import GGUFContent
 from river_llm.load.gguf.metadata import Metadata
+from river_llm.river.backbone import check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from river_llm.bit_packing import pack_codes, unpack_codes
 from river_llm.config import GROUP_SIZES, RiverConfig
 from river_llm.errors import ConfigError
+from river_llm.river.bit_packing import pack_codes, unpack_codes
 
 _SMALLEST_SCALE = 1e-30  # below it a group is as good as zero, and its inverse would overflow
 _BLOCK_ELEMENTS = 1 << 18  # weights solved at a time: the working set stays in the CPU's cache

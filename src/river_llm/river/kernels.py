@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from river_llm.quantization import QuantizedMatrix
+from river_llm.river.quantize import QuantizedMatrix
 
 KernelChoice = Literal["auto", "packed", "dequantize"]
 

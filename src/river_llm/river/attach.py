@@ -19,29 +19,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from river_llm.backbone import (
+from river_llm.config import DEFAULT_THRESHOLD, RiverConfig
+from river_llm.errors import ConfigError, RiverError
+from river_llm.ownership import NotCopied, ProcessLock
+from river_llm.river.backbone import (
     DecoderLayer,
     check_plain_decoder,
     decoder_layers,
     text_decoder,
 )
-from river_llm.checked_generate import (
+from river_llm.river.checked_generate import (
     checked_batching,
     checked_generate,
     marked_prefill,
     refuse_mixed_pass,
 )
-from river_llm.config import DEFAULT_THRESHOLD, RiverConfig
-from river_llm.errors import ConfigError, RiverError
-from river_llm.exit_policy import ExitPolicy, check_is_policy
-from river_llm.exit_router import ExitRouter, Phase, Route, RoutingRule
-from river_llm.kernels import KernelChoice, make_kernel
-from river_llm.offloading import EvictedLayers
-from river_llm.ownership import NotCopied, ProcessLock
-from river_llm.quantization import QuantizedMatrix
-from river_llm.residency import OffloadStatistics
-from river_llm.river import Progress, River
-from river_llm.routed_forward import RoutedForward, device_and_dtype
+from river_llm.river.kernels import KernelChoice, make_kernel
+from river_llm.river.offloading import EvictedLayers
+from river_llm.river.policy import ExitPolicy, check_is_policy
+from river_llm.river.quantize import QuantizedMatrix
+from river_llm.river.residency import OffloadStatistics
+from river_llm.river.river import Progress, River
+from river_llm.river.routed_forward import RoutedForward, device_and_dtype
+from river_llm.river.router import ExitRouter, Phase, Route, RoutingRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,9 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from river_llm.backbone import (
+from river_llm.config import RiverConfig
+from river_llm.errors import ConfigError, RiverFileError
+from river_llm.river.backbone import (
     DecoderLayer,
     are_float16,
     check_in_memory,
@@ -29,9 +31,7 @@ from river_llm.backbone import (
     fingerprint,
     linear_weight,
 )
-from river_llm.config import RiverConfig
-from river_llm.errors import ConfigError, RiverFileError
-from river_llm.quantization import QuantizedMatrix, quantize
+from river_llm.river.quantize import QuantizedMatrix, quantize
 from river_llm.store import STAGING_PREFIX, atomic_write, file_digest, file_state
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import river_llm
-from river_llm.cached_text import CachedText, Thresholds, common_prefix
 from river_llm.engines.step import CacheAccess, Engine
 from river_llm.errors import PromptCacheError
+from river_llm.generate.cached_text import CachedText, Thresholds, common_prefix
 from river_llm.store import atomic_write
 
 # Goes up with every change of the file, and of the numbers that engines compute.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 
 Phase = Literal["prefill", "decode"]
 

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from river_llm.attachment import AttachedRiver, attach_river, check_is_river
 from river_llm.config import EngineConfig, RiverConfig
 from river_llm.engines import CpuEngine, Engine, check_threads, choose_engine, make_engine
 from river_llm.engines.native_core import check_built
 from river_llm.engines.step import Offloading
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.load.model import load_backbone
 from river_llm.load.repacked_weights import (
     PackedModel,
@@ -25,8 +23,10 @@ from river_llm.load.repacked_weights import (
     packed_folder,
     read_packed,
 )
-from river_llm.residency import OffloadConfig, ResidencyPlan
-from river_llm.river import Progress, River
+from river_llm.river.attach import AttachedRiver, attach_river, check_is_river
+from river_llm.river.policy import ExitPolicy, check_is_policy
+from river_llm.river.residency import OffloadConfig, ResidencyPlan
+from river_llm.river.river import Progress, River
 from river_llm.store import CachedFolder
 from river_llm.text.stop_tokens import stop_tokens
 

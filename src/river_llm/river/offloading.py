@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from river_llm.backbone import DecoderLayer, linear_weight
 from river_llm.errors import ConfigError, RiverError
 from river_llm.memory import give_back_freed, own_block
+from river_llm.river.backbone import DecoderLayer, linear_weight
 from river_llm.store import cache_directory
 
 if TYPE_CHECKING:

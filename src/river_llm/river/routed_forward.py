@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from river_llm.backbone import linear_weight
 from river_llm.errors import RiverError
-from river_llm.exit_router import ExitRouter, Route
-from river_llm.kernels import Kernel
 from river_llm.ownership import NotCopied
+from river_llm.river.backbone import linear_weight
+from river_llm.river.kernels import Kernel
+from river_llm.river.router import ExitRouter, Route
 
 
 class RoutedForward(NotCopied):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from river_llm.engines.native_model import RopeBoundary
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 
 Thresholds = tuple[float, ...]  # [L], see `exit_policy`
 

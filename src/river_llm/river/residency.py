@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from river_llm.errors import ConfigError
-from river_llm.exit_policy import ExitPolicy
+from river_llm.river.policy import ExitPolicy
 from river_llm.settings import is_whole_number
 from river_llm.sizes import format_bytes
 
