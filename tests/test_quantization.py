@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from river_llm import quantization
+from river_llm.river import quantize as quantization
 from river_llm.config import BITS, GROUP_SIZES, Quantizer, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.river.quantize import QuantizedMatrix, quantize

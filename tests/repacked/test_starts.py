@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -15,21 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import run
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from native_engines import CASES, KERNELS, Subject, long_subject, subject_of
 from safetensors.torch import load_file, save_file
 from stored_models import (
     LENGTH,
-    MIXED,
     PROMPT,
     ROUNDED,
     WIDTHS,
     check_same_lm,
-    check_same_steps,
     check_same_tokenizer,
-    check_same_weights,
     save_model,
     save_river,
     start,
@@ -40,61 +32,16 @@ from tiny_gguf import write_tiny_gguf
 from tiny_lm import character_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from river_llm import ConfigError, ExitPolicy, River, RiverConfig, RiverError, RiverFileError
-from river_llm.config import BITS
-from river_llm.engines import CpuEngine
+from river_llm import ExitPolicy, River, RiverConfig, RiverError, RiverFileError
 from river_llm.errors import ModelLoadError
 from river_llm.load import repacked_weights
 from river_llm.load.model import load_backbone
-from river_llm.load.repacked_weights import PackedModel, keep_packed, packed_folder, read_packed
-from river_llm.river.river import LEARNT_NAME
+from river_llm.load.repacked_weights import packed_folder
+from river_llm.river import LEARNT_NAME
 from river_llm.store import (
-    ENVIRONMENT_VARIABLE,
-    MANIFEST_NAME,
     STAGING_PREFIX,
-    CachedFolder,
     cached_folders,
-    file_digest,
 )
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "cache"
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(directory))
-    monkeypatch.delenv("RIVER_LLM_CPU", raising=False)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that no test changes."""
-    return save_model(tmp_path_factory.mktemp("saved") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with other weights."""
-    return save_model(tmp_path_factory.mktemp("saved") / "tiny", seed=1)
-
-
-@pytest.fixture
-def model(saved: Path, tmp_path: Path) -> Path:
-    """The test's own."""
-    return shutil.copytree(saved, tmp_path / "tiny")
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Grows with every model that is loaded for an engine."""
-    loaded: list[object] = []
-
-    def load(name_or_path: Any, *arguments: Any) -> Any:
-        loaded.append(name_or_path)
-        return load_backbone(name_or_path, *arguments)
-
-    monkeypatch.setattr("river_llm.load.pretrained.load_backbone", load)
-    return loaded
 
 
 class TestAStart:
@@ -418,215 +365,3 @@ class TestAChange:
         assert start(tmp_path / "elsewhere").tokenizer.name_or_path == str(tmp_path / "elsewhere")
         shutil.copytree(other, model)
         assert not starts_from_a_copy(loads, model)
-
-
-def _rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def rewrite(directory: Path) -> None:
-        content = (directory / name).read_bytes()
-        assert change(content) != content
-        (directory / name).write_bytes(change(content))
-
-    return rewrite
-
-
-def _unlink(name: str) -> Callable[[Path], None]:
-    return lambda directory: (directory / name).unlink()
-
-
-# What a manifest may not tell: whoever reads sees it.
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "weights cut short": _rewrite("weights.bin", lambda content: content[:-1]),
-    "weights with more behind": _rewrite("weights.bin", lambda content: content + b"1"),
-    "no weights": _unlink("weights.bin"),
-    "an embedding cut short": _rewrite("embedding.bin", lambda content: content[:-2]),
-    "no embedding": _unlink("embedding.bin"),
-    "no description": _unlink("packed.json"),
-    "half a description": _rewrite("packed.json", lambda content: content[:200]),
-    "another description": _rewrite("packed.json", lambda content: b"[]"),
-    "no parts": _unlink("parts.safetensors"),
-    "parts cut short": _rewrite("parts.safetensors", lambda content: content[:-4]),
-    "no tokenizer": _unlink("tokenizer.json"),
-    "half a tokenizer": _rewrite("tokenizer.json", lambda content: content[:500]),
-}
-
-
-class TestADamagedCopy:
-    @pytest.mark.parametrize("damage", DAMAGES)
-    @pytest.mark.parametrize("is_told", [True, False])
-    def test_is_made_anew(
-        self, damage: str, is_told: bool, model: Path, loads: list[object]
-    ) -> None:
-        start(model)
-        (folder,) = cached_folders()
-        DAMAGES[damage](folder.directory)
-        assert not folder.is_whole()
-        if not is_told:
-            path = folder.directory / MANIFEST_NAME
-            manifest = json.loads(path.read_text())
-            files = [file for file in folder.directory.iterdir() if file != path]
-            manifest["files"] = {file.name: file_digest(file) for file in files}
-            path.write_text(json.dumps(manifest))
-            assert folder.is_whole()
-        assert not starts_from_a_copy(loads, model)
-        assert folder.is_whole()
-        assert starts_from_a_copy(loads, model)
-
-    @given(st.data())
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_is_seen_by_any_bit_of_any_file(self, saved: Path, data: st.DataObject) -> None:
-        if not cached_folders():
-            start(saved)
-        (folder,) = cached_folders()
-        files = json.loads((folder.directory / MANIFEST_NAME).read_text())["files"]
-        path = folder.directory / data.draw(st.sampled_from(sorted(files)))
-        whole = path.read_bytes()
-        bit = data.draw(st.integers(0, 8 * len(whole) - 1))
-        changed = bytearray(whole)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        assert not folder.is_whole()
-        assert read_packed(folder, MIXED) is None
-        path.write_bytes(whole)
-        assert folder.is_whole()
-
-    @pytest.mark.parametrize("fate", ["removed", "cut short"])
-    def test_while_it_is_read_does_no_harm(
-        self, model: Path, loads: list[object], fate: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        start(model)
-        read_into = repacked_weights._read_into
-
-        def read_after(arrays: Any, path: Path, sizes: Any) -> None:
-            shutil.rmtree(path.parent) if fate == "removed" else os.truncate(path, 1000)
-            read_into(arrays, path, sizes)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(repacked_weights, "_read_into", read_after)
-            lm = start(model)
-        assert len(loads) == 2
-        check_same_lm(lm, start_without_cache(model))
-        assert starts_from_a_copy(loads, model)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("place", ["CpuEngine.of_packed", "load_file", "_read_into"])
-def test_an_error_of_memory_or_the_user_leaves_the_copy(
-    model: Path, error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    start(model)
-    (folder,) = cached_folders()
-    monkeypatch.setattr(f"river_llm.load.repacked_weights.{place}", fail)
-    with pytest.raises(type(error)):
-        start(model)
-    outcome = run("generate", PROMPT, "-m", model)
-    if isinstance(error, MemoryError):
-        outcome.check_fails(1, "not enough memory")
-    else:
-        assert (outcome.exit_code, outcome.stdout) == (130, "")
-    assert folder.is_whole()
-
-
-def test_an_error_of_a_setting_leaves_the_copy(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(model)
-    (folder,) = cached_folders()
-    policy = {"policy": ExitPolicy.fixed(99)}
-    for options in ({"threads": -1}, {"backbone_bits": 7}, {"engine": "gpu"}, policy):
-        with pytest.raises(ConfigError):
-            start(model, **options)
-    monkeypatch.setenv("RIVER_LLM_CPU", "nonsense")
-    with pytest.raises(ConfigError, match="nonsense"):
-        start(model)
-    assert folder.is_whole()
-
-
-def _folder(tmp_path: Path) -> CachedFolder:
-    folder = CachedFolder.of("repacked", tmp_path, "form", {})
-    assert folder is not None
-    return folder
-
-
-def again(engine: CpuEngine, tmp_path: Path, **options: Any) -> CpuEngine:
-    """The engine of a copy of this engine's."""
-    folder = _folder(tmp_path)
-    keep_packed(folder, PackedModel(engine, character_tokenizer(), ROUNDED, frozenset()))
-    packed = read_packed(folder, **{"policy": engine.policy, "threads": 1, **options})
-    assert packed is not None
-    assert packed.river_config == ROUNDED
-    return packed.engine
-
-
-def check_copied(subject: Subject, tmp_path: Path, **options: Any) -> None:
-    engine = subject.engine(MIXED, **options)
-    copied = again(engine, tmp_path)
-    check_same_weights(copied, engine)
-    for name in ("setting", "threads", "num_layers", "context_length", "policy"):
-        assert getattr(copied, name) == getattr(engine, name)
-    check_same_steps(copied, engine)
-
-
-class TestAnEngine:
-    @pytest.mark.parametrize("case", CASES)
-    def test_of_a_copy_is_the_one_that_wrote_it(self, case: str, tmp_path: Path) -> None:
-        check_copied(subject_of(case), tmp_path)
-
-    @pytest.mark.parametrize(("backbone_bits", "lm_head_bits"), WIDTHS[1:])
-    @pytest.mark.parametrize("case", ["llama, tied head", "gemma3_text, untied head"])
-    def test_of_a_copy_has_the_widths_of_the_one_that_wrote_it(
-        self, case: str, backbone_bits: int, lm_head_bits: int, tmp_path: Path
-    ) -> None:
-        bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
-        check_copied(subject_of(case), tmp_path, **bits)
-
-    @pytest.mark.parametrize(("bits", "quantizer"), itertools.product(BITS, ["hqq", "rtn"]))
-    def test_of_a_copy_has_its_river(self, bits: int, quantizer: Any, tmp_path: Path) -> None:
-        check_copied(Subject(*CASES["llama"], RiverConfig(bits, 32, quantizer)), tmp_path)
-
-    @pytest.mark.parametrize("kernels", KERNELS)
-    def test_may_have_other_kernels_threads_and_policy(
-        self, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        subject = subject_of("llama")
-        written, policy = subject.engine(MIXED), ExitPolicy.fixed(2)
-        monkeypatch.setenv("RIVER_LLM_CPU", kernels)
-        copied = again(written, tmp_path, threads=2, policy=policy)
-        assert (copied.kernels, copied.threads, copied.policy) == (kernels, 2, policy)
-        check_same_steps(copied, subject.engine(MIXED, kernels=kernels))
-
-    @pytest.mark.parametrize("fate", ["removed", "overwritten", "emptied"])
-    @pytest.mark.parametrize("case", ["llama, tied head", "phi3, longrope"])
-    def test_runs_on_whatever_becomes_of_its_copy(
-        self, case: str, fate: str, cache: Path, tmp_path: Path
-    ) -> None:
-        engine = long_subject(case).engine(MIXED)
-        copied = again(engine, tmp_path)
-        for path in list(cache.glob("*/*")):
-            if fate == "removed":
-                path.unlink()
-            else:
-                with path.open("r+b") as opened:
-                    size = len(opened.read())
-                    opened.seek(0)
-                    opened.truncate() if fate == "emptied" else opened.write(b"\xa5" * size)
-        check_same_weights(copied, engine)
-        check_same_steps(copied, engine, prompt_length=2100)  # behind the angles that it had
-
-    def test_with_a_tokenizer_that_cannot_be_read_again_has_no_copy(
-        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        class Foreign(PreTrainedTokenizerFast):
-            pass
-
-        engine = subject_of("llama").engine()
-        plain = character_tokenizer()
-        foreign = Foreign(tokenizer_object=plain.backend_tokenizer, eos_token="<end>")
-        keep_packed(_folder(tmp_path), PackedModel(engine, foreign, ROUNDED, frozenset()))
-        changed = character_tokenizer()
-        changed.chat_template = "another one"
-        monkeypatch.setattr(repacked_weights, "_read_tokenizer", lambda *_: changed)
-        keep_packed(_folder(tmp_path), PackedModel(engine, plain, ROUNDED, frozenset()))
-        assert list(cache.iterdir()) == []
