@@ -37,7 +37,6 @@ from river_llm.errors import ModelLoadError
 from river_llm.load import repacked_weights
 from river_llm.load.model import load_backbone
 from river_llm.load.repacked_weights import packed_folder
-from river_llm.river import LEARNT_NAME
 from river_llm.store import (
     STAGING_PREFIX,
     cached_folders,
@@ -93,21 +92,6 @@ class TestAStart:
         assert len(loads) == len(cached_folders()) == len(variants)
         for river, bits in variants:
             assert starts_from_a_copy(loads, model, river, **bits)
-
-    @pytest.mark.parametrize("is_saved", [False, True])
-    def test_keeps_what_it_learns_about_drafts_beside_the_weights(
-        self, is_saved: bool, model: Path, loads: list[object], tmp_path: Path
-    ) -> None:
-        river = save_river(model, tmp_path / "river", ROUNDED) if is_saved else None
-        learnt = []
-        for _ in range(2):
-            lm = start(model, river)
-            lm.generate(PROMPT, mode="lossless", max_new_tokens=LENGTH)
-            directory = river or cached_folders()[0].directory
-            learnt.append(json.loads((directory / LEARNT_NAME).read_text()))
-        assert len(loads) == 1  # what is learnt makes no other folder of it
-        assert learnt[0]["entries"].keys() == learnt[1]["entries"].keys()
-        assert learnt[0] != learnt[1]
 
     def test_has_a_real_tokenizer_and_all_that_it_does(
         self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, loads: list[object]

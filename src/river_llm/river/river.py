@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
-LEARNT_NAME = "drafts.json"  # what lossless mode learns about drafts; goes where the river goes
+_OLD_NAME = "drafts.json"  # version 0.2.0 kept there what it had learnt about drafts
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
@@ -310,5 +310,5 @@ def _check_place(directory: Path) -> None:
 
 def _is_of_river(entry: Path) -> bool:
     """Whether something in a river's folder is the river's own."""
-    own = (MANIFEST_NAME, TENSORS_NAME, LEARNT_NAME)
+    own = (MANIFEST_NAME, TENSORS_NAME, _OLD_NAME)
     return entry.name in own or entry.name.startswith(STAGING_PREFIX)
