@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from river_llm.river import quantize as quantization
 from river_llm.config import BITS, GROUP_SIZES, Quantizer, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.river.quantize import QuantizedMatrix, quantize
+from river_llm.river.river import quantize as quantization
 
 QUANTIZERS: tuple[Quantizer, ...] = ("hqq", "rtn")
 BFLOAT16_STEP = 2.0**-8  # relative distance of two neighbours, at most

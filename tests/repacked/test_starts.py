@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_models import (
-    LENGTH,
     PROMPT,
     ROUNDED,
     WIDTHS,

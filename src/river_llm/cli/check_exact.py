@@ -73,11 +73,11 @@ def check_exact(
             found = check_exactness(
                 lm,
                 texts,
-                sampling,
-                form,
-                drafts,
+                drafts=drafts,
                 batch_size=batch_size,
                 progress=progress.steps_done,
+                **form.to_dict(),
+                **sampling.to_dict(),
             )
     except InterruptedCheckError as error:
         cut_short, found = error, error.found

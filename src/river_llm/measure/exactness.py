@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from river_llm.config import DraftConfig, PromptConfig, SamplingConfig
 from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError
@@ -12,6 +13,7 @@ from river_llm.generate import GenerationResult, check_prompt
 from river_llm.generate.rows import new_sequence, prefill
 from river_llm.lm import RiverLM
 from river_llm.river.policy import ExitPolicy
+from river_llm.settings import split_settings
 from river_llm.text.prompt import Prompt
 
 
@@ -78,20 +80,18 @@ class InterruptedCheckError(InterruptedRunError):
 def check_exactness(
     lm: RiverLM,
     prompts: Sequence[Prompt],
-    sampling: SamplingConfig | None = None,
-    form: PromptConfig | None = None,
-    drafts: DraftConfig | None = None,
     *,
+    drafts: DraftConfig | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Exactness:
     """Answer every prompt by the backbone alone and in lossless mode, alternating.
 
     Args:
-        sampling: greedy by default; sampling needs a seed.
-        form: how prompts become tokens.
         batch_size: prompts that are answered together.
         progress: called with (prompts done, prompts in all).
+        **settings: as of `RiverLM.generate`; sampling needs a seed.
 
     Raises:
         ConfigError: there is no prompt, sampling has no seed, and what `generate` raises.
@@ -100,19 +100,19 @@ def check_exactness(
     """
     if not prompts or batch_size < 1:
         raise ConfigError("give one prompt or more, in batches of one or more")
-    sampling, form = sampling or SamplingConfig(), form or PromptConfig()
+    form, sampling = split_settings(settings, PromptConfig, SamplingConfig)
     if sampling.temperature > 0 and sampling.seed is None:
         raise ConfigError("sampled answers are comparable with a seed only; give one")
     encoded = [_encode(lm, number, prompt, form) for number, prompt in enumerate(prompts, 1)]
     pairs: list[_Pair] = []
 
-    def answer(batch: Sequence[list[int]], policy: ExitPolicy | None) -> list[GenerationResult]:
+    def answer(batch: Sequence[Prompt], policy: ExitPolicy | None) -> list[GenerationResult]:
         of_mode = drafts if policy is None else None
-        return lm.generate_batch_tokens(batch, sampling, policy=policy, drafts=of_mode)
+        return lm.generate_batch(batch, policy=policy, drafts=of_mode, **settings)
 
     try:
         for number, first in enumerate(range(0, len(prompts), batch_size)):
-            batch = encoded[first : first + batch_size]
+            batch = prompts[first : first + batch_size]
             if number % 2:  # neither always comes first
                 backbone = answer(batch, ExitPolicy.never())
                 lossless = answer(batch, None)
