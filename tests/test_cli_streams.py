@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,8 +19,6 @@ from river_llm import RiverLM
 from river_llm.cli import main
 from river_llm.cli.check_exact import read_prompts
 from river_llm.cli.streams import Replacement, print_json
-from river_llm.errors import DataError
-from river_llm.text.utf8 import decode_text
 
 MARK = codecs.BOM_UTF8
 TEXT = "Grüße\nan alle\n"
@@ -74,56 +72,40 @@ def generate(model: str, *options: object, **stdin: io.TextIOBase) -> Outcome:
 
 
 class TestTextThatComesIn:
-    @of_forms
-    def test_is_utf8_with_single_line_feeds(self, content: bytes) -> None:
-        assert decode_text(content, "it") == TEXT
-
-    @of_no_text
-    def test_is_refused_by_the_name_of_its_encoding(self, content: bytes, part: str) -> None:
-        with pytest.raises(DataError) as caught:
-            decode_text(content, "it")
-        assert f"it {part}" in str(caught.value)
-
-    @of_forms
-    def test_of_stdin_is_the_prompt(self, model: str, content: bytes, prompts: list[str]) -> None:
-        assert generate(model, "--raw", "-", stdin=pipe(content)).exit_code == 0
+    @pytest.mark.parametrize(
+        ("content", "encoding"),
+        [
+            *((content, "utf-8") for content in FORMS.values()),
+            (TEXT.encode("latin-1"), "latin-1"),  # the locale's, for what is no UTF-8
+            (TEXT.encode(), "latin-1"),
+        ],
+    )
+    def test_of_stdin_is_the_prompt(
+        self, model: str, content: bytes, encoding: str, prompts: list[str]
+    ) -> None:
+        assert generate(model, "--raw", "-", stdin=pipe(content, encoding)).exit_code == 0
         assert prompts == [TEXT]
 
     @of_no_text
     def test_of_stdin_that_is_none(self, model: str, content: bytes, part: str) -> None:
         generate(model, "-", stdin=pipe(content)).check_fails(2, f"stdin {part}")
 
-    @pytest.mark.parametrize("content", [TEXT.encode("latin-1"), TEXT.encode()])
-    def test_of_stdin_is_in_the_locale_if_it_is_no_utf8(
-        self, model: str, content: bytes, prompts: list[str]
+    @of_forms
+    def test_of_a_file_is_a_text_or_prompts(
+        self, model: str, tmp_path: Path, content: bytes
     ) -> None:
-        generate(model, "--raw", "-", stdin=pipe(content, "latin-1"))
-        assert prompts == [TEXT]
-
-    @of_forms
-    def test_of_a_file_is_inspected(self, model: str, tmp_path: Path, content: bytes) -> None:
-        (tmp_path / "text.txt").write_bytes(content)
-        options = ("--group-size", 32, "--json", "--text-file", tmp_path / "text.txt")
-        assert len(run("inspect", model, *options).json["tokens"]) == len(TEXT.encode())
-
-    @of_forms
-    def test_of_a_file_has_a_prompt_a_line(self, tmp_path: Path, content: bytes) -> None:
-        (tmp_path / "prompts.txt").write_bytes(content)
-        assert read_prompts(tmp_path / "prompts.txt") == ["Grüße", "an alle"]
-
-    @of_forms
-    def test_of_a_file_has_an_object_a_line(self, tmp_path: Path, content: bytes) -> None:
-        ends = {"Grüße": '{"prompt": "Grüße"}', "an alle": '{"prompt": "an alle"}'}
-        for words, line in ends.items():
-            content = content.replace(words.encode(), line.encode())
-        (tmp_path / "prompts.jsonl").write_bytes(content)
-        assert read_prompts(tmp_path / "prompts.jsonl") == list(ends)
+        text, prompts = tmp_path / "text.txt", tmp_path / "prompts.jsonl"
+        text.write_bytes(content)
+        inspected = run("inspect", model, "--group-size", 32, "--json", "--text-file", text)
+        assert len(inspected.json["tokens"]) == len(TEXT.encode())
+        assert read_prompts(text) == ["Grüße", "an alle"]
+        for words in ("Grüße", "an alle"):
+            content = content.replace(words.encode(), json.dumps({"prompt": words}).encode())
+        prompts.write_bytes(content)
+        assert read_prompts(prompts) == ["Grüße", "an alle"]
 
     @of_no_text
-    @pytest.mark.parametrize(
-        "command",
-        ["inspect --text-file", "check-exact --prompts"],
-    )
+    @pytest.mark.parametrize("command", ["inspect --text-file", "check-exact --prompts"])
     def test_of_a_file_that_is_none_is_refused_before_loading(
         self, tmp_path: Path, command: str, content: bytes, part: str
     ) -> None:
@@ -133,31 +115,29 @@ class TestTextThatComesIn:
 
 
 class TestChat:
-    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-    @pytest.mark.parametrize("mark", [b"", MARK], ids=["plain", "mark"])
-    def test_ends_by_its_first_line(
-        self, model: str, mark: bytes, end: str, prompts: list[str]
-    ) -> None:
-        stdin = pipe(mark + f"/exit{end}Hi{end}".encode())
-        assert run("chat", "-m", model, "--group-size", 32, stdin=stdin).exit_code == 0
-        assert prompts == []
+    @pytest.fixture
+    def chat(self, model: str) -> Callable[[bytes], Outcome]:
+        options = ("chat", "-m", model, "--group-size", 32, "-n", 1)
+        return lambda content: run(*options, stdin=pipe(content))
 
     @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-    def test_has_a_message_a_line(self, model: str, end: str, prompts: list[str]) -> None:
-        stdin = pipe(MARK + f"Grüße{end}/clear{end}Hi{end}".encode())
-        run("chat", "-m", model, "--group-size", 32, "-n", 1, stdin=stdin)
+    def test_has_a_message_a_line_up_to_exit(
+        self, chat: Callable[[bytes], Outcome], end: str, prompts: list[str]
+    ) -> None:
+        assert chat(MARK + f"/exit{end}Hi{end}".encode()).exit_code == 0
+        assert prompts == []
+        chat(MARK + f"Grüße{end}/clear{end}Hi{end}/exit{end}No{end}".encode())
         assert prompts == ["user: Grüße\nassistant: ", "user: Hi\nassistant: "]
 
-    def test_leaves_out_a_line_that_is_no_text(self, model: str, prompts: list[str]) -> None:
-        stdin = pipe(b"caf\xe9\nHi\n")
-        outcome = run("chat", "-m", model, "--group-size", 32, "-n", 1, stdin=stdin)
-        assert "this line is no UTF-8 text" in outcome.stderr
+    def test_leaves_out_a_line_that_is_no_text(
+        self, chat: Callable[[bytes], Outcome], prompts: list[str]
+    ) -> None:
+        assert "this line is no UTF-8 text" in chat(b"caf\xe9\nHi\n").stderr
         assert prompts == ["user: Hi\nassistant: "]
 
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-    def test_refuses_utf16(self, model: str, encoding: str) -> None:
-        stdin = pipe("Hi there\n".encode(encoding))
-        outcome = run("chat", "-m", model, "--group-size", 32, stdin=stdin)
+    def test_refuses_utf16(self, chat: Callable[[bytes], Outcome], encoding: str) -> None:
+        outcome = chat("Hi there\n".encode(encoding))
         assert outcome.exit_code == 2
         assert outcome.stderr.splitlines()[-1].startswith("river-llm: stdin is UTF-16 text")
 
@@ -167,9 +147,8 @@ def run_in(encoding: str, *arguments: object, errors: str = "strict") -> tuple[b
     output, told = io.BytesIO(), io.BytesIO()
     stdout = io.TextIOWrapper(output, encoding, errors)
     stderr = io.TextIOWrapper(told, encoding, "backslashreplace")
-    argv = ["river-llm", *map(str, arguments)]
     with (
-        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "argv", ["river-llm", *map(str, arguments)]),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         pytest.raises(SystemExit) as ended,
@@ -190,24 +169,25 @@ class TestTextThatGoesOut:
         speaks = speaks_only(byte_model(), 3 + 0xFF)
         return str(save_folder(tmp_path_factory.mktemp("streams") / "speaker", speaks))
 
-    @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
-    def test_has_a_mark_for_what_the_encoding_lacks(self, speaker: str, encoding: str) -> None:
-        command = ("generate", "-m", speaker, "--group-size", 32, "-n", 3, "Hi")
-        output, told = run_in(encoding, *command)
-        assert output == b"???\n"
-        assert "\\u" not in told  # the table's bars are of ASCII there
-        assert told.splitlines()[-1].startswith(self.NOTE.format(encoding))
-
-    def test_is_whole_in_utf8(self, speaker: str) -> None:
-        command = ("generate", "-m", speaker, "--group-size", 32, "-n", 3, "Hi")
-        output, told = run_in("utf-8", *command)
-        assert output.decode() == "\ufffd" * 3 + "\n"
-        assert "stands for" not in told
-
-    def test_has_what_the_user_chose_in_its_place(self, speaker: str) -> None:
-        command = ("generate", "-m", speaker, "--group-size", 32, "-n", 1, "Hi")
-        output, _ = run_in("ascii", *command, errors="xmlcharrefreplace")
-        assert output == b"&#65533;\n"
+    @pytest.mark.parametrize(
+        ("encoding", "errors", "expected"),
+        [
+            ("cp1252", "strict", b"???\n"),
+            ("ascii", "strict", b"???\n"),
+            ("utf-8", "strict", "\ufffd\ufffd\ufffd\n".encode()),
+            ("ascii", "xmlcharrefreplace", 3 * b"&#65533;" + b"\n"),
+        ],
+    )
+    def test_has_a_mark_for_what_the_encoding_lacks(
+        self, speaker: str, encoding: str, errors: str, expected: bytes
+    ) -> None:
+        command = ("generate", "-m", speaker, "--group-size", 32, "-n", 3, "--exit-layer", 1, "Hi")
+        output, told = run_in(encoding, *command, errors=errors)
+        assert output == expected
+        assert "\\u" not in told
+        assert ("---" in told or "###" in told) == (encoding != "utf-8")  # the table's bars
+        was_marked = told.splitlines()[-1].startswith(self.NOTE.format(encoding))
+        assert was_marked == (b"?" in expected)
 
     def test_has_a_place_to_go(self, speaker: str, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["river-llm", "generate", "-m", speaker, "Hi"]
@@ -231,13 +211,12 @@ class TestTextThatGoesOut:
         assert output.getvalue() == b"caf\xe9, ?\n"
         assert replacement.was_needed
 
-    @pytest.mark.parametrize("command", ["inspect", "generate"])
+    @pytest.mark.parametrize(
+        "command", ["inspect MODEL --text Grüße", "generate -m MODEL --exit-layer 1 -n 3 Hi"]
+    )
     def test_is_ascii_as_json(self, speaker: str, command: str) -> None:
-        options = {
-            "inspect": ("inspect", speaker, "--text", "Grüße"),
-            "generate": ("generate", "-m", speaker, "-n", 3, "Hi"),
-        }[command]
-        output, told = run_in("ascii", *options, "--group-size", 32, "--json")
+        words = command.replace("MODEL", speaker).split()
+        output, told = run_in("ascii", *words, "--group-size", 32, "--json")
         found = json.loads(output.decode("ascii"))
         assert "\ufffd" in found.get("text", found.get("tokens"))
         assert told == ""
