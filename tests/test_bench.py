@@ -76,24 +76,16 @@ class FakeVariant:
 
 
 class TestWorkloads:
-    @pytest.mark.parametrize(
-        ("workload", "name", "context", "end"),
-        [
-            (Workload("prompt", 512), "pp512", 0, 512),
-            (Workload("prompt", 512, 4096), "pp512 @ d4096", 4096, 4608),
-            (Workload("decode", 128), "tg128", 16, 144),
-            (Workload("decode", 128, 4096, 8), "tg128 b8 @ d4096", 4096, 4224),
-        ],
-    )
-    def test_are_named_as_llama_bench_names_them(
-        self, workload: Workload, name: str, context: int, end: int
-    ) -> None:
-        assert (workload.name, workload.context, workload.end) == (name, context, end)
-
     def test_every_test_at_every_depth_and_only_decoding_in_batches(self) -> None:
-        names = [one.name for one in make_workloads([512, 0], [128], [0, 64], [1, 2])]
-        prompts, decodes = ["pp512", "pp512 @ d64"], ["tg128", "tg128 b2"]
-        assert names == [*prompts, *decodes, "tg128 @ d64", "tg128 b2 @ d64"]
+        found = make_workloads([512, 0], [128], [0, 4096], [1, 2])
+        assert [(one.name, one.context, one.end) for one in found] == [
+            ("pp512", 0, 512),  # named as llama-bench names them
+            ("pp512 @ d4096", 4096, 4608),
+            ("tg128", 16, 144),
+            ("tg128 b2", 16, 144),
+            ("tg128 @ d4096", 4096, 4224),
+            ("tg128 b2 @ d4096", 4096, 4224),
+        ]
 
     def test_that_do_not_fit_the_context_are_refused(self) -> None:
         assert len(make_workloads([8], [4], [32], context_length=40)) == 2
@@ -130,23 +122,20 @@ class TestRounds:
         ]
         assert done == [(number, 9) for number in range(1, 10)]
 
-    def test_bandwidth_and_the_fraction_of_it_are_of_the_moment(self) -> None:
+    def test_results_have_the_bandwidth_of_the_moment_and_ratios_round_by_round(self) -> None:
         readings = iter([100.0, 300.0])
         ((result,),) = measure([FakeVariant("a", [], 2)], [DECODE], 1, lambda: next(readings))
         assert result.rounds == [Timing(3 / 4, 3, 10, bandwidth=200)]
         assert result.median("bandwidth_fraction") == 4 * 10 / 200
-        ((prompt,),) = measure([FakeVariant("a", [])], [PROMPT], 1, lambda: 1.0)
-        assert prompt.median("bandwidth_fraction") is prompt.median("bytes_per_token") is None
-
-    def test_ratios_are_taken_round_by_round(self) -> None:
         mine, other = (
-            Result(name, "fake", DECODE, [Timing(1, tokens) for tokens in speeds])
+            Result(name, "fake", PROMPT, [Timing(1, tokens) for tokens in speeds])
             for name, speeds in (("a", [2, 8, 9]), ("b", [1, 2, 9]))
         )
         assert mine.times_as_fast_as(other) == Spread(2, 1, 4)
         plain = json.loads(json.dumps(mine.to_dict([other])))
         assert plain["ratios"] == {"b": {"median": 2, "lowest": 1, "highest": 4}}
         assert plain["tokens_per_second"]["median"] == 8
+        assert plain["bandwidth_fraction"] is plain["bytes_per_token"] is None
         assert str(Spread(8, 2, 120)) == "8.0 [2.0 - 120.0]"
 
 
@@ -204,16 +193,11 @@ class TestEngineVariant:
             if workload is DECODE:
                 session.decode([1], torch.full((4,), -math.inf))
         assert filled == [16, 0, 32, 64, 16, 0]
-
-    def test_a_prompt_in_parts_gives_the_tokens_that_come_next(self) -> None:
-        tokens, policy = Text(None, 97).tokens(2, 0, 11), ExitPolicy.never()
-        best = []
-        for prefill_rows in (None, 6, 1):
-            session = Session(ToyEngine(None, prefill_rows))
-            session.restart(2)
-            best.append(session.prefill(tokens, policy))
-        assert best[0] == best[1] == best[2]
-        assert len(best[0]) == 2
+        session.restart(2)
+        best = session.prefill(text.tokens(2, 0, 11), ExitPolicy.never())
+        whole = Session(ToyEngine(None))
+        whole.restart(2)
+        assert best == whole.prefill(text.tokens(2, 0, 11), ExitPolicy.never())
 
     def test_times_a_prompt_only_where_the_policy_has_a_way_of_its_own(self) -> None:
         variants = make_variants(ToyEngine(), Text(None, 97), 4, [1], [0.9], ", tiny")
@@ -309,6 +293,9 @@ class TestCommand:
         assert (output["rounds"], output["threads"], output["interrupted"]) == (2, 1, False)
         assert {"date", "processor", "cores", "dtype", "fingerprint"} <= output.keys()
         assert [tests["tg2"][name] for name in names[:4]] == [4, 0, 1, 2]
+        lines = run("bench", "--model", model, "--engine", "torch", *QUICK).stdout.splitlines()
+        assert lines[0].startswith(f"{model}, river of 4 bits in groups of 64 (hqq)")
+        assert [line.split()[0] for line in lines[1:]] == ["engine", *["torch"] * 4]
 
     def test_8_bits_run_beside_and_read_fewer_bytes(self, model: str) -> None:
         pytest.importorskip("river_llm._core")
@@ -320,13 +307,6 @@ class TestCommand:
         saved = 20.5 * 4 * 2 * 2 * (2 * 16 - (16 + 4))  # positions, layers, heads, bytes
         assert read["backbone"] - read["backbone, 8-bit KV cache"] == saved
         assert read["backbone, 8-bit head"] < read["backbone"]
-
-    def test_prints_a_row_for_each_variant_and_test(self, model: str) -> None:
-        outcome = run("bench", "--model", model, "--engine", "torch", *QUICK)
-        assert outcome.exit_code == 0, outcome.stderr
-        lines = outcome.stdout.splitlines()
-        assert lines[0].startswith(f"{model}, river of 4 bits in groups of 64 (hqq)")
-        assert [line.split()[0] for line in lines[1:]] == ["engine", *["torch"] * 4]
 
     @pytest.mark.parametrize(
         ("options", "exit_code", "part"),
@@ -341,16 +321,13 @@ class TestCommand:
             (("--exit-layer", 5), 1, "the model has 4 layers"),
             (("--engine", "torch", "--lm-head-bits", 8), 2, "--engine cpu"),
             (("--offload", 1), 2, "leave --offload out"),
+            (("--depth", 99_999), 1, "pp512 @ d99999 needs 100511 tokens"),
         ],
     )
     def test_what_cannot_be_is_one_line(
         self, model: str, options: tuple[object, ...], exit_code: int, part: str
     ) -> None:
         run("bench", "--model", model, *options).check_fails(exit_code, part)
-
-    def test_a_test_longer_than_the_context(self, other_model: str) -> None:
-        outcome = run("bench", "--model", other_model, "--depth", 90, "--prompt-tokens", 8)
-        outcome.check_fails(1, "pp8 @ d90 needs 98 tokens", "has 96")
 
     @pytest.mark.parametrize("tests_done", [0, 1])
     def test_ctrl_c_leaves_the_tests_that_were_done(self, model: str, tests_done: int) -> None:
