@@ -106,20 +106,14 @@ def test_a_text_comes_from_a_file_or_stdin_as_far_as_it_fits(
     assert len(inspect(other_model, "--text", "river " * 200)["tokens"]) == 96
 
 
-@pytest.mark.parametrize(
-    ("options", "exit_layer"),
-    [
+def test_tokens_leave_by_the_policy(model: str) -> None:
+    for options, exit_layer in (
         (("--policy", "never"), 4),
         (("--policy", "always"), 0),
         (("--exit-layer", 3), 3),
         (("--threshold", -1, "--first-layer", 2), 2),
-    ],
-)
-def test_tokens_leave_by_the_policy(
-    model: str, options: tuple[object, ...], exit_layer: int
-) -> None:
-    output = inspect(model, "--text", TEXT, *options)
-    assert output["exit_layers"] == [exit_layer] * len(output["tokens"])
+    ):
+        assert set(inspect(model, "--text", TEXT, *options)["exit_layers"]) == {exit_layer}
 
 
 def test_in_words(model: str) -> None:
@@ -146,43 +140,38 @@ def test_in_words(model: str) -> None:
     assert "key cosine" not in run("inspect", model).stdout
 
 
-class TestPlot:
-    @pytest.mark.parametrize(
-        ("suffix", "magic"),
-        [("png", b"\x89PNG\r\n\x1a\n"), ("PNG", b"\x89PNG"), ("pdf", b"%PDF-"), ("svg", b"<?xml")],
-    )
-    def test_is_written(self, model: str, tmp_path: Path, suffix: str, magic: bytes) -> None:
-        path = tmp_path / f"figure.{suffix}"
-        outcome = run("inspect", model, "--text", TEXT, "--plot", path, "--json")
-        assert (outcome.exit_code, outcome.stderr) == (0, "")
-        assert path.read_bytes().startswith(magic)
+@pytest.mark.parametrize(
+    ("suffix", "magic"),
+    [("png", b"\x89PNG\r\n\x1a\n"), ("PNG", b"\x89PNG"), ("pdf", b"%PDF-"), ("svg", b"<?xml")],
+)
+def test_a_plot_is_written(model: str, tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / f"figure.{suffix}"
+    outcome = run("inspect", model, "--text", TEXT, "--plot", path, "--json")
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert path.read_bytes().startswith(magic)
+    path.unlink()
+    path.mkdir()
+    outcome = run("inspect", model, "--text", TEXT, "--plot", path)
+    assert "internal error" not in outcome.stderr
+    outcome.check_fails(1, path.name)
 
-    @pytest.mark.parametrize("text", ["Two words", r"It is $\frac b$ or so", "from $5 to $6"])
-    def test_carries_the_command(
-        self, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-    ) -> None:
-        (tmp_path / "tiny").symlink_to(model)
-        monkeypatch.chdir(tmp_path)
-        outcome = run("inspect", "tiny", "--text", text, "--plot", "figure.svg")
-        assert outcome.exit_code == 0, outcome.stderr
-        builder = ElementTree.TreeBuilder(insert_comments=True)  # where matplotlib keeps the texts
-        root = ElementTree.parse("figure.svg", ElementTree.XMLParser(target=builder)).getroot()
-        drawn = html.unescape(" ".join(node.text or "" for node in root.iter()))
-        command = f"river-llm inspect tiny --text '{text}' --plot figure.svg"
-        assert command in drawn.replace("- -", "--")
-        assert "Oblique" not in Path("figure.svg").read_text()  # as formulas are set
 
-    def test_is_not_upset_by_letters_of_other_scripts(
-        self, model: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
-    ) -> None:
-        outcome = run("inspect", model, "--text", "河流入海", "--plot", tmp_path / "figure.png")
-        assert outcome.exit_code == 0
-        assert [str(warning.message) for warning in recwarn] == []
-
-    def test_to_a_place_that_can_not_be_written_is_refused(
-        self, model: str, tmp_path: Path
-    ) -> None:
-        (tmp_path / "figure.png").mkdir()
-        outcome = run("inspect", model, "--text", TEXT, "--plot", tmp_path / "figure.png")
-        assert "internal error" not in outcome.stderr
-        outcome.check_fails(outcome.exit_code, "figure.png")
+@pytest.mark.parametrize("text", [r"It is $\frac b$ or so", "from $5 to $6", "河流 入海"])
+def test_a_plot_carries_the_command(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    text: str,
+) -> None:
+    (tmp_path / "tiny").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    outcome = run("inspect", "tiny", "--text", text, "--plot", "figure.svg")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert [str(warning.message) for warning in recwarn] == []
+    builder = ElementTree.TreeBuilder(insert_comments=True)  # where matplotlib keeps the texts
+    root = ElementTree.parse("figure.svg", ElementTree.XMLParser(target=builder)).getroot()
+    drawn = html.unescape(" ".join(node.text or "" for node in root.iter()))
+    command = f"river-llm inspect tiny --text '{text}' --plot figure.svg"
+    assert command in drawn.replace("- -", "--")
+    assert "Oblique" not in Path("figure.svg").read_text()  # as formulas are set

@@ -60,6 +60,9 @@ def test_figures_are_those_of_the_untouched_model_and_its_quantised_copy(
         assert measured.tolist() == pytest.approx(expected, abs=1e-6)
         assert max(expected) < 0.99
         assert len({round(cosine, 4) for cosine in expected}) == 4
+    shortest = inspect_text(attached, TOKENS[:2])
+    assert torch.equal(shortest.exit_layers, found.exit_layers[:2])
+    assert bool(shortest.key_cosine.isfinite().all())
     last = pairs[-1][1].mean(0)  # over heads
     torch.testing.assert_close(found.final_value_cosine.double(), last, rtol=0, atol=1e-6)
 
@@ -79,13 +82,6 @@ def test_only_exit_layers_depend_on_the_policy_as_the_engine_decodes_by_it(
     with new_sequence(engine) as sequence:
         steps = [decode(engine, sequence, token, policy) for token in TOKENS]
     assert found.exit_layers.tolist() == [int(step.exit_layers[0]) for step in steps]
-
-
-def test_two_tokens_are_enough(attached: AttachedRiver) -> None:
-    inspection = inspect_text(attached, TOKENS[:2])
-    assert inspection.similarities.shape == (4, 2)
-    assert inspection.exit_layers.shape == (2,)
-    assert bool(inspection.key_cosine.isfinite().all())
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2])
