@@ -227,13 +227,6 @@ def eval_lm(tiny_llama: PreTrainedModel) -> RiverEvalLM:
 
 
 class TestRequests:
-    def test_a_greedy_continuation_is_known_as_one(self, eval_lm: RiverEvalLM) -> None:
-        (answer,) = eval_lm.generate_until(requests(("river", {"max_gen_toks": 5})))
-        assert len(answer) == 5
-        other = answer[:-1] + ("a" if answer[-1] != "a" else "b")
-        found = eval_lm.loglikelihood(requests(("river", answer), ("river", other)))
-        assert [is_greedy for _, is_greedy in found] == [True, False]
-
     def test_answers_follow_the_settings_of_each_request(self, eval_lm: RiverEvalLM) -> None:
         short, long, again = eval_lm.generate_until(
             requests(
@@ -244,6 +237,9 @@ class TestRequests:
         )
         assert short == again == long[:3]
         assert len(long) == 9
+        other = short[:-1] + ("a" if short[-1] != "a" else "b")
+        found = eval_lm.loglikelihood(requests(("river", short), ("river", other)))
+        assert [is_greedy for _, is_greedy in found] == [True, False]
         place = long.index(long[4])
         eval_lm.tokenizer.add_special_tokens({"additional_special_tokens": [long[4]]})
         (ended,) = eval_lm.generate_until(
@@ -273,7 +269,7 @@ class TestRequests:
             getattr(eval_lm, name)(requests(arguments))
         assert kept == list(asked.items())
 
-    def test_what_does_not_fit_loses_its_beginning(
+    def test_what_does_not_fit_loses_its_beginning_but_no_answer(
         self, eval_lm: RiverEvalLM, caplog: pytest.LogCaptureFixture
     ) -> None:
         long, settings = "a" * 40 + "b" * 62, {"max_gen_toks": 24}
@@ -285,6 +281,9 @@ class TestRequests:
         for what in ("contexts", "prompts"):
             told = f"1 of 1 {what} lose their beginning: max_length is 64"
             assert caplog.text.count(told) == 1
+        with pytest.raises(ConfigError, match="max_gen_toks is 64, which leaves no room"):
+            eval_lm.generate_until(requests(("river", {"max_gen_toks": CONTEXT})))
+        assert eval_lm.loglikelihood_rolling(requests(("",), ("a",)))[0] == 0
 
     @pytest.mark.parametrize(
         ("continuation", "message"),
@@ -312,13 +311,6 @@ class TestRequests:
         found = eval_lm.loglikelihood(requests(("aa", "b"), ("aa", "c")))
         pairs = [(None, [a, a], [b]), (None, [a, a], [c])]
         assert found == eval_lm._loglikelihood_tokens(pairs)
-
-    def test_an_answer_as_long_as_the_context_is_refused(self, eval_lm: RiverEvalLM) -> None:
-        with pytest.raises(ConfigError, match="max_gen_toks is 64, which leaves no room"):
-            eval_lm.generate_until(requests(("river", {"max_gen_toks": CONTEXT})))
-
-    def test_an_empty_text_has_no_windows(self, eval_lm: RiverEvalLM) -> None:
-        assert eval_lm.loglikelihood_rolling(requests(("",), ("a",)))[0] == 0
 
 
 def test_messages_go_through_the_template(eval_lm: RiverEvalLM) -> None:

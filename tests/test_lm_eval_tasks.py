@@ -74,20 +74,16 @@ TASKS = {  # with the metric, and what the first choice or an empty answer gives
 }
 
 
-@pytest.fixture(scope="module")
-def manager() -> TaskManager:
-    return TaskManager(include_path=str(EXPERIMENTS / "tasks"))
-
-
 @pytest.fixture
-def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TaskManager:
+    """Of the tasks, which read small files."""
     for name, records in DATA.items():
         content = "".join(json.dumps(one) + "\n" for one in records).encode()
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     monkeypatch.setenv("RIVER_LLM_DATA", str(tmp_path))
+    return TaskManager(include_path=str(EXPERIMENTS / "tasks"))
 
 
-@pytest.mark.usefixtures("_data")
 def test_every_task_reads_the_local_files(manager: TaskManager) -> None:
     names = [name.removesuffix("_local").replace("minerva_", "") + "_local" for name in TASKS]
     found = lm_eval.simple_evaluate(
@@ -100,16 +96,11 @@ def test_every_task_reads_the_local_files(manager: TaskManager) -> None:
     (sample,) = found["samples"]["arc_easy"]
     assert sample["arguments"][1] == ("Question: Which?\nAnswer:", " that")
     assert sample["target"] == 1
-
-
-@pytest.mark.usefixtures("_data")
-def test_a_subject_has_its_own_questions_and_examples(manager: TaskManager) -> None:
-    tasks = manager.load(["mmlu_local"])["tasks"]
-    assert len(tasks) == 57
-    (question,) = tasks["mmlu_anatomy"].test_docs()
-    (example,) = tasks["mmlu_anatomy"].fewshot_docs()
-    assert question == {**MMLU, "subject": "anatomy", "question": "anatomy"}
-    assert example == {**MMLU, "subject": "anatomy"}
+    subjects = manager.load(["mmlu_local"])["tasks"]
+    assert len(subjects) == 57
+    anatomy = subjects["mmlu_anatomy"]
+    assert list(anatomy.test_docs()) == [{**MMLU, "subject": "anatomy", "question": "anatomy"}]
+    assert list(anatomy.fewshot_docs()) == [{**MMLU, "subject": "anatomy"}]
 
 
 def test_a_program_is_judged_by_its_test() -> None:
@@ -140,27 +131,21 @@ def items(scores: list[float], answers: str) -> paired.Items:
     return {(place, "none"): sample(place, *one) for place, one in pairs}
 
 
-def test_right_and_wrong_are_compared_by_mcnemar() -> None:
+def test_items_are_compared_in_pairs() -> None:
     first, second = items([0, 0, 0, 0, 1, 1], "aaaaab"), items([1, 1, 1, 0, 0, 1], "bbbaab")
     (row,) = paired.compare("task", first, second)
-    assert row["p"] == pytest.approx(2 * (1 + 4) / 16)  # one lost, three won
+    assert row["p"] == pytest.approx(2 * (1 + 4) / 16)  # McNemar: one lost, three won
     assert row["difference"] == pytest.approx(2 / 6)
     assert row["low"] < row["difference"] < row["high"]
     assert row["same"] == 3 / 6
-
-
-def test_other_scores_are_compared_by_signed_ranks() -> None:
     first, second = items([0.1, 0.2, 0.3, 0.4], "aaaa"), items([0.2, 0.4, 0.6, 0.8], "aaaa")
-    (row,) = paired.compare("task", first, second)
+    (row,) = paired.compare("task", first, second)  # other scores by signed ranks
     assert row["p"] == pytest.approx(scipy_stats.wilcoxon([0.1, 0.2, 0.3, 0.4]).pvalue)
-
-
-def test_a_choice_is_the_most_likely_one() -> None:
     first, second = items([1], "a"), items([1], "a")
     first[0, "none"]["filtered_resps"] = [["-3.5", "False"], ["-2.0", "True"]]
     second[0, "none"]["filtered_resps"] = [["-9.0", "False"], ["-8.5", "False"]]
     (row,) = paired.compare("task", first, second)
-    assert row["same"] == 1
+    assert row["same"] == 1  # a choice is the most likely one
 
 
 def test_logs_of_different_items_are_refused(tmp_path: Path) -> None:
