@@ -190,7 +190,6 @@ class TestEncodePrompt:
                 )
             ),
         ],
-        ids=str,
     )
     def test_refuses_what_is_no_prompt(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Any, message: str, raw: bool
