@@ -1,5 +1,5 @@
-"""Backbone layers of the native engine that are evicted and come back: the same bits, whatever stays
-in memory."""
+"""Evicted backbone layers of the native engine come back: the same bits, whatever stays in
+memory."""
 
 from __future__ import annotations
 
