@@ -8,9 +8,9 @@ PROMPT ?= Why is the sky blue?
 .PHONY: demo test test-core test-slow test-arm sanitize sanitize-address sanitize-thread lint quality \
 	bench clean
 
-demo: .venv/ready $(RIVER)/river.json ## build SmolLM2's exit river and answer a prompt through it
-	$(BIN)/river-llm generate --model smollm2 --river $(RIVER) --threshold 0.98 \
-		--max-new-tokens 96 --compare "$(PROMPT)"
+demo: .venv/ready $(RIVER)/river.json ## answer a prompt losslessly, then all variants side by side
+	$(BIN)/river-llm generate --model smollm2 --river $(RIVER) --max-new-tokens 96 --compare \
+		"$(PROMPT)"
 
 $(RIVER)/river.json: .venv/ready
 	$(BIN)/river-llm build smollm2 -o $(RIVER)

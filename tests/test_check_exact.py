@@ -165,7 +165,7 @@ class TestCommand:
         assert same.startswith("0 of 1 prompts have the backbone's own tokens")
 
     def test_reads_lines_and_objects(self, tmp_path: Path) -> None:
-        (lines := tmp_path / "prompts.txt").write_bytes('one\r\n\n \ntwo  {"prompt": 3}'.encode())
+        (lines := tmp_path / "prompts.txt").write_bytes(b'one\r\n\n \ntwo  {"prompt": 3}')
         assert read_prompts(lines) == ["one", 'two  {"prompt": 3}']
         turn = {"role": "user", "content": "two"}
         entries = [{"prompt": "one\u2028"}, {"messages": [turn]}, {"turns": ["three", "no"]}]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
-from river_llm.engines import Engine, EngineChoice
-from river_llm.engines.step import Offloading
+from river_llm.engines.step import Engine, Offloading
 from river_llm.errors import ConfigError
 from river_llm.exit_policy import ExitPolicy, check_is_policy
 from river_llm.generate import (
@@ -25,8 +24,8 @@ from river_llm.generate import (
 from river_llm.generate.runner import Runner
 from river_llm.model_source import DEFAULT_MODEL
 from river_llm.pretrained import load_pretrained
-from river_llm.residency import OffloadConfig, ResidencyPlan
-from river_llm.river import Progress, River
+from river_llm.residency import ResidencyPlan
+from river_llm.river import River
 from river_llm.text import Message, Prompt, encode_prompt, warn_of_unusable_tokens
 
 if TYPE_CHECKING:
@@ -81,17 +80,7 @@ class RiverLM:
         river: str | Path | River | RiverConfig | None = None,
         policy: ExitPolicy | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        *,
-        device: torch.device | str | None = None,
-        engine: EngineChoice = "auto",
-        threads: int | None = None,
-        backbone_bits: int = 16,
-        lm_head_bits: int = 16,
-        kv_bits: int = 16,
-        offload: OffloadConfig | str | int | None = None,
-        no_miss: bool = False,
-        trust_remote_code: bool = False,
-        progress: Progress | None = None,
+        **settings: Any,
     ) -> RiverLM:
         """Load a model and load or build its river.
 
@@ -104,40 +93,13 @@ class RiverLM:
             dtype: of the backbone's weights, the activations and the KV cache: bfloat16, which the
                 native engine computes in, float16 or float32. Weights are loaded in it, whatever
                 they are stored in.
-            device: by default CUDA where there is one, else the CPU.
-            engine: ``"cpu"``, the native one, ``"torch"`` or ``"auto"``, see `make_engine`.
-            threads: that compute on a CPU, 1 to 1024; by default as many as the process may use.
-            backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
-            lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
-            kv_bits: 16, which stands for `dtype`, or 8: a KV cache of about half the bytes, and not
-                exactly the model any more.
-            offload: which backbone layers stay in memory: an `OffloadConfig`, or ``"auto"``, a
-                number of layers or a size such as ``"2GiB"``, see there; by default all.
-            no_miss: no token goes deeper than the layers that stay.
-            progress: called while the river is built with (layers done, layers in all).
-
-        What the native engine has packed is kept in the cache, as large as the model and its river,
-        for a quick start the next time.
+            **settings: device, engine, threads, bits of weights and cache, offloading: see
+                `load_pretrained`.
 
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
-        loaded = load_pretrained(
-            name_or_path,
-            river,
-            policy,
-            dtype,
-            device=device,
-            engine=engine,
-            threads=threads,
-            backbone_bits=backbone_bits,
-            lm_head_bits=lm_head_bits,
-            kv_bits=kv_bits,
-            offload=offload,
-            no_miss=no_miss,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        loaded = load_pretrained(name_or_path, river, policy, dtype, **settings)
         return cls(
             loaded.engine,
             loaded.tokenizer,
@@ -160,10 +122,7 @@ class RiverLM:
 
     @policy.setter
     def policy(self, policy: ExitPolicy | None) -> None:
-        if policy is not None:
-            check_is_policy(policy)
-            policy.thresholds(self.engine.num_layers)
-        self._policy = policy
+        self._policy = self._chosen_policy(policy)
 
     # ---- answers ----
 
@@ -371,17 +330,9 @@ class RiverLM:
         return [] if kept is None else kept.tokens[: kept.exact]
 
     def save_prompt_cache(self, path: str | Path, length: int | None = None) -> int:
-        """Write the keys and values of the last prompt to a file, so that it needn't be read again
-        (`prompt_cache`); what is written in its place is whole or not at all.
-
-        Of the answer only what a prompt would read likewise is written: in lossless mode and with a
-        policy that treats prompt and answer alike all of it, else nothing.
-
-        Args:
-            length: at most so many tokens.
-
-        Returns:
-            How many tokens were written.
+        """Write the keys and values of the last prompt to a file (`prompt_cache`), at most of
+        `length` tokens; of the answer as well where a prompt would read it likewise: in lossless
+        mode, and with a policy that treats prompt and answer alike. How many tokens that were.
 
         Raises:
             PromptCacheError: there is nothing to write, or it can't be written.
@@ -392,19 +343,13 @@ class RiverLM:
         return self._runner.save(Path(path), length)
 
     def load_prompt_cache(self, path: str | Path, policy: PolicyChoice = ...) -> int:
-        """Read what `save_prompt_cache` has written.
+        """Read what `save_prompt_cache` has written; how many tokens it has.
 
         Answers with ``reuse_cache=True`` then run only what comes after the common prefix of its
-        tokens and their prompt's. They are what they are when the whole prompt is read: on the
-        native engine bit for bit, on PyTorch up to the rounding of larger matrix products.
-
-        Args:
-            policy: of the answers to come. Those for which the file's tokens would be others (with
-                another policy, or where the text's length changes the model's rotary angles) read
-                their whole prompt.
-
-        Returns:
-            How many tokens the file holds.
+        tokens and their prompt's, and are what they are when the whole prompt is read: on the
+        native engine bit for bit, on PyTorch up to the rounding of larger matrix products. Those
+        that would read these tokens otherwise, by another policy than this or with other rotary
+        angles, read their whole prompt.
 
         Raises:
             PromptCacheError: there is no such file, it is damaged, or it belongs to another model,

@@ -71,7 +71,24 @@ def load_pretrained(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Pretrained:
-    """Load all of it; arguments and errors as of `RiverLM.from_pretrained`."""
+    """Load all of it; errors, and the arguments before these, as of `RiverLM.from_pretrained`.
+
+    Args:
+        device: by default CUDA where there is one, else the CPU.
+        engine: ``"cpu"``, the native one, ``"torch"`` or ``"auto"``, see `make_engine`.
+        threads: that compute on a CPU, 1 to 1024; by default as many as the process may use.
+        backbone_bits: 16, or 8 (native engine): the backbone's layers in 8-bit codes too.
+        lm_head_bits: 16, or 8 (native engine): faster, and not exactly the model any more.
+        kv_bits: 16, which stands for `dtype`, or 8: a KV cache of about half the bytes, and not
+            exactly the model any more.
+        offload: which backbone layers stay in memory: an `OffloadConfig`, or ``"auto"``, a number
+            of layers or a size such as ``"2GiB"``, see there; by default all.
+        no_miss: no token goes deeper than the layers that stay.
+        progress: called while the river is built with (layers done, layers in all).
+
+    What the native engine has packed is kept in the cache, as large as the model and its river, for
+    a quick start the next time.
+    """
     check_is_river(river)
     if policy is not None:
         check_is_policy(policy)

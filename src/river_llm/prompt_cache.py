@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import river_llm
-from river_llm.cached_text import CachedText, Thresholds, common_prefix
+from river_llm.cached_text import CachedText, Thresholds
 from river_llm.engines.step import CacheAccess, Engine
 from river_llm.errors import PromptCacheError
 
@@ -141,22 +141,6 @@ def check_writable(path: Path) -> Path:
         what = "it" if is_read_only else "its folder"
         raise PromptCacheError(f"{path} can't be written, {what} is read-only; {_OTHER_FILE[3:]}")
     return target
-
-
-def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
-    """Whether a prompt's tokens are to replace those that are kept: where they are of the same text
-    and more by a sixteenth.
-
-    So other questions about a document change nothing, a document that has grown does, and no text
-    takes another one's place.
-    """
-    is_longer = len(prompt) - len(kept) > len(prompt) / 16
-    return is_longer and not is_of_another_text(prompt, kept)
-
-
-def is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
-    """Whether a prompt begins with less than half of what is kept."""
-    return 2 * common_prefix(prompt, kept) < len(kept)
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
