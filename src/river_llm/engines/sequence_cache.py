@@ -1,8 +1,8 @@
 """The torch engine's KV cache: sequences of their own lengths, joined to batches for the model.
 
 A batch is one cache of `transformers`, `[B, G, positions, D]` in every layer, whose sequences end
-at one position; shorter ones are padded on the left. The sequences of a step stay joined until a step
-has others, so that steady decoding copies nothing.
+at one position; shorter ones are padded on the left. The sequences of a step stay joined until a
+step has others, so that steady decoding copies nothing.
 
     position    0 1 2 3 4 5 6 7
     sequence 3  a b c d e f g h     start 0, length 8
