@@ -15,164 +15,98 @@ from river_llm.river.policy import ExitPolicy, check_is_policy
 
 INF, NAN = math.inf, math.nan
 
-cosines = st.floats(-1, 1)
-layer_counts = st.integers(1, 40)
 
-
-def test_never_stays_at_every_layer() -> None:
-    assert ExitPolicy.never().thresholds(3) == (INF, INF, INF)
-    assert ExitPolicy() == ExitPolicy.never()
-
-
-def test_always_leaves_before_the_first_layer() -> None:
-    assert ExitPolicy.always().thresholds(3) == (-INF, -INF, -INF)
-
-
-@pytest.mark.parametrize(
-    ("exit_layer", "thresholds"),
-    [
-        (0, (-INF, -INF, -INF, -INF)),
-        (1, (INF, -INF, -INF, -INF)),
-        (3, (INF, INF, INF, -INF)),
-        (4, (INF, INF, INF, INF)),
-    ],
-)
-def test_fixed_leaves_after_its_exit_layer(exit_layer: int, thresholds: tuple[float, ...]) -> None:
-    assert ExitPolicy.fixed(exit_layer).thresholds(4) == thresholds
-
-
-@pytest.mark.parametrize(
-    ("first_layer", "thresholds"),
-    [
-        (1, (INF, 0.7, 0.7, 0.7)),
-        (2, (INF, INF, 0.7, 0.7)),
-        (3, (INF, INF, INF, 0.7)),
-        (4, (INF, INF, INF, INF)),
-    ],
-)
-def test_similarity_counts_from_its_first_layer(
-    first_layer: int, thresholds: tuple[float, ...]
-) -> None:
-    assert ExitPolicy.similarity(0.7, first_layer).thresholds(4) == thresholds
-
-
-@given(layers=layer_counts, threshold=cosines, data=st.data())
-def test_similarity_is_one_threshold_between_infinities(
+@given(layers=st.integers(1, 40), threshold=st.floats(-1, 1), data=st.data())
+def test_every_policy_is_one_threshold_for_each_number_of_layers_run(
     layers: int, threshold: float, data: st.DataObject
 ) -> None:
+    exit_layer = data.draw(st.integers(0, layers))
     first_layer = data.draw(st.integers(1, layers))
-    thresholds = ExitPolicy.similarity(threshold, first_layer).thresholds(layers)
-    for layers_run, value in enumerate(thresholds):
-        assert value == (threshold if layers_run >= first_layer else INF)
-    assert len(thresholds) == layers
-
-
-@given(st.sampled_from([INF, -INF]), st.lists(st.floats(allow_nan=False), max_size=40))
-def test_per_layer_thresholds_are_taken_as_given(first: float, others: list[float]) -> None:
-    values = (first, *others)
-    assert ExitPolicy.per_layer(values).thresholds(len(values)) == values
+    own = (data.draw(st.sampled_from([INF, -INF])), *[threshold] * (layers - 1))
+    expected: dict[ExitPolicy, tuple[float, ...]] = {
+        ExitPolicy(): (INF,) * layers,
+        ExitPolicy.never(): (INF,) * layers,
+        ExitPolicy.always(): (-INF,) * layers,
+        ExitPolicy.fixed(exit_layer): (INF,) * exit_layer + (-INF,) * (layers - exit_layer),
+        ExitPolicy.similarity(threshold, first_layer): (INF,) * first_layer
+        + (threshold,) * (layers - first_layer),
+        ExitPolicy.per_layer(own): own,
+    }
+    for policy, thresholds in expected.items():
+        assert policy.thresholds(layers) == thresholds
+        rule = policy.prefill
+        assert rule == ("river" if policy.kind == "always" else "backbone")
+        assert policy.prefill_thresholds(layers) == (-INF if rule == "river" else INF,) * layers
+    for kind in ("sequence", "token"):
+        policy = ExitPolicy.similarity(threshold, prefill=kind)
+        assert policy.prefill_thresholds(layers) == policy.thresholds(layers)
 
 
 def test_per_layer_turns_numbers_into_floats() -> None:
-    policy = ExitPolicy.per_layer((INF, 1))
-    assert policy.layer_thresholds == (INF, 1.0)
-    assert all(isinstance(value, float) for value in policy.layer_thresholds or ())
+    thresholds = ExitPolicy.per_layer((INF, 1)).layer_thresholds
+    assert thresholds == (INF, 1.0)
+    assert all(isinstance(value, float) for value in thresholds or ())
 
 
-@pytest.mark.parametrize("threshold", [-1, -1.0, 0, 0.98, 1, 1.0])
-def test_thresholds_at_the_bounds_are_taken(threshold: float) -> None:
-    assert ExitPolicy.similarity(threshold).thresholds(2) == (INF, threshold)
+@pytest.mark.parametrize(
+    ("policy", "alike"),
+    [
+        (ExitPolicy.never(), True),
+        (ExitPolicy.always(), True),
+        (ExitPolicy.always(prefill="backbone"), False),
+        (ExitPolicy.fixed(2), False),
+        (ExitPolicy.fixed(4), True),
+        (ExitPolicy.fixed(2, prefill="sequence"), True),
+        (ExitPolicy.fixed(2, prefill="token"), True),
+        (ExitPolicy.similarity(0.5), False),
+        (ExitPolicy.similarity(0.5, prefill="sequence"), False),
+        (ExitPolicy.similarity(0.5, prefill="token"), True),
+    ],
+)
+def test_which_treat_prompt_and_answer_alike(policy: ExitPolicy, alike: bool) -> None:
+    assert policy.treats_alike(4) is alike
 
 
-@pytest.mark.parametrize("threshold", [-1.0001, 1.0001, 50, INF, -INF, NAN, None, "a", True])
-def test_a_threshold_that_is_no_cosine_is_refused(threshold: Any) -> None:
-    with pytest.raises(ConfigError, match=r"the threshold is .*; .* choose one in \[-1, 1\]"):
-        ExitPolicy.similarity(threshold)
+NO_COSINE = r"the threshold is .*; .* choose one in \[-1, 1\]"
+NO_COUNT = "exit layer is .*; it must be a whole number, 0 or more"
+NO_LAYER = "first layer is .*; give a whole number, layers count from 1"
+NO_THRESHOLDS = "one threshold per layer, and none that is NaN"
 
 
-@pytest.mark.parametrize("exit_layer", [-1, -30, None, "3", 1.5, 2.0, True])
-def test_an_exit_layer_that_is_no_count_is_refused(exit_layer: Any) -> None:
-    wanted = f"exit layer is {exit_layer!r}; it must be a whole number, 0 or more"
-    with pytest.raises(ConfigError, match=wanted):
-        ExitPolicy.fixed(exit_layer)
-
-
-@pytest.mark.parametrize("first_layer", [0, -1, 1.5, "2", None, True])
-def test_a_first_layer_that_is_none_is_refused(first_layer: Any) -> None:
-    wanted = f"first layer is {first_layer!r}; give a whole number, layers count from 1"
-    with pytest.raises(ConfigError, match=wanted):
-        ExitPolicy.similarity(0.9, first_layer)
-
-
-@pytest.mark.parametrize("thresholds", [(), (INF, NAN), (NAN,)])
-def test_no_threshold_and_nan_are_refused(thresholds: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match="one threshold per layer, and none that is NaN"):
-        ExitPolicy.per_layer(thresholds)
-
-
-@pytest.mark.parametrize("thresholds", [0.5, None, "ab", [INF, "a"], [INF, None]])
-def test_thresholds_that_are_no_numbers_are_refused(thresholds: Any) -> None:
-    with pytest.raises(ConfigError, match=r"thresholds are .*; give one number for each"):
-        ExitPolicy.per_layer(thresholds)
-
-
-@pytest.mark.parametrize("first", [0.5, -1.0, 0.0, 7.0])
-def test_a_finite_threshold_before_the_first_layer_is_refused(first: float) -> None:
-    with pytest.raises(ConfigError, match=f"first threshold is {first}, .*; take inf .* or -inf"):
-        ExitPolicy.per_layer((first, 0.5))
-
-
-@pytest.mark.parametrize("policy", ["never", None, 0.9, ExitPolicy])
-def test_what_is_no_policy_is_refused(policy: Any) -> None:
-    with pytest.raises(ConfigError, match=r"policy is .*; give an ExitPolicy, such as ExitPolicy"):
-        check_is_policy(policy)
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (ExitPolicy.similarity, [-1.0001, 50, INF, -INF, NAN, None, "a", True], NO_COSINE),
+        (ExitPolicy.fixed, [-1, None, "3", 1.5, 2.0, True], NO_COUNT),
+        (lambda v: ExitPolicy.similarity(0.9, v), [0, -1, 1.5, "2", None, True], NO_LAYER),
+        (ExitPolicy.per_layer, [(), (INF, NAN), (NAN,)], NO_THRESHOLDS),
+        (ExitPolicy.per_layer, [(0.9,), (-1, 0.9)], "the first threshold is .* take inf"),
+        (ExitPolicy.per_layer, [None, 3, ("a",), [None]], "give one number for each number of"),
+        (lambda v: ExitPolicy.never(prefill=v), ["all"], "prefill is 'all'; choose one of backbo"),
+        (lambda v: ExitPolicy.never(batch=v), ["mean"], "batch is 'mean'; choose one of sequence"),
+        (ExitPolicy, ["sometimes"], "kind is 'sometimes'; choose one of never, always, fixed"),
+        (check_is_policy, [None, "never", 0.9], "exit policy is .*; give an ExitPolicy, such as"),
+    ],
+)
+def test_what_makes_no_policy_is_refused(make: Any, values: list[Any], message: str) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=message) as caught:
+            make(value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (ExitPolicy.fixed(5), r"exit layer is 5, but the model has 4 layers; choose one in \[0, 4"),
+        (ExitPolicy.fixed(5), r"exit layer is 5, but the model has 4 layers; choose .* \[0, 4\]"),
         (ExitPolicy.similarity(0.9, 5), "first layer is 5, but the model has 4 layers"),
-        (
-            ExitPolicy.per_layer((INF, 0.5, 0.5)),
-            "3 thresholds for a model of 4 layers; .*, 0 to 3$",
-        ),
-        (ExitPolicy.per_layer((INF,) * 5), "5 thresholds for a model of 4 layers; .*, 0 to 3$"),
+        (ExitPolicy.per_layer((INF,) * 3), "3 thresholds for a model of 4 layers; .* 0 to 3"),
+        (ExitPolicy.per_layer((INF,) * 5), "5 thresholds for a model of 4 layers"),
     ],
 )
-def test_a_policy_for_another_depth_is_refused(policy: ExitPolicy, message: str) -> None:
+def test_a_policy_of_another_model_is_refused(policy: ExitPolicy, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         policy.thresholds(4)
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ({"prefill": "tokens"}, "prefill is 'tokens'; choose one of backbone, river, sequence"),
-        ({"batch": "mean"}, "batch is 'mean'; choose one of sequence, minimum"),
-        ({"kind": "sometimes"}, "kind is 'sometimes'; choose one of never, always, fixed"),
-    ],
-)
-def test_unknown_rules_are_refused(rules: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ExitPolicy(**rules)
-
-
-@pytest.mark.parametrize(
-    ("policy", "prefill"),
-    [
-        (ExitPolicy.never(), "backbone"),
-        (ExitPolicy.always(), "river"),
-        (ExitPolicy.always(prefill="backbone"), "backbone"),
-        (ExitPolicy.fixed(0), "backbone"),
-        (ExitPolicy.similarity(0.9), "backbone"),
-        (ExitPolicy.similarity(0.9, prefill="token"), "token"),
-        (ExitPolicy.per_layer((INF,), prefill="sequence"), "sequence"),
-    ],
-)
-def test_the_prompt_runs_in_full_unless_told_otherwise(policy: ExitPolicy, prefill: str) -> None:
-    assert policy.prefill == prefill
-    assert policy.batch == "sequence"
 
 
 POLICIES = {
@@ -181,24 +115,15 @@ POLICIES = {
     "exit after 7": ExitPolicy.fixed(7, prefill="river"),
     "similarity > 0.97": ExitPolicy.similarity(0.97),
     "similarity > -1 from layer 3": ExitPolicy.similarity(-1.0, 3, prefill="sequence"),
-    "threshold per layer": ExitPolicy.per_layer((INF, 0.25), batch="minimum"),
+    "threshold per layer": ExitPolicy.per_layer((INF, 0.25, -INF), batch="minimum"),
 }
 
 
 @pytest.mark.parametrize(("words", "policy"), POLICIES.items())
-def test_a_policy_is_described_in_words(words: str, policy: ExitPolicy) -> None:
+def test_a_policy_is_described_in_words_and_survives_json(words: str, policy: ExitPolicy) -> None:
     assert policy.describe() == words
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_a_policy_survives_json(policy: ExitPolicy) -> None:
     fields = json.loads(json.dumps(policy.to_dict(), allow_nan=False))
     assert None not in fields.values()
     if "layer_thresholds" in fields:
         fields["layer_thresholds"] = tuple(map(float, fields["layer_thresholds"]))
     assert ExitPolicy(**fields) == policy
-
-
-def test_infinite_thresholds_are_plain_json() -> None:
-    policy = ExitPolicy.per_layer((INF, 0.9, -INF))
-    json.dumps(policy.to_dict(), allow_nan=False)

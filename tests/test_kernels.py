@@ -115,21 +115,14 @@ def test_packed_kernel_agrees_in_bfloat16(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("mean", [0.0, 1.0], ids=["centred", "shifted"])
-def test_packed_kernel_agrees_in_bfloat16_on_narrow_codes(bits: int, mean: float) -> None:
+def test_kernels_agree_in_bfloat16_on_narrow_codes(bits: int, mean: float) -> None:
     matrix = _narrow_matrix(bits)
     inputs = _inputs(17, 512, mean).bfloat16()
-    output = PackedInt4Kernel(matrix, CPU, torch.bfloat16)(inputs)
+    exact = _exact(inputs, matrix)
     tolerance = TWO_HALVES_TOLERANCE if bits == 8 else BFLOAT16_TOLERANCE
-    assert _relative_error(output, _exact(inputs, matrix)) < tolerance
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("mean", [0.0, 1.0], ids=["centred", "shifted"])
-def test_plain_kernel_agrees_in_bfloat16_on_narrow_codes(bits: int, mean: float) -> None:
-    matrix = _narrow_matrix(bits)
-    inputs = _inputs(17, 512, mean).bfloat16()
-    output = DequantizeKernel(matrix, CPU)(inputs)
-    assert _relative_error(output, _exact(inputs, matrix)) < BFLOAT16_TOLERANCE
+    packed = PackedInt4Kernel(matrix, CPU, torch.bfloat16)(inputs)
+    assert _relative_error(packed, exact) < tolerance
+    assert _relative_error(DequantizeKernel(matrix, CPU)(inputs), exact) < BFLOAT16_TOLERANCE
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -2,155 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_line import run
-from native_engines import random_tokens, subject_of
-from steps import append, begin
 from stored_models import PROMPT, save_model, start, start_without_cache
-from torch import Tensor
 
 from river_llm import ExitPolicy, RiverLM
-from river_llm.engines import CpuEngine, DraftRule
+from river_llm.store import cached_folders
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.memory import resident_memory_bytes
-from river_llm.river.residency import OffloadConfig, OffloadStatistics
-from river_llm.store import cached_folders
+from river_llm.river.residency import OffloadConfig
 
-CASES = ["llama", "gemma3_text", "phi3, longrope", "qwen2"]
 LAYERS = 4
-MIXED = ExitPolicy.similarity(0.75)
-TIME_STEP = 0.02  # seconds, more than the steps that the times of files have
-
-
-@contextmanager
-def offloadable(engine: CpuEngine, directory: Path) -> Iterator[CpuEngine]:
-    """The engine with its weights in a file too; all are in memory again afterwards."""
-    path = directory / "weights.bin"
-    with path.open("wb") as file:
-        for part in engine.packed_weights:
-            part.tofile(file)
-    engine.offload_to(path)
-    time.sleep(TIME_STEP)
-    try:
-        yield engine
-    finally:
-        engine.depth_limit = None
-        if engine.resident_layers < engine.num_layers:
-            engine.keep_layers(engine.num_layers)
-
-
-def everything(engine: CpuEngine) -> list[Tensor]:
-    """What two texts of unequal length give in some steps and drafts."""
-    a, b = begin(engine, [9, 5])
-    tokens = random_tokens(20, seed=3)
-    found: list[Tensor] = []
-
-    def step(texts: dict[int, list[int]], policy: ExitPolicy | None = None) -> None:
-        result = append(engine, texts, policy)
-        found.extend((result.logits, result.exit_layers))
-
-    step({a: tokens[:9], b: tokens[:5]})
-    for token in tokens[9:13]:
-        step({a: [token], b: [token - 1]}, MIXED)
-    drafts = engine.draft([a, b], tokens[13:15], [1, 1], DraftRule(1, 16))
-    found += [torch.tensor(draft.tokens) for draft in drafts]
-    step({a: tokens[13:15], b: tokens[14:15]})
-    engine.truncate(a, 14)
-    step({a: [5], b: [6]}, MIXED)
-    return found
-
-
-class TestEngine:
-    @pytest.mark.parametrize("case", CASES)
-    @pytest.mark.parametrize("backbone_bits", [16, 8])
-    def test_gives_the_same_bits_whatever_stays(
-        self, case: str, backbone_bits: int, tmp_path: Path
-    ) -> None:
-        engine = subject_of(case).engine(backbone_bits=backbone_bits, threads=2)
-        expected = everything(engine)
-        with offloadable(engine, tmp_path):
-            for kept in (0, 3, 1, LAYERS, 2):
-                engine.keep_layers(kept)
-                assert engine.resident_layers == kept
-                held = [part is not None for part in engine.packed_weights[:-1]]
-                assert held == [layer < kept for layer in range(LAYERS)]
-                assert all(map(torch.equal, everything(engine), expected))
-
-    def test_counts_misses(self, tmp_path: Path) -> None:
-        engine = subject_of("llama").engine()
-        with offloadable(engine, tmp_path):
-            engine.keep_layers(1)
-            assert engine.offload_statistics == OffloadStatistics(1)
-            (sequence,) = begin(engine)
-            misses = 0
-            for depth in (4, 1, 2, 0, 3):
-                append(engine, {sequence: [3, 4]}, ExitPolicy.fixed(depth))
-                misses += max(0, depth - 1)
-                assert engine.offload_statistics.misses == misses
-            statistics = engine.offload_statistics
-            assert statistics.bytes_read == misses * engine.layer_bytes[0]
-            assert statistics.seconds_waited > 0
-            assert statistics.depth_capped == 0
-
-    def test_needs_a_file(self, tmp_path: Path) -> None:
-        engine = subject_of("llama").engine()
-        with pytest.raises(RiverError, match="no file that evicted layers"):
-            engine.keep_layers(2)
-        with pytest.raises(RiverError, match="can't open"):
-            engine.offload_to(tmp_path / "missing")
-        (tmp_path / "short").write_bytes(b"abc")
-        with pytest.raises(RiverError, match="bytes of the packed weights"):
-            engine.offload_to(tmp_path / "short")
-        with offloadable(engine, tmp_path):
-            for count in (-1, LAYERS + 1):
-                with pytest.raises(ConfigError, match="the model has 4"):
-                    engine.keep_layers(count)
-
-    @pytest.mark.parametrize("how", ["cut short", "changed", "replaced", "removed"])
-    def test_never_takes_weights_of_another_file(self, how: str, tmp_path: Path) -> None:
-        engine = subject_of("llama").engine()
-        tokens, at_once = random_tokens(6, seed=1), ExitPolicy.always()
-        (sequence,) = begin(engine)
-        expected = append(engine, {sequence: tokens}).logits
-        (sequence,) = begin(engine)
-        shallow = append(engine, {sequence: tokens}, at_once).logits
-        path = tmp_path / "weights.bin"
-        with offloadable(engine, tmp_path):
-            engine.keep_layers(1)
-            whole = path.read_bytes()
-            if how == "cut short":
-                os.truncate(path, len(whole) // 2)
-            elif how == "changed":
-                with path.open("r+b") as file:
-                    file.write(b"\x11" * 8)
-            else:
-                path.unlink()
-                if how == "replaced":  # what was opened is still there
-                    path.write_bytes(bytes(len(whole)))
-            (sequence,) = begin(engine)
-            if how in ("cut short", "changed"):
-                with pytest.raises(RiverError, match="changed while it was in use") as raised:
-                    append(engine, {sequence: tokens})
-                assert "\n" not in str(raised.value)
-                assert engine.length(sequence) == 0
-                with pytest.raises(RiverError, match="changed while it was in use"):
-                    engine.keep_layers(2)
-                again = append(engine, {sequence: tokens}, at_once).logits
-                assert torch.equal(again, shallow)  # what is in memory goes on
-                path.write_bytes(whole)
-                engine.offload_to(path)
-                (sequence,) = begin(engine)
-            assert torch.equal(append(engine, {sequence: tokens}).logits, expected)
 
 
 @pytest.fixture

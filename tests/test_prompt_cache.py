@@ -41,9 +41,10 @@ from river_llm import (
     RiverLM,
     attach_river,
 )
+from river_llm.cli.prompt_cache import is_worth_keeping
 from river_llm.config import SamplingConfig
 from river_llm.engines import TorchEngine
-from river_llm.generate.prompt_cache import FORMAT_VERSION, is_worth_keeping
+from river_llm.generate.prompt_cache import FORMAT_VERSION
 
 POLICIES = [
     None,

@@ -18,9 +18,9 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from river_llm import river as river_module
+from river_llm.river.backbone import decoder_layers, fingerprint
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
-from river_llm.river.backbone import decoder_layers, fingerprint
 from river_llm.river.quantize import quantize
 from river_llm.river.river import MANIFEST_NAME, TENSORS_NAME, River
 
@@ -37,9 +37,10 @@ from river_llm import River
 from river_llm.memory import peak_memory_bytes, resident_memory_bytes
 
 shape = LlamaConfig(
-    vocab_size=256, hidden_size=1024, intermediate_size=8192, num_hidden_layers=6,
+    vocab_size=256, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
     num_attention_heads=16, num_key_value_heads=4,
 )
+torch.set_num_threads(1)  # two that spin beside another process take a hundred times longer
 torch.set_default_dtype(torch.bfloat16)
 model = LlamaForCausalLM(shape)
 layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())

@@ -132,10 +132,7 @@ class RiverLM:
 
     @policy.setter
     def policy(self, policy: ExitPolicy | None) -> None:
-        if policy is not None:
-            check_is_policy(policy)
-            policy.thresholds(self.engine.num_layers)
-        self._policy = policy
+        self._policy = self._chosen_policy(policy)
 
     # ---- answers ----
 
@@ -331,17 +328,9 @@ class RiverLM:
         return [] if kept is None else kept.tokens[: kept.exact]
 
     def save_prompt_cache(self, path: str | Path, length: int | None = None) -> int:
-        """Write the keys and values of the last prompt to a file, so that it needn't be read again
-        (`prompt_cache`); what is written in its place is whole or not at all.
-
-        Of the answer only what a prompt would read likewise is written: in lossless mode and with a
-        policy that treats prompt and answer alike all of it, else nothing.
-
-        Args:
-            length: at most so many tokens.
-
-        Returns:
-            How many tokens were written.
+        """Write the keys and values of the last prompt to a file (`prompt_cache`), at most of
+        `length` tokens; of the answer as well where a prompt would read it likewise: in lossless
+        mode, and with a policy that treats prompt and answer alike. How many tokens that were.
 
         Raises:
             PromptCacheError: there is nothing to write, or it can't be written.
@@ -352,19 +341,13 @@ class RiverLM:
         return self._runner.save(Path(path), length)
 
     def load_prompt_cache(self, path: str | Path, policy: PolicyChoice = ...) -> int:
-        """Read what `save_prompt_cache` has written.
+        """Read what `save_prompt_cache` has written; how many tokens it has.
 
         Answers with ``reuse_cache=True`` then run only what comes after the common prefix of its
-        tokens and their prompt's. They are what they are when the whole prompt is read: on the
-        native engine bit for bit, on PyTorch up to the rounding of larger matrix products.
-
-        Args:
-            policy: of the answers to come. Those for which the file's tokens would be others (with
-                another policy, or where the text's length changes the model's rotary angles) read
-                their whole prompt.
-
-        Returns:
-            How many tokens the file holds.
+        tokens and their prompt's, and are what they are when the whole prompt is read: on the
+        native engine bit for bit, on PyTorch up to the rounding of larger matrix products. Those
+        that would read these tokens otherwise, by another policy than this or with other rotary
+        angles, read their whole prompt.
 
         Raises:
             PromptCacheError: there is no such file, it is damaged, or it belongs to another model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,8 +68,6 @@ class PromptCache:
             PromptCacheError: there is none, and it can't be written.
             InterruptedRunError: Ctrl-C came before it was written.
         """
-        from river_llm.generate.prompt_cache import is_of_another_text, is_worth_keeping
-
         tokens = self._lm.prompt_cache_tokens[:prompt_tokens]
         if is_of_another_text(tokens, self._kept) and not self._is_left:
             _note(f"{self._path} holds another text and stays as it is; give this one its own file")
@@ -89,6 +88,24 @@ class PromptCache:
             self._kept = tokens
             size = format_bytes(self._path.stat().st_size)
             _note(f"{len(tokens)} prompt tokens are kept in {self._path} ({size})")
+
+
+def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
+    """Whether a prompt's tokens are to replace those that are kept: where they are of the same text
+    and more by a sixteenth.
+
+    So other questions about a document change nothing, a document that has grown does, and no text
+    takes another one's place.
+    """
+    is_longer = len(prompt) - len(kept) > len(prompt) / 16
+    return is_longer and not is_of_another_text(prompt, kept)
+
+
+def is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
+    """Whether a prompt begins with less than half of what is kept."""
+    from river_llm.generate.cached_text import common_prefix
+
+    return 2 * common_prefix(prompt, kept) < len(kept)
 
 
 def _note(text: str) -> None:

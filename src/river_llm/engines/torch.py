@@ -64,16 +64,13 @@ class TorchEngine(NotCopiedEngine):
             module for module in self.model.modules() if hasattr(module, "original_max_seq_len")
         ]
         self.layer_bytes, self.rest_bytes = attached.weight_bytes()
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        cache = ", KV cache 8 bits" if kv_bits == 8 else ""
+        self.setting = f"torch {self.device} {dtype}{threads}{cache}"
         self._weights_digest: str | None = None
         self._cache = SequenceCache(self.num_layers, kv_bits)
         self._prompt_lengths: dict[int, int] = {}
-
-    @property
-    def setting(self) -> str:
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        cache = ", KV cache 8 bits" if self.kv_bits == 8 else ""
-        return f"torch {self.device} {dtype}{threads}{cache}"
 
     @property
     def depth_limit(self) -> int | None:

@@ -61,6 +61,8 @@ class Generator:
             RiverError: see `check_request`.
         """
         check_request(self.engine, request)
+        if request.is_lossless:
+            self._speculation.prepare(request.drafts)
         if sequence is None:
             sequence = self.engine.add_sequence(request.prompt_length)
         request.sequence = sequence

@@ -103,6 +103,11 @@ class Speculation:
         self._times = StepTimes()
         self._budgets: dict[_Kind, Budget] = {}
 
+    def prepare(self, config: DraftConfig) -> None:
+        """Make what such drafts need, whose time would be taken for theirs."""
+        if isinstance(self._engine, Drafting):
+            self._engine.prepare_drafts(_head_bits(self._engine, config))
+
     # ---- draft ----
 
     def draft(self, requests: Sequence[Request]) -> dict[Request, Guess]:
@@ -185,13 +190,18 @@ class Speculation:
         for kind, requests in of_kinds.items():
             lengths = [len(guesses[request].tokens) for request in requests]
             cost = max(0.0, verification / plain - 1) * sum(lengths) / drafted
-            cost += max(lengths) * (self._times.median(kind) or 0.0) / plain
+            # no more than a step each, whatever held the first ones up
+            cost += max(lengths) * min(1.0, (self._times.median(kind) or 0.0) / plain)
             gain = sum(outcomes[request].accepted for request in requests) / together
             self._budget(kind).settle(sum(lengths) / len(lengths), gain, cost)
 
 
 def _kind(source: Source, request: Request, together: int) -> _Kind:
     return _Kind(source, request.drafts, request.sampler.takes_argmax, together)
+
+
+def _head_bits(engine: Drafting, config: DraftConfig) -> int:
+    return config.lm_head_bits or engine.draft_head_bits[0]
 
 
 def _draft(
@@ -211,13 +221,11 @@ def _draft(
     sequences = [request.sequence for request in requests if request.sequence is not None]
     rule = DraftRule(
         exit_layer=config.exit_layer,
-        lm_head_bits=config.lm_head_bits or 16,
         least_margin=LEAST_MARGIN if config.tokens is None else 0.0,
         stop_tokens=frozenset().union(*(request.stop_tokens for request in requests)),
     )
     if isinstance(engine, Drafting):
-        bits = config.lm_head_bits or engine.draft_head_bits[0]
-        rule = replace(rule, lm_head_bits=bits)
+        rule = replace(rule, lm_head_bits=_head_bits(engine, config))
         return engine.draft(sequences, tokens, most, rule, None if takes_argmax else choose)
     thresholds = torch.tensor(ExitPolicy.fixed(rule.exit_layer).thresholds(engine.num_layers))
 

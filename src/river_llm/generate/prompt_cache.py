@@ -128,22 +128,6 @@ def check_writable(path: Path) -> Path:
     return target
 
 
-def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
-    """Whether a prompt's tokens are to replace those that are kept: where they are of the same text
-    and more by a sixteenth.
-
-    So other questions about a document change nothing, a document that has grown does, and no text
-    takes another one's place.
-    """
-    is_longer = len(prompt) - len(kept) > len(prompt) / 16
-    return is_longer and not is_of_another_text(prompt, kept)
-
-
-def is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
-    """Whether a prompt begins with less than half of what is kept."""
-    return 2 * common_prefix(prompt, kept) < len(kept)
-
-
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's tensors, mapped from it, and its metadata.
 

@@ -176,7 +176,7 @@ def are_float16(layers: list[DecoderLayer]) -> bool:
 
 
 def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> None:
-    """Run three tokens through a model and validate that its layers are used as the river needs.
+    """Run three tokens through the model and validate how its layers are used.
 
     Every layer has to run once, in order, on hidden states `[batch, tokens, width]` and write its
     own KV cache slot; every linear layer has to be called once, with one row for each token.
