@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from river_llm import ExitPolicy, RiverConfig, RiverLM
+from river_llm.generate.rows import new_sequence, prefill
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _REST = itertools.count(256)
@@ -246,8 +247,8 @@ def byte_lm(source: Path, **options: Any) -> RiverLM:
 
 def logits_cosine(lm: RiverLM, model: PreTrainedModel, token_ids: Sequence[int] = IDS) -> float:
     """Cosine of the next token's logits with those of the model itself; 0.999 and more is right."""
-    lm.engine.truncate(0)
-    ours = lm.engine.prefill(torch.tensor([list(token_ids)])).logits[0].float()
+    with new_sequence(lm.engine, len(token_ids)) as sequence:
+        ours = prefill(lm.engine, sequence, token_ids, None).logits[0].float()
     with torch.no_grad():
         own = model(torch.tensor([list(token_ids)])).logits[0, -1].float()
     return float(torch.cosine_similarity(ours[: len(own)], own, 0))

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 from native_engines import random_tokens
+from steps import append, begin
 from tiny_lm import character_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -100,16 +101,15 @@ def check_same_lm(lm: RiverLM, expected: RiverLM) -> None:
     check_same_tokenizer(lm.tokenizer, expected.tokenizer)
     if isinstance(lm.engine, CpuEngine):
         check_same_weights(lm.engine, expected.engine)
-    for mode in ("river", "lossless"):
+    for policy in (expected.policy, None):
         for prompt in (PROMPT, MESSAGES) if expected.tokenizer.chat_template else (PROMPT,):
             ours, theirs = (
-                one.generate(prompt, mode=mode, max_new_tokens=LENGTH) for one in (lm, expected)
+                one.generate(prompt, policy=policy, max_new_tokens=LENGTH) for one in (lm, expected)
             )
             assert ours.tokens == theirs.tokens
             assert ours.text == theirs.text
             assert ours.finish_reason == theirs.finish_reason
-            if mode == "river":
-                assert ours.exit_layers == theirs.exit_layers
+            assert ours.exit_layers == theirs.exit_layers
 
 
 def check_same_tokenizer(
@@ -151,7 +151,7 @@ def check_same_weights(engine: CpuEngine, expected: CpuEngine) -> None:
 
 def check_same_model(model: NativeModel, expected: NativeModel) -> None:
     """See that both describe the same one, bit for bit."""
-    for name in ("shape", "angle_limit", "query_scaling", "context_length"):
+    for name in ("shape", "rope_boundary", "query_scaling", "context_length"):
         assert getattr(model, name) == getattr(expected, name)
     assert np.array_equal(model.final_norm, expected.final_norm)
     for parts, expected_parts in zip(model.layers, expected.layers, strict=True):
@@ -168,32 +168,32 @@ def check_same_model(model: NativeModel, expected: NativeModel) -> None:
 
 
 def steps_of(engine: CpuEngine, prompt_length: int = 12) -> list[Tensor]:
-    """Logits, exits, similarities and tokens of all verbs, on a batch of two texts of which one has
-    padding."""
-    engine.truncate(0)
-    engine.policy = ExitPolicy.similarity(0.75)
-    engine.record_similarities = True
-    tokens = random_tokens(2, prompt_length + 8, seed=3)
-    mask = torch.ones(2, prompt_length, dtype=torch.long)
-    mask[1, :4] = 0
+    """Logits, exits, similarities and tokens of two texts of unlike lengths that are run together,
+    and drafts of them."""
+    lengths = [prompt_length, prompt_length - 4]
+    tokens = [random_tokens(length + 8, seed=3) for length in lengths]
+    texts = dict(zip(begin(engine, lengths), tokens, strict=True))
     steps = []
 
-    def note(step: Any) -> None:
+    def run_but(left: int) -> None:
+        rows = {one: text[engine.length(one) : len(text) - left] for one, text in texts.items()}
+        step = append(engine, rows, MIXED, record_similarities=True)
         similarities = step.similarities.nan_to_num(7.0)
         steps.extend([step.logits, step.exit_layers, step.best_tokens, similarities])
 
-    note(engine.prefill(tokens[:, :prompt_length], mask))
-    for place in range(4):
-        note(engine.decode(tokens[:, prompt_length + place]))
-    drafted = [3, 3] if engine.model.angle_limit is None else [1, 1]
+    for left in (8, 7, 6, 5, 4):
+        run_but(left)
     for bits in engine.draft_head_bits:
         engine.prepare_drafts(bits)
-        for draft in engine.draft(tokens[:, -4].tolist(), drafted, DraftRule(1, bits)):
+        for draft in engine.draft(
+            list(texts), [text[-4] for text in tokens], [3, 3], DraftRule(1, bits)
+        ):
             steps.append(torch.tensor(draft.tokens))
             steps.append(torch.tensor(draft.margins))
-    note(engine.verify(tokens[:, -4:], [4, 2]))
-    engine.rewind([2, 1])
-    note(engine.decode(tokens[:, -1]))
+    run_but(0)
+    for sequence in texts:
+        engine.truncate(sequence, engine.length(sequence) - 2)
+    run_but(0)
     return steps
 
 

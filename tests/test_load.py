@@ -365,7 +365,7 @@ class TestRiverLM:
         built = River.build(tiny_llama, RiverConfig(3, 32))
         built.save(tmp_path / "river")
         answers = [
-            RiverLM.from_pretrained(directory, river, ExitPolicy.always(), torch.float32)
+            RiverLM.from_pretrained(directory, river, ExitPolicy.always(), dtype=torch.float32)
             .generate("Hi", max_new_tokens=20)
             .tokens
             for river in (built, tmp_path / "river", str(tmp_path / "river"), RiverConfig(2, 32))

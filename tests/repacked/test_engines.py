@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from native_engines import CASES, KERNELS, Subject, long_subject, subject_of
 from stored_models import (
-    MIXED,
     ROUNDED,
     WIDTHS,
     check_same_steps,
@@ -38,17 +37,17 @@ def again(engine: CpuEngine, tmp_path: Path, **options: Any) -> CpuEngine:
     """The engine of a copy of this engine's."""
     folder = _folder(tmp_path)
     keep_packed(folder, PackedModel(engine, character_tokenizer(), ROUNDED, frozenset()))
-    packed = read_packed(folder, **{"policy": engine.policy, "threads": 1, **options})
+    packed = read_packed(folder, ExitPolicy.never(), **{"threads": 1, **options})
     assert packed is not None
     assert packed.river_config == ROUNDED
     return packed.engine
 
 
 def check_copied(subject: Subject, tmp_path: Path, **options: Any) -> None:
-    engine = subject.engine(MIXED, **options)
+    engine = subject.engine(**options)
     copied = again(engine, tmp_path)
     check_same_weights(copied, engine)
-    for name in ("setting", "threads", "num_layers", "context_length", "policy"):
+    for name in ("setting", "threads", "num_layers", "context_length"):
         assert getattr(copied, name) == getattr(engine, name)
     check_same_steps(copied, engine)
 
@@ -71,22 +70,22 @@ class TestAnEngine:
         check_copied(Subject(*CASES["llama"], RiverConfig(bits, 32, quantizer)), tmp_path)
 
     @pytest.mark.parametrize("kernels", KERNELS)
-    def test_may_have_other_kernels_threads_and_policy(
+    def test_may_have_other_kernels_and_threads(
         self, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         subject = subject_of("llama")
-        written, policy = subject.engine(MIXED), ExitPolicy.fixed(2)
+        written = subject.engine()
         monkeypatch.setenv("RIVER_LLM_CPU", kernels)
-        copied = again(written, tmp_path, threads=2, policy=policy)
-        assert (copied.kernels, copied.threads, copied.policy) == (kernels, 2, policy)
-        check_same_steps(copied, subject.engine(MIXED, kernels=kernels))
+        copied = again(written, tmp_path, threads=2)
+        assert (copied.kernels, copied.threads) == (kernels, 2)
+        check_same_steps(copied, subject.engine(kernels=kernels))
 
     @pytest.mark.parametrize("fate", ["removed", "overwritten", "emptied"])
     @pytest.mark.parametrize("case", ["llama, tied head", "phi3, longrope"])
     def test_runs_on_whatever_becomes_of_its_copy(
         self, case: str, fate: str, cache: Path, tmp_path: Path
     ) -> None:
-        engine = long_subject(case).engine(MIXED)
+        engine = long_subject(case).engine()
         copied = again(engine, tmp_path)
         for path in list(cache.glob("*/*")):
             if fate == "removed":
