@@ -158,7 +158,7 @@ class TestCommand:
         assert outcome.exit_code == 1
         difference, same, _ = outcome.stdout.splitlines()
         assert re.fullmatch(
-            r"prompt 1, token 2: the backbone has '.*', lossless mode '.*'; most likely there: "
+            r"prompt 1, token 2: the backbone has '.*', lossless mode '.*'; argmax there: "
             r"'.*' -?\d+\.\d{4}, '.*' -?\d+\.\d{4}",
             difference,
         )

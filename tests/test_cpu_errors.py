@@ -20,6 +20,7 @@ from river_llm import (
     RiverFileError,
     UnsupportedModelError,
 )
+from river_llm.config import EngineConfig
 from river_llm.engines.choice import make_engine
 from river_llm.engines.cpu import CpuEngine
 from river_llm.engines.step import Step
@@ -100,7 +101,7 @@ class TestModels:
             model(torch.tensor([tokens]))
         for choice in ("auto", "cpu", "torch"):
             with pytest.raises(RiverError, match=r"weights were given up.*load it again"):
-                make_engine(model, river, choice)  # type: ignore[arg-type]
+                make_engine(model, river, EngineConfig(engine=choice))
         assert engine.step_bytes(2, 5) == kept.step_bytes(2, 5)
 
 

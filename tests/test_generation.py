@@ -161,8 +161,7 @@ class TestRefusals:
             lm.generate("x" * 65, raw=True)
         with pytest.raises(ContextFullError, match=r"^prompt 2 of 2: the prompt has 65 tokens"):
             lm.generate_batch(["a", "x" * 65], raw=True)
-        wanted = r"^there is no setting 'do_sample'; the sampling settings are max_new_tokens, "
-        with pytest.raises(ConfigError, match=wanted):
+        with pytest.raises(ConfigError, match=r"^there is no setting 'do_sample'; there are "):
             lm.generate(PROMPT, do_sample=True)
         with pytest.raises(ConfigError, match="takes a list of prompts, not one string"):
             lm.generate_batch("hi")

@@ -23,6 +23,7 @@ from river_llm.engines import CpuEngine, TorchEngine
 
 pytest.importorskip("river_llm._core", reason="the native engine was not built")
 
+NEVER = ExitPolicy.never()
 LAYERS = (0, 3, 10)
 LENGTHS = (1, 4, 8, None)
 PROMPTS = [
@@ -78,14 +79,14 @@ def river(smollm2_bf16: PreTrainedModel) -> River:
 @pytest.fixture(scope="module")
 def lm(smollm2_bf16: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, river: River) -> RiverLM:
     """On the native engine; what chat turns end with ends an answer."""
-    engine = CpuEngine(smollm2_bf16, river, ExitPolicy.never(), threads=1)
+    engine = CpuEngine(smollm2_bf16, river, threads=1)
     return _river_lm(engine, tokenizer, river)
 
 
 @pytest.fixture(scope="module")
 def expected(lm: RiverLM) -> list[GenerationResult]:
     """The backbone's answers."""
-    return [lm.generate(prompt, max_new_tokens=48) for prompt in PROMPTS]
+    return [lm.generate(prompt, max_new_tokens=48, policy=NEVER) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ def test_answers_are_the_backbones(
     """Every length of a draft with every exit layer, on a third of the prompts each."""
     drafts = DraftConfig(tokens, exit_layer)
     for prompt, own in list(zip(PROMPTS, expected, strict=True))[first::3]:
-        result = lm.generate(prompt, max_new_tokens=48, mode="lossless", drafts=drafts)
+        result = lm.generate(prompt, max_new_tokens=48, drafts=drafts)
         _check(result, own)
 
 
 def test_answers_are_the_backbones_by_default(
     lm: RiverLM, expected: list[GenerationResult]
 ) -> None:
-    results = [lm.generate(prompt, max_new_tokens=48, mode="lossless") for prompt in PROMPTS]
+    results = [lm.generate(prompt, max_new_tokens=48) for prompt in PROMPTS]
     for result, own in zip(results, expected, strict=True):
         _check(result, own)
     statistics = [result.lossless for result in results if result.lossless is not None]
@@ -123,7 +124,7 @@ def test_answers_of_a_batch_are_the_backbones(
 ) -> None:
     for chosen in ([0, 2, 3, 7], [8, 11, 1, 6]):
         prompts = [PROMPTS[i] for i in chosen]
-        rows = lm.generate_batch(prompts, max_new_tokens=48, mode="lossless", drafts=drafts)
+        rows = lm.generate_batch(prompts, max_new_tokens=48, drafts=drafts)
         for row, i in zip(rows, chosen, strict=True):
             _check(row, expected[i])
 
@@ -137,8 +138,8 @@ def test_sampled_answers_are_the_backbones(lm: RiverLM, sampling: dict[str, Any]
     for seed, prompt in enumerate(PROMPTS[:4]):
         settings: dict[str, Any] = {"max_new_tokens": 32, "seed": seed, **sampling}
         drafts = DraftConfig((None, 4)[seed % 2])
-        result = lm.generate(prompt, mode="lossless", drafts=drafts, **settings)
-        _check(result, lm.generate(prompt, **settings))
+        result = lm.generate(prompt, drafts=drafts, **settings)
+        _check(result, lm.generate(prompt, policy=NEVER, **settings))
 
 
 def test_a_wider_river_is_accepted_more_often(
@@ -146,20 +147,21 @@ def test_a_wider_river_is_accepted_more_often(
 ) -> None:
     """And its answers are the same."""
     wide = River.build(smollm2_bf16, RiverConfig(bits=8, quantizer="rtn"))
-    engine = CpuEngine(smollm2_bf16, wide, ExitPolicy.never(), threads=1)
+    engine = CpuEngine(smollm2_bf16, wide, threads=1)
     wide_lm = _river_lm(engine, tokenizer, wide)
     drafts = DraftConfig(4, 0, 16, ngram=False)
     shares = []
     for each in (lm, wide_lm):
         results = [
-            each.generate(prompt, max_new_tokens=32, mode="lossless", drafts=drafts)
-            for prompt in PROMPTS[:3]
+            each.generate(prompt, max_new_tokens=32, drafts=drafts) for prompt in PROMPTS[:3]
         ]
         found = [result.lossless for result in results if result.lossless is not None]
         drafted = sum(statistics.drafted_tokens for statistics in found)
         shares.append(sum(statistics.accepted_tokens for statistics in found) / drafted)
         texts = [result.tokens for result in results]
-        assert texts == [lm.generate(p, max_new_tokens=32).tokens for p in PROMPTS[:3]]
+        assert texts == [
+            lm.generate(p, max_new_tokens=32, policy=NEVER).tokens for p in PROMPTS[:3]
+        ]
     assert shares[0] < shares[1]
     assert shares[1] > 0.8
 
@@ -193,9 +195,9 @@ class TestHundredPrompts:
         for number, first in enumerate(range(0, len(prompts), 4)):
             batch = prompts[first : first + 4]
             drafts = self.DRAFTS[number % len(self.DRAFTS)]
-            rows = lm.generate_batch(batch, mode="lossless", drafts=drafts, **settings)
+            rows = lm.generate_batch(batch, drafts=drafts, **settings)
             for prompt, row, own in zip(
-                batch, rows, lm.generate_batch(batch, **settings), strict=True
+                batch, rows, lm.generate_batch(batch, policy=NEVER, **settings), strict=True
             ):
                 assert row.tokens == own.tokens, f"{prompt!r} with {drafts}"
 

@@ -13,10 +13,10 @@ from command_line import run
 from stored_models import PROMPT, save_model, start, start_without_cache
 
 from river_llm import ExitPolicy, RiverLM
-from river_llm.store import cached_folders
 from river_llm.errors import ConfigError, PromptCacheError, RiverError
 from river_llm.memory import resident_memory_bytes
 from river_llm.river.residency import OffloadConfig
+from river_llm.store import cached_folders
 
 LAYERS = 4
 

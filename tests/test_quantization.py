@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from river_llm.river import quantize as quantization
-from river_llm.river.bit_packing import pack_codes, unpack_codes
 from river_llm.config import BITS, GROUP_SIZES, Quantizer, RiverConfig
 from river_llm.errors import ConfigError
+from river_llm.river import quantize as quantization
+from river_llm.river.bit_packing import pack_codes, unpack_codes
 from river_llm.river.quantize import QuantizedMatrix, quantize
 
 QUANTIZERS: tuple[Quantizer, ...] = ("hqq", "rtn")
@@ -242,12 +242,12 @@ def _hqq_slowly(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 7}, "bits is 7; choose one of 2, 3, 4, 5, 6, 8"),
-        ({"bits": "4"}, "bits is '4'; choose one of"),
-        ({"bits": 4.0}, "bits is 4.0; choose one of"),
-        ({"group_size": 48}, "group size is 48; choose one of 32, 64, 128"),
-        ({"group_size": 64.0}, "group size is 64.0; choose one of"),
-        ({"quantizer": "gptq"}, "quantizer is 'gptq'; choose one of hqq, rtn"),
+        ({"bits": 7}, "bits is 7; it must be one of 2, 3, 4, 5, 6, 8"),
+        ({"bits": "4"}, "bits is '4'; it must be one of"),
+        ({"bits": 4.0}, "bits is 4.0; it must be one of"),
+        ({"group_size": 48}, "group_size is 48; it must be one of 32, 64, 128"),
+        ({"group_size": 64.0}, "group_size is 64.0; it must be one of"),
+        ({"quantizer": "gptq"}, "quantizer is 'gptq'; it must be one of hqq, rtn"),
     ],
 )
 def test_settings_that_no_quantiser_has_are_refused(fields: dict[str, Any], message: str) -> None:

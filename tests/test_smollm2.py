@@ -195,9 +195,14 @@ def test_river_lm_gives_the_tokens_of_transformers_generate(
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     token_ids = _encode(tokenizer, text)
     lm = RiverLM(
-        TorchEngine(attached), tokenizer, attached.config, frozenset({tokenizer.eos_token_id})
+        TorchEngine(attached),
+        tokenizer,
+        attached.config,
+        frozenset({tokenizer.eos_token_id}),
+        policy,
     )
     result = lm.generate(question, max_new_tokens=12)
+    attached.policy = policy
     assert result.tokens == _greedy(smollm2, token_ids, 12)
     assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
 

@@ -11,7 +11,7 @@ from byte_models import byte_id, byte_lm, byte_model, byte_tokenizer, save_folde
 from odd_tokenizers import CHATML
 from transformers import PreTrainedModel
 
-from river_llm import RiverLM
+from river_llm import ExitPolicy, RiverLM
 from river_llm.text.decoder import IncrementalDecoder
 from river_llm.text.prompt import encode_prompt
 from river_llm.text.stop_tokens import stop_tokens
@@ -162,10 +162,10 @@ class TestSpecialTokensInStopStrings:
         model = speaks_only(byte_model(vocab_size=260), FIRST)
         return byte_lm(save_folder(tmp_path_factory.mktemp("lm"), model, tokenizer))
 
-    @pytest.mark.parametrize("mode", ["river", "lossless"])
-    def test_end_answers(self, lm: RiverLM, mode: Any) -> None:
+    @pytest.mark.parametrize("policy", [None, ExitPolicy.never()], ids=["lossless", "river"])
+    def test_end_answers(self, lm: RiverLM, policy: ExitPolicy | None) -> None:
         assert FIRST not in lm.stop_tokens
-        settings: dict[str, Any] = {"max_new_tokens": 6, "mode": mode}
+        settings: dict[str, Any] = {"max_new_tokens": 6, "policy": policy}
         for stop, tokens in (("<|stop|>", 1), ("<|stop|><|stop|>", 2), ("<|other|>", 6)):
             alone = lm.generate("Hi", stop=stop, **settings)
             several = lm.generate_batch(["Hi", "Hello"], stop=["x", stop], **settings)

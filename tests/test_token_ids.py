@@ -9,11 +9,13 @@ import pytest
 import torch
 from byte_models import byte_lm, byte_model, byte_tokenizer, save_folder
 from lossless_lm import lm_on
+from steps import append, begin
 from tiny_lm import character_tokenizer
 from tiny_models import VOCABULARY
 
-from river_llm import RiverError, RiverLM
+from river_llm import RiverConfig, RiverError, RiverLM
 from river_llm.engines import DraftRule
+from river_llm.engines.step import Drafting
 
 ABOVE = (
     rf"^there is no token {VOCABULARY}: the model's embedding has {VOCABULARY} rows, .* take the "
@@ -29,34 +31,24 @@ def engine(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize(("token", "message"), [(VOCABULARY, ABOVE), (-2, BELOW), (-1, UNKNOWN)])
-@pytest.mark.parametrize("verb", ["prefill", "decode", "score", "verify", "draft"])
-def test_are_refused_and_the_cache_stays(engine: Any, verb: str, token: int, message: str) -> None:
-    arguments: dict[str, tuple[Any, ...]] = {
-        "decode": (torch.tensor([token]),),
-        "draft": ([token], [2], DraftRule()),
-    }
-    engine.prefill(torch.tensor([[5, 6, 7]]))
+def test_are_refused_and_the_cache_stays(engine: Any, token: int, message: str) -> None:
+    first, second = begin(engine, [0, 0])
+    for sequence in (first, second):
+        append(engine, {sequence: [5, 6, 7]})
     with pytest.raises(RiverError, match=message):
-        getattr(engine, verb)(*arguments.get(verb, (torch.tensor([[8, token, 9]]),)))
-    assert engine.length == 3
-    found = engine.decode(torch.tensor([8])).logits
-    engine.truncate(0)
-    engine.prefill(torch.tensor([[5, 6, 7]]))
-    assert torch.equal(engine.decode(torch.tensor([8])).logits, found)
-
-
-@pytest.mark.parametrize("shape", [(0,), (1, 0), (1, 1, 1)])
-def test_of_a_wrong_shape_or_type_are_refused(engine: Any, shape: tuple[int, ...]) -> None:
-    with pytest.raises(RiverError, match=r"token ids are \[.*\]; give \[batch, tokens\]"):
-        engine.prefill(torch.zeros(shape, dtype=torch.long))
-    with pytest.raises(RiverError, match="token ids are whole numbers, not float32"):
-        engine.decode(torch.tensor([5.0]))
+        append(engine, {first: [8, token, 9]})
+    if isinstance(engine, Drafting):
+        with pytest.raises(RiverError, match=message):
+            engine.draft([first], [token], [2], DraftRule())
+    assert engine.length(first) == 3
+    found, expected = (append(engine, {one: [8]}).logits for one in (first, second))
+    assert torch.equal(found, expected)
 
 
 def test_come_from_a_tokenizer_that_is_larger_than_the_embedding(engine: Any) -> None:
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
-    lm = RiverLM(engine, tokenizer, None)
+    lm = RiverLM(engine, tokenizer, RiverConfig())
     with pytest.raises(RiverError, match=ABOVE):
         lm.generate("Hi <|user|> there", raw=True, max_new_tokens=3)
     assert len(lm.generate("Hi there", raw=True, max_new_tokens=3).tokens) == 3
@@ -67,7 +59,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told_when_it_is_loaded(
     extra: str, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_folder(tmp_path / "model", byte_model(vocab_size=259), byte_tokenizer([extra]))
-    for _ in range(2):  # from its files, then from its packed copy
+    for _ in range(2):  # from its files, then from its repacked weights
         caplog.clear()
         byte_lm(folder)
         messages = [record.getMessage() for record in caplog.records]

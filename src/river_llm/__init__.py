@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from river_llm.river.policy import ExitPolicy
     from river_llm.river.river import River
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AttachedRiver",

@@ -371,6 +371,7 @@ class ChatConfig(Settings):
     """
 
     noun: ClassVar[str] = "prompt setting"
+    hint: ClassVar[str] = "those of the chat template go to chat_template_kwargs"
 
     chat_template_kwargs: Mapping[str, Any] | None = setting(
         None,

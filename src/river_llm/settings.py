@@ -81,6 +81,7 @@ class Settings:
 
     __slots__ = ()
     noun: ClassVar[str] = "setting"
+    hint: ClassVar[str] = ""  # of what is not among them
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
@@ -121,7 +122,8 @@ def split_settings(values: Mapping[str, Any], *kinds: type[Settings]) -> tuple[A
     known = [name for of_kind in names for name in of_kind]
     for name in values:
         if name not in known:
-            raise ConfigError(f"there is no setting {name!r}; there are {', '.join(known)}")
+            hints = "".join(f"; {kind.hint}" for kind in kinds if kind.hint)
+            raise ConfigError(f"there is no setting {name!r}; there are {', '.join(known)}{hints}")
     return tuple(
         kind(**{name: values[name] for name in of_kind if name in values})
         for kind, of_kind in zip(kinds, names, strict=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 import river_llm
 from river_llm.engines.step import CacheAccess, Engine
 from river_llm.errors import PromptCacheError
-from river_llm.generate.cached_text import CachedText, Thresholds, common_prefix
+from river_llm.generate.cached_text import CachedText, Thresholds
 from river_llm.store import atomic_write
 
 # Goes up with every change of the file, and of the numbers that engines compute.
