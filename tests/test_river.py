@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,7 +98,10 @@ class TestBuilding:
     @pytest.mark.skipif(sys.platform != "linux", reason="the system's account of memory")
     def test_and_saving_take_the_river_and_a_layer_at_most(self, tmp_path: Path) -> None:
         command = [sys.executable, "-c", BUILD_AND_SAVE, tmp_path / "river"]
-        taken, bound = map(int, subprocess.check_output(command, text=True).split())
+        # what is freed goes back to the system at once, else the peak differs by 20 MB
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        output = subprocess.check_output(command, text=True, env=environment)
+        taken, bound = map(int, output.split())
         assert taken <= bound
 
     @pytest.mark.parametrize("architecture", ["GPT2", "Phi3"])

@@ -1,4 +1,5 @@
-"""Every setting once: its default, what it means, what it may be.
+"""Every setting once: its default, what it means, what it may be. A value out of its range is a
+`ConfigError`, one line that names the setting.
 
 `RiverLM`, the command line, lm-eval's arguments and saved results all read these dataclasses, so a
 new setting is one line here.
@@ -43,9 +44,6 @@ class RiverConfig(Settings):
 
     HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. The group size
     has to divide the input width of every linear layer.
-
-    Raises:
-        ConfigError: a value is out of its range.
     """
 
     noun: ClassVar[str] = "river setting"
@@ -65,9 +63,6 @@ class RiverConfig(Settings):
 @dataclass(frozen=True, slots=True)
 class EngineConfig(Settings):
     """How a model is loaded, and what computes.
-
-    Raises:
-        ConfigError: a value is out of its range.
     """
 
     engine: EngineChoice = setting(
@@ -228,9 +223,6 @@ class SamplingConfig(Settings):
     or functions like them of (token ids `[1, T]`, logits `[1, V]`) that give logits; they come
     after the penalty and before the temperature. In lossless mode they are asked about drafted text
     too, so their answer may depend on nothing but what they are given.
-
-    Raises:
-        ConfigError: a value is out of its range.
     """
 
     noun: ClassVar[str] = "sampling setting"
@@ -316,9 +308,6 @@ class SamplingConfig(Settings):
 class DraftConfig(Settings):
     """How tokens are guessed in lossless mode. It decides over speed only: whatever is drafted, the
     tokens are the backbone's.
-
-    Raises:
-        ConfigError: a value is out of its range.
     """
 
     noun: ClassVar[str] = "draft setting"
@@ -365,9 +354,6 @@ class ChatConfig(Settings):
 
     `chat_template_kwargs` are further variables that the chat template reads, such as
     ``{"enable_thinking": False}``.
-
-    Raises:
-        ConfigError: a value is out of its range.
     """
 
     noun: ClassVar[str] = "prompt setting"

@@ -1,6 +1,6 @@
-"""Everything that can go wrong and that the user can mend.
+"""Everything that can go wrong and that the user can fix.
 
-Each message is one line: the cause, then the mend. The command line prints it and exits with 1.
+Each message is one line: the cause, then the fix. The command line prints it and exits with 1.
 """
 
 

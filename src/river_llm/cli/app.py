@@ -62,7 +62,7 @@ class _Warnings(logging.Handler):
 
 
 def main() -> None:
-    """Run the command line; every error that a user can mend is one line on stderr."""
+    """Run the command line; every error that a user can fix is one line on stderr."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
     logging.getLogger("river_llm").handlers = [_Warnings(logging.WARNING)]
     let_waiting_threads_sleep()

@@ -60,7 +60,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_stdin() -> None:
-    """See that there is one.
+    """Validate that there is one.
 
     Raises:
         typer.Exit: it is closed.
@@ -121,7 +121,7 @@ def _named_encoding() -> str | None:
 
 @contextmanager
 def _readable_stdin() -> Iterator[None]:
-    """See that reading stdin works, within.
+    """Validate that reading stdin works, within.
 
     Raises:
         typer.Exit: it can't be read, or is no text.

@@ -25,7 +25,7 @@ def given_options(context: typer.Context) -> set[str]:
 
 
 def refuse_idle(context: typer.Context, reason: str, idle: set[str]) -> None:
-    """See that none of these options is on the command line, where they would say nothing.
+    """Validate that none of these options is on the command line, where they would say nothing.
 
     Raises:
         typer.Exit: some are.
@@ -49,7 +49,7 @@ def is_text(text: str) -> bool:
 
 
 def check_text(name: str, text: str) -> None:
-    """See that an argument is UTF-8 text.
+    """Validate that an argument is UTF-8 text.
 
     Raises:
         typer.Exit: it is not.

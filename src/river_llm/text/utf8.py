@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
 
 
 def check_encoding(content: bytes, name: str) -> None:
-    """See that bytes may be UTF-8, by how they begin and by what text never has.
+    """Validate that bytes may be UTF-8, by how they begin and by what text never has.
 
     Raises:
         DataError: they are of another encoding, or no text.
