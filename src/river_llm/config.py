@@ -62,8 +62,7 @@ class RiverConfig(Settings):
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig(Settings):
-    """How a model is loaded, and what computes.
-    """
+    """How a model is loaded, and what computes."""
 
     engine: EngineChoice = setting(
         "auto",
