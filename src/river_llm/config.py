@@ -262,7 +262,7 @@ class SamplingConfig(Settings):
     )
     seed: int | None = setting(
         None,
-        "Of the random numbers; sequence i of a batch takes seed + i. By default a new one.",
+        "Of the random numbers, which the texts of a batch don't share. By default a new one.",
         Allowed(
             lambda value: is_whole_number(value) and 0 <= value < 2**63,
             "a whole number in [0, 2**63)",
@@ -313,7 +313,7 @@ class DraftConfig(Settings):
 
     tokens: int | None = setting(
         None,
-        "Tokens of every draft; by default up to 4, fewer where the river is unsure.",
+        "Tokens of every draft; by default up to 6, fewer where the river is unsure.",
         whole(1, MOST_DRAFT_TOKENS),
         advanced=True,
         option=("--draft-tokens",),

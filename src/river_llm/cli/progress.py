@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -108,17 +108,9 @@ class LoadingProgress:
         self._lines.description, self._lines.done, self._lines.total = description, done, total
         self._progress.update(self._task, description=description, completed=done, total=total)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave stderr to another one meanwhile."""
-        self._stop()
-        try:
-            yield
-        finally:
-            self._begin()
-
     def __enter__(self) -> LoadingProgress:
-        self._begin()
+        self._progress.start()
+        self._lines.start()
         return self
 
     def __exit__(
@@ -127,12 +119,5 @@ class LoadingProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stop()
-
-    def _begin(self) -> None:
-        self._progress.start()
-        self._lines.start()
-
-    def _stop(self) -> None:
         self._lines.stop()
         self._progress.stop()

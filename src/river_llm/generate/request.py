@@ -34,7 +34,6 @@ class Request:
         exit_layers: of each token of the answer, how many backbone layers ran to produce it.
         finish_reason: None while the answer grows.
         error: why it couldn't go on; None: it could.
-        keeps_sequence: whether the engine keeps its sequence when it has ended.
         may_draft: false for the next step, where one with a draft gave no numbers.
     """
 
@@ -49,7 +48,6 @@ class Request:
         stop_tokens: frozenset[int] = frozenset(),
         index: int = 0,
         name: str = "",
-        keeps_sequence: bool = False,
     ) -> None:
         """
         Args:
@@ -62,7 +60,6 @@ class Request:
         self.drafts = drafts or DraftConfig()
         self.stop_tokens = stop_tokens
         self.name = name
-        self.keeps_sequence = keeps_sequence
         self.sampler = Sampler(sampling, index, name)
         self.ngrams = NgramIndex()
         self.sequence: int | None = None

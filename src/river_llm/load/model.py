@@ -96,29 +96,6 @@ def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> Pr
         return _text_config(config) or config.get_text_config(decoder=True)
 
 
-def empty_model(
-    config: PretrainedConfig, name_or_path: str | Path, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The language model of a configuration, its tensors with shapes and without memory.
-
-    Args:
-        config: of `load_config`.
-        name_or_path: what it was read from, for messages.
-        trust_remote_code: as of `load_backbone`.
-
-    Raises:
-        ModelLoadError: no language model can be made of it, or it wants remote code.
-    """
-    with one_clear_line(str(name_or_path), None):
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-        return model
-
-
 def _load_file(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a GGUF file, or from the copy that was made of it."""
     copy = copy_of(file, dtype)
