@@ -157,7 +157,7 @@ class TestAnswer:
         [
             ("--policy never", [4, 4, 4, 4]),
             ("--policy always", [0, 0, 0, 0]),
-            ("--policy fixed --exit-layer 2", [4, 2, 2, 2]),
+            ("--exit-layer 2", [4, 2, 2, 2]),
             ("--exit-layer 0", [4, 0, 0, 0]),
             ("--exit-layer 4", [4, 4, 4, 4]),
             ("--threshold -1", [4, 1, 1, 1]),
@@ -256,7 +256,7 @@ REFUSED = [  # (arguments, exit code, part of the line); M is a model, A another
     ("generate Hi --top-k -1", 2, "--top-k is -1"),
     ("generate Hi --threshold nan", 2, "--threshold is nan; it must be a cosine"),
     ("generate Hi --threshold 0.9 --exit-layer 2", 2, "exclude each other"),
-    ("generate Hi --policy fixed", 2, "needs --exit-layer"),
+    ("generate Hi --policy always --exit-layer 2", 2, "exclude each other"),
     ("generate Hi --engine cpu --dtype float32", 2, "computes in bfloat16, not in float32"),
     ("generate Hi --engine torch --lm-head-bits 8", 2, "take --engine cpu"),
     ("generate Hi --offload 2.5", 2, "--offload is '2.5'; give off, auto, a number of layers"),

@@ -221,7 +221,7 @@ class TestChatTemplates:
             Conversation(lm, chat_template_kwargs={"height": 7})
         with pytest.raises(ConfigError, match="reads no 'height'"):
             lm.generate_batch(["Hi"], chat_template_kwargs={"height": 7})
-        with pytest.raises(ConfigError, match=r"'enable_thinking'; .* go to chat_template_kwargs"):
+        with pytest.raises(ConfigError, match=r"'enable_thinking'; .* chat_template_kwargs"):
             lm.generate("Hi", enable_thinking=False)
 
 

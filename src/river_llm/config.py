@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from river_llm.errors import ConfigError
 from river_llm.settings import Allowed, Settings, is_whole_number, number, one_of, setting, whole
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Quantizer = Literal["hqq", "rtn"]
 EngineChoice = Literal["auto", "cpu", "torch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-PolicyName = Literal["never", "always", "fixed", "similarity"]
+PolicyName = Literal["never", "always"]
 Prefill = Literal["backbone", "river", "sequence"]
 
 DEFAULT_MODEL = "smollm2"
@@ -45,8 +45,6 @@ class RiverConfig(Settings):
     HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. The group size
     has to divide the input width of every linear layer.
     """
-
-    noun: ClassVar[str] = "river setting"
 
     bits: int = setting(4, "Bits of a river's weight.", one_of(*BITS), advanced=True)
     group_size: int = setting(
@@ -151,7 +149,7 @@ class PolicyConfig(Settings):
 
     policy: PolicyName | None = setting(
         None,
-        "When tokens leave the backbone; without it, and without --threshold and --exit-layer, "
+        "Tokens never leave, or always at once; without a policy, --threshold and --exit-layer, "
         "answers are lossless.",
         one_of(*get_args(PolicyName)),
         advanced=True,
@@ -175,43 +173,32 @@ class PolicyConfig(Settings):
 
     def __post_init__(self) -> None:
         super(PolicyConfig, self).__post_init__()
-        if self.threshold is not None and self.exit_layer is not None:
-            raise ConfigError("threshold and exit_layer exclude each other; give one of them")
-        kind = self.kind
-        for name, given, needed in (
-            ("threshold", self.threshold is not None, "similarity"),
-            ("exit_layer", self.exit_layer is not None, "fixed"),
-            ("first_layer", self.first_layer != 1, "similarity"),
-        ):
-            if given and kind != needed:
-                raise ConfigError(f"{name} goes with the policy {needed}, not {kind or 'lossless'}")
-        if kind == "fixed" and self.exit_layer is None:
-            raise ConfigError("the policy fixed needs exit_layer")
-        if kind is None and self.prefill is not None:
+        named = ("policy", "threshold", "exit_layer")
+        given = [name for name in named if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
+        if self.first_layer != 1 and self.threshold is None:
+            raise ConfigError("first_layer goes with threshold")
+        if self.is_lossless and self.prefill is not None:
             raise ConfigError("prefill goes with a policy; lossless mode runs prompts in full")
 
     @property
-    def kind(self) -> PolicyName | None:
-        """The policy that the settings come to; None: none, which is lossless mode."""
-        if self.policy is not None:
-            return self.policy
-        if self.exit_layer is not None:
-            return "fixed"
-        return "similarity" if self.threshold is not None else None
+    def is_lossless(self) -> bool:
+        """Whether there is no policy."""
+        return self.policy is None and self.threshold is None and self.exit_layer is None
 
     def exit_policy(self) -> ExitPolicy | None:
         """The policy; None: lossless mode."""
         from river_llm.river.policy import ExitPolicy
 
         rules = {} if self.prefill is None else {"prefill": self.prefill}
-        if self.kind is None:
-            return None
-        if self.kind == "similarity":
-            tau = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
-            return ExitPolicy.similarity(tau, self.first_layer, **rules)
+        if self.threshold is not None:
+            return ExitPolicy.similarity(self.threshold, self.first_layer, **rules)
         if self.exit_layer is not None:
             return ExitPolicy.fixed(self.exit_layer, **rules)
-        return ExitPolicy.always(**rules) if self.kind == "always" else ExitPolicy.never(**rules)
+        if self.policy is None:
+            return None
+        return ExitPolicy.always(**rules) if self.policy == "always" else ExitPolicy.never(**rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +210,6 @@ class SamplingConfig(Settings):
     after the penalty and before the temperature. In lossless mode they are asked about drafted text
     too, so their answer may depend on nothing but what they are given.
     """
-
-    noun: ClassVar[str] = "sampling setting"
 
     max_new_tokens: int = setting(
         256, "Tokens of the answer at most.", whole(1), option=("--max-new-tokens", "-n")
@@ -309,8 +294,6 @@ class DraftConfig(Settings):
     tokens are the backbone's.
     """
 
-    noun: ClassVar[str] = "draft setting"
-
     tokens: int | None = setting(
         None,
         "Tokens of every draft; by default up to 6, fewer where the river is unsure.",
@@ -334,18 +317,6 @@ class DraftConfig(Settings):
     )
     ngram: bool = setting(True, "Draft out of the text itself where it repeats.", advanced=True)
 
-    def check_fits(self, num_layers: int) -> None:
-        """Validate that the model has the layers that drafts are to have.
-
-        Raises:
-            ConfigError: it has fewer.
-        """
-        if self.exit_layer > num_layers:
-            raise ConfigError(
-                f"the draft's exit layer is {self.exit_layer}, but the model has {num_layers} "
-                f"layers; choose one in [0, {num_layers}]"
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class ChatConfig(Settings):
@@ -354,9 +325,6 @@ class ChatConfig(Settings):
     `chat_template_kwargs` are further variables that the chat template reads, such as
     ``{"enable_thinking": False}``.
     """
-
-    noun: ClassVar[str] = "prompt setting"
-    hint: ClassVar[str] = "those of the chat template go to chat_template_kwargs"
 
     chat_template_kwargs: Mapping[str, Any] | None = setting(
         None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from river_llm.errors import ConfigError
 
@@ -80,8 +80,6 @@ class Settings:
     """Base of the settings: frozen dataclasses whose fields are made by `setting`."""
 
     __slots__ = ()
-    noun: ClassVar[str] = "setting"
-    hint: ClassVar[str] = ""  # of what is not among them
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
@@ -98,11 +96,8 @@ class Settings:
         Raises:
             ConfigError: a name is unknown, or a value out of its range.
         """
-        known = [one.name for one in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"there is no {cls.noun} {name!r}; there are {', '.join(known)}")
-        return cls(**values)
+        (made,) = split_settings(values, cls)
+        return cast("Self", made)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -122,8 +117,7 @@ def split_settings(values: Mapping[str, Any], *kinds: type[Settings]) -> tuple[A
     known = [name for of_kind in names for name in of_kind]
     for name in values:
         if name not in known:
-            hints = "".join(f"; {kind.hint}" for kind in kinds if kind.hint)
-            raise ConfigError(f"there is no setting {name!r}; there are {', '.join(known)}{hints}")
+            raise ConfigError(f"there is no setting {name!r}; there are {', '.join(known)}")
     return tuple(
         kind(**{name: values[name] for name in of_kind if name in values})
         for kind, of_kind in zip(kinds, names, strict=True)

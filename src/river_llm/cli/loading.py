@@ -39,9 +39,9 @@ def check_mode(policy: PolicyConfig, engine: EngineConfig, drafts: DraftConfig) 
     Raises:
         typer.Exit: some are for the other one.
     """
-    if policy.kind is None and engine.no_miss:
+    if policy.is_lossless and engine.no_miss:
         raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
-    if policy.kind is not None and drafts != DraftConfig():
+    if not policy.is_lossless and drafts != DraftConfig():
         raise usage_error("the draft options go with lossless mode: leave the exit policy out")
 
 

@@ -25,12 +25,10 @@ class Generator:
 
     Attributes:
         engine: computes the steps. Sequences of others are left alone.
-        observers: are called with the event of every step.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.observers: list[Observer] = []
         self._running: dict[Request, tuple[Observer | None, Keep | None]] = {}
         self._cancelled: deque[Request] = deque()  # another thread may append
         self._speculation = Speculation(engine)
@@ -99,20 +97,16 @@ class Generator:
             event = StepEvent(start, drafted_at, time.perf_counter(), outcomes)
             if decoding:
                 self._speculation.learn(guesses, event)
-            self._finish(event)
+            observers = [self._running[request][0] for request in outcomes]
+            for request in outcomes:
+                if request.has_ended:
+                    self._remove(request)
+            for observer in observers:
+                if observer is not None:
+                    observer(event)
         finally:
             self._is_stepping = False
         return event
-
-    def _finish(self, event: StepEvent) -> None:
-        """Let those go that have ended, and tell who watches."""
-        observers = [*self.observers, *(self._running[request][0] for request in event.outcomes)]
-        for request in event.outcomes:
-            if request.has_ended:
-                self._remove(request)
-        for observer in observers:
-            if observer is not None:
-                observer(event)
 
     def remove_cancelled(self) -> None:
         """Let go of the requests that were cancelled; within a step, it is done after it."""

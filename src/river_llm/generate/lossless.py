@@ -63,7 +63,12 @@ def check_drafts(engine: Engine, config: DraftConfig) -> None:
     Raises:
         ConfigError: the model has fewer layers, or the engine no LM head of that width.
     """
-    config.check_fits(engine.num_layers)
+    layers = engine.num_layers
+    if config.exit_layer > layers:
+        raise ConfigError(
+            f"the draft's exit layer is {config.exit_layer}, but the model has {layers} layers; "
+            f"choose one in [0, {layers}]"
+        )
     widths = engine.draft_head_bits if isinstance(engine, Drafting) else (16,)
     if config.lm_head_bits not in (None, *widths):
         raise ConfigError(

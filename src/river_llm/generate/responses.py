@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from river_llm.engines.step import Engine
@@ -43,8 +43,36 @@ class LosslessStatistics:
     verify_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationResponse:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerStatistics:
+    """What an answer has taken so far; None: it isn't known yet.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, those that were in the cache already among them.
+        cached_prompt_tokens: of these, those that were.
+        time_to_first_token: seconds from the start to the first token.
+        prompt_tokens_per_second: of the tokens of the prompt that ran, until the first token.
+        decode_tokens_per_second: of the tokens after the first.
+        mean_exit_layer: how many backbone layers ran for a token, on the mean.
+        peak_memory_bytes: the most memory that the process (on CUDA: the device) held so far.
+        lossless: in lossless mode, what drafting has brought; else None.
+        offload: where backbone layers are offloaded, what that has cost since the answer began, of
+            all that ran together; else None.
+    """
+
+    prompt_tokens: int
+    cached_prompt_tokens: int = 0
+    time_to_first_token: float | None = None
+    prompt_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    mean_exit_layer: float | None = None
+    peak_memory_bytes: int
+    lossless: LosslessStatistics | None = None
+    offload: OffloadStatistics | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResponse(AnswerStatistics):
     """One token of a stream, with the statistics so far; the last one's are the whole answer's.
 
     Attributes:
@@ -55,40 +83,21 @@ class GenerationResponse:
             prompt's step, so its exit layer is the prefill's.
         finish_reason: None until the last token, then ``"stop"`` (a stop token or stop string),
             ``"length"`` (max_new_tokens) or ``"context"`` (the model's context is full).
-        prompt_tokens: tokens of the prompt, those that were in the cache already among them.
         generated_tokens: tokens so far, this one among them.
-        time_to_first_token: seconds from the start to the first token.
-        prompt_tokens_per_second: of the tokens of the prompt that ran, until the first token.
-        decode_tokens_per_second: of the tokens after the first; None before the second.
-        mean_exit_layer: mean of `exit_layer` over the tokens so far.
-        peak_memory_bytes: the most memory that the process (on CUDA: the device) held so far.
         origin: in lossless mode, what guessed this token before the backbone chose it: ``"river"``,
             ``"ngram"`` (the text itself), or ``"backbone"`` if nothing did.
-        lossless: in lossless mode, what drafting has brought so far; else None.
-        offload: where backbone layers are offloaded, what that has cost since the answer began, of
-            all that ran together; else None.
-        cached_prompt_tokens: tokens of the prompt that were in the cache already.
     """
 
     text: str
     token: int
     exit_layer: int
     finish_reason: FinishReason | None
-    prompt_tokens: int
     generated_tokens: int
-    time_to_first_token: float
-    prompt_tokens_per_second: float
-    decode_tokens_per_second: float | None
-    mean_exit_layer: float
-    peak_memory_bytes: int
     origin: Origin = "backbone"
-    lossless: LosslessStatistics | None = None
-    offload: OffloadStatistics | None = None
-    cached_prompt_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult(AnswerStatistics):
     """A whole answer.
 
     Attributes:
@@ -96,29 +105,20 @@ class GenerationResult:
         tokens: the ids of the generated tokens, the stop token among them.
         exit_layers: for each, how many backbone layers it ran.
         num_layers: how many there are.
+        engine: its name.
         mode: ``"lossless"`` or ``"river"``.
         policy: when tokens left the backbone; in lossless mode they never do.
-        The others are those of the stream's last `GenerationResponse`; ``finish_reason`` may also
-        be ``"interrupted"``.
+        finish_reason: as of the last `GenerationResponse`, or ``"interrupted"``.
     """
 
     text: str
     tokens: list[int]
     exit_layers: list[int]
-    mean_exit_layer: float | None
     num_layers: int
-    prompt_tokens: int
-    prompt_tokens_per_second: float | None
-    decode_tokens_per_second: float | None
-    time_to_first_token: float | None
     engine: str
+    mode: Literal["lossless", "river"]
     policy: dict[str, Any]
     finish_reason: FinishReason
-    peak_memory_bytes: int
-    mode: Literal["lossless", "river"]
-    lossless: LosslessStatistics | None = None
-    offload: OffloadStatistics | None = None
-    cached_prompt_tokens: int = 0
 
     @classmethod
     def of(
@@ -134,22 +134,20 @@ class GenerationResult:
             policy: by which its tokens left the backbone; None: lossless mode.
         """
         last = responses[-1] if responses else None
+        statistics: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        if last is not None:
+            statistics = {one.name: getattr(last, one.name) for one in fields(AnswerStatistics)}
         return cls(
             text="".join(response.text for response in responses),
             tokens=[response.token for response in responses],
             exit_layers=[response.exit_layer for response in responses],
-            mean_exit_layer=last.mean_exit_layer if last else None,
             num_layers=engine.num_layers,
-            prompt_tokens=prompt_tokens,
-            prompt_tokens_per_second=last.prompt_tokens_per_second if last else None,
-            decode_tokens_per_second=last.decode_tokens_per_second if last else None,
-            time_to_first_token=last.time_to_first_token if last else None,
             engine=engine.name,
-            policy=(policy or ExitPolicy.never()).to_dict(),
-            finish_reason=(last.finish_reason if last else None) or "interrupted",
-            peak_memory_bytes=last.peak_memory_bytes if last else peak_memory_bytes(),
             mode="lossless" if policy is None else "river",
-            lossless=last.lossless if last else None,
-            offload=last.offload if last else None,
-            cached_prompt_tokens=last.cached_prompt_tokens if last else 0,
+            policy=(policy or ExitPolicy.never()).to_dict(),
+            finish_reason=(last and last.finish_reason) or "interrupted",
+            **statistics,
         )

@@ -9,7 +9,6 @@ from pathlib import Path
 from river_llm.engines.step import Engine, Offloading
 from river_llm.errors import PromptCacheError
 from river_llm.generate.cached_text import CachedText, prompt_thresholds, text_of_answer
-from river_llm.generate.events import StepEvent
 from river_llm.generate.generator import Generator
 from river_llm.generate.prompt_cache import read_prompt_cache, write_prompt_cache
 from river_llm.generate.recorder import Recorder
@@ -34,8 +33,6 @@ class Runner:
         self._residency = residency
         self._generator = Generator(engine)
         self._lock = ProcessLock()  # of the thread that uses the engine
-        if residency is not None:
-            self._generator.observers.append(self._update_residency)
 
     def stream(self, request: Request, reuse_cache: bool) -> Iterator[GenerationResponse]:
         """Its tokens as they come; its text is kept. `reuse_cache`: take over what the prompt has
@@ -53,7 +50,7 @@ class Runner:
                         recorder = self._recorder(request)
                         self._join(request, recorder, reuse_cache)
                     while not recorder.responses and not request.has_ended:
-                        self._generator.step()
+                        self._step()
                 if not recorder.responses:
                     break
                 while recorder.responses:
@@ -72,7 +69,7 @@ class Runner:
                     self._generator.add(request, recorder)
                 for request in requests:
                     while not request.has_ended:
-                        self._generator.step()
+                        self._step()
                     if request.error is not None:
                         raise request.error
             finally:
@@ -168,11 +165,11 @@ class Runner:
             finally:
                 self._lock.release()
 
-    def _update_residency(self, event: StepEvent) -> None:
-        """Learn how deep decoded tokens go."""
-        plan, engine = self._residency, self._engine
-        assert plan is not None
-        assert isinstance(engine, Offloading)
-        decoded = [outcome for outcome in event.outcomes.values() if not outcome.prompt_tokens]
-        if plan.note(new.exit_layer for outcome in decoded for new in outcome.tokens):
-            engine.keep_layers(plan.resident)
+    def _step(self) -> None:
+        """One step of all requests, which says how deep decoded tokens go."""
+        event = self._generator.step()
+        if self._residency is not None:
+            assert isinstance(self._engine, Offloading)
+            decoded = [outcome for outcome in event.outcomes.values() if not outcome.prompt_tokens]
+            if self._residency.note(new.exit_layer for one in decoded for new in one.tokens):
+                self._engine.keep_layers(self._residency.resident)
