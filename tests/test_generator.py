@@ -153,10 +153,9 @@ class TestRequests:
 
     def test_may_hand_on_their_sequence(self) -> None:
         generator = Generator(ToyEngine())
-        kept: list[tuple[int | None, int]] = []
+        kept: list[tuple[int, int]] = []
 
         def keep(request: Request) -> None:
-            assert request.sequence is not None
             kept.append((request.sequence, generator.engine.length(request.sequence)))
 
         first = make(

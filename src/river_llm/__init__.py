@@ -3,21 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
+from river_llm.errors import (
+    ConfigError,
+    ContextFullError,
+    DataError,
+    InterruptedRunError,
+    MissingExtraError,
+    ModelLoadError,
+    PromptCacheError,
+    RiverError,
+    RiverFileError,
+    UnsupportedModelError,
+)
+
 if TYPE_CHECKING:
-    from river_llm.config import DraftConfig, RiverConfig, SamplingConfig
     from river_llm.conversation import Conversation
-    from river_llm.errors import (
-        ConfigError,
-        ContextFullError,
-        DataError,
-        InterruptedRunError,
-        MissingExtraError,
-        ModelLoadError,
-        PromptCacheError,
-        RiverError,
-        RiverFileError,
-        UnsupportedModelError,
-    )
     from river_llm.generate import GenerationResponse, GenerationResult, LosslessStatistics
     from river_llm.lm import RiverLM
     from river_llm.river.attach import AttachedRiver, attach_river, detach_river
@@ -52,28 +53,18 @@ __all__ = [
     "detach_river",
 ]
 
-_MODULES = {
-    "river.attach": ("AttachedRiver", "attach_river", "detach_river"),
-    "config": ("DraftConfig", "RiverConfig", "SamplingConfig"),
-    "conversation": ("Conversation",),
-    "errors": (
-        "ConfigError",
-        "ContextFullError",
-        "DataError",
-        "InterruptedRunError",
-        "MissingExtraError",
-        "ModelLoadError",
-        "PromptCacheError",
-        "RiverError",
-        "RiverFileError",
-        "UnsupportedModelError",
-    ),
-    "river.policy": ("ExitPolicy",),
-    "generate": ("GenerationResponse", "GenerationResult", "LosslessStatistics"),
-    "lm": ("RiverLM",),
-    "river.river": ("River",),
+_HOME = {
+    "AttachedRiver": "river.attach",
+    "Conversation": "conversation",
+    "ExitPolicy": "river.policy",
+    "GenerationResponse": "generate",
+    "GenerationResult": "generate",
+    "LosslessStatistics": "generate",
+    "River": "river.river",
+    "RiverLM": "lm",
+    "attach_river": "river.attach",
+    "detach_river": "river.attach",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,6 @@ from river_llm.generate import (
     GenerationResponse,
     GenerationResult,
     Request,
-    check_drafts,
     check_request,
 )
 from river_llm.generate.runner import Runner
@@ -268,14 +267,6 @@ class RiverLM:
             chat_template_kwargs=form.chat_template_kwargs,
             allow_control_tokens=form.allow_control_tokens,
         )
-
-    def check_drafts(self, drafts: DraftConfig) -> None:
-        """Validate that the engine can draft so.
-
-        Raises:
-            ConfigError: it can't.
-        """
-        check_drafts(self.engine, drafts)
 
     def _requests(
         self,

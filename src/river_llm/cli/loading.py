@@ -67,7 +67,9 @@ def load(
             model, river, policy, progress=progress.layers_built, **engine.to_dict()
         )
     if drafts is not None and policy is None:
-        lm.check_drafts(drafts)
+        from river_llm.generate import check_drafts
+
+        check_drafts(lm.engine, drafts)
     for note in _notes(lm, engine):
         print(f"river-llm: {note}", file=sys.stderr)
     return lm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -118,14 +119,12 @@ class Generator:
 
     def _remove(self, request: Request) -> None:
         _, keep = self._running.pop(request)
-        sequence = request.sequence
-        assert sequence is not None
         if keep is None or request.error is not None:
-            self.engine.drop_sequence(sequence)
+            self.engine.drop_sequence(request.sequence)
         else:
-            self.engine.truncate(sequence, len(request.tokens) - 1)  # what was drafted behind
+            self.engine.truncate(request.sequence, len(request.tokens) - 1)  # not what was drafted
             keep(request)
-        request.sequence = None
+        request.sequence = -1
 
     # ---- schedule ----
 
@@ -136,29 +135,25 @@ class Generator:
             return {}
         engine = self.engine
         parts: dict[Request, Part] = {}
-        left = engine.prefill_rows
+        left = engine.prefill_rows or sys.maxsize
         for request in waiting:
-            sequence, prompt = request.sequence, request.tokens
-            assert sequence is not None
-            # at least one token has to run; after Ctrl-C all may have
-            start = min(engine.length(sequence), request.prompt_length - 1)
+            sequence, length = request.sequence, request.prompt_length
+            start = min(engine.length(sequence), length - 1)  # after Ctrl-C all may have run
             engine.truncate(sequence, start)
-            count = request.prompt_length - start
-            if left is not None and not runs_whole(request.policy):
+            count = length - start
+            if not runs_whole(request.policy):
                 count = min(count, left)
             if count > 0:
                 parts[request] = prompt_part(
-                    sequence, prompt, start, count, request.policy, engine.num_layers
+                    sequence, request.tokens, start, count, request.policy, engine.num_layers
                 )
-                left = None if left is None else max(0, left - count)
+                left = max(0, left - count)
         return parts
 
     def _decode_part(self, request: Request, guess: Guess | None) -> Part:
-        sequence = request.sequence
-        assert sequence is not None
-        self.engine.truncate(sequence, len(request.tokens) - 1)  # Ctrl-C left more
+        self.engine.truncate(request.sequence, len(request.tokens) - 1)  # Ctrl-C left more
         tokens = [request.tokens[-1], *(guess.tokens if guess else [])]
-        return decode_part(sequence, tokens, request.policy, self.engine.num_layers)
+        return decode_part(request.sequence, tokens, request.policy, self.engine.num_layers)
 
     # ---- postprocess ----
 
@@ -166,22 +161,23 @@ class Generator:
         self, request: Request, part: Part, guess: Guess | None, result: StepResult
     ) -> Outcome:
         """Give a request the tokens that its logits come to."""
-        is_prompt = not request.exit_layers
+        prompt_tokens = 0 if request.exit_layers else len(part.tokens)
         drafted = guess.tokens if guess else []
+        chosen = self._chosen(request, part, drafted, result) if part.logits else []
+        first_row = part.first_row + len(part.tokens) - part.logits
+        exit_layers = result.exit_layers[first_row:][: len(chosen)].tolist()
         tokens: list[NewToken] = []
-        if part.logits:
-            chosen = self._chosen(request, part, drafted, result)
-            tokens = self._take(request, part, guess, chosen, result)
+        for place, (token, exit_layer) in enumerate(zip(chosen, exit_layers, strict=True)):
+            was_drafted = drafted[place : place + 1] == [token]
+            origin = guess.source if guess and was_drafted else "backbone"
+            tokens.append(NewToken(token, request.take(token, exit_layer), exit_layer, origin))
+            if request.has_ended:
+                break
         if drafted and not request.has_ended:
             self.engine.truncate(part.sequence, len(request.tokens) - 1)
         accepted = sum(token.origin != "backbone" for token in tokens)
         ends_within = accepted == len(tokens)  # what was drafted behind the end doesn't count
-        return Outcome(
-            prompt_tokens=len(part.tokens) if is_prompt else 0,
-            drafted=accepted if ends_within else len(drafted),
-            accepted=accepted,
-            tokens=tokens,
-        )
+        return Outcome(prompt_tokens, accepted if ends_within else len(drafted), accepted, tokens)
 
     def _chosen(
         self, request: Request, part: Part, drafted: Sequence[int], result: StepResult
@@ -208,28 +204,6 @@ class Generator:
             return []
         request.may_draft = True
         return tokens
-
-    def _take(
-        self,
-        request: Request,
-        part: Part,
-        guess: Guess | None,
-        tokens: Sequence[int],
-        result: StepResult,
-    ) -> list[NewToken]:
-        """Append tokens to the answer, up to its end."""
-        first_row = part.first_row + len(part.tokens) - part.logits
-        exit_layers = result.exit_layers[first_row:][: len(tokens)].tolist()
-        drafted = guess.tokens if guess else []
-        taken: list[NewToken] = []
-        for place, (token, exit_layer) in enumerate(zip(tokens, exit_layers, strict=True)):
-            was_drafted = place < len(drafted) and drafted[place] == token
-            origin = guess.source if guess and was_drafted else "backbone"
-            text = request.take(token, exit_layer)
-            taken.append(NewToken(token, text, exit_layer, origin))
-            if request.has_ended:
-                break
-        return taken
 
 
 def check_prompt(length: int, context_length: int | None, whose: str = "") -> None:

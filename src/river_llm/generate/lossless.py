@@ -223,7 +223,7 @@ def _draft(
 
     takes_argmax = requests[0].sampler.takes_argmax
     tokens = [request.tokens[-1] for request in requests]
-    sequences = [request.sequence for request in requests if request.sequence is not None]
+    sequences = [request.sequence for request in requests]
     rule = DraftRule(
         exit_layer=config.exit_layer,
         least_margin=LEAST_MARGIN if config.tokens is None else 0.0,
@@ -244,5 +244,4 @@ def _draft(
         return draft_step_by_step(decode, tokens, most, rule, by)
     finally:
         for request in requests:
-            assert request.sequence is not None
             engine.truncate(request.sequence, len(request.tokens) - 1)

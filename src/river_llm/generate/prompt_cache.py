@@ -33,10 +33,10 @@ from river_llm.generate.cached_text import CachedText, Thresholds
 from river_llm.store import atomic_write
 
 # Goes up with every change of the file, and of the numbers that engines compute.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _FORMAT = "river-llm prompt cache"
 _PART = "cache."
-_OTHER_FILE = "or give another file"
+_OTHER_FILE = "give another file"
 
 
 def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
@@ -53,7 +53,6 @@ def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
     tensors["thresholds"] = torch.tensor(text.thresholds, dtype=torch.float64)
     metadata = {
         "format": _FORMAT,
-        "format_version": str(FORMAT_VERSION),
         "identity": json.dumps(_identity(engine, tokens)),
         "positions": str(text.positions),
     }
@@ -78,11 +77,6 @@ def read_prompt_cache(path: Path, engine: Engine, thresholds: Thresholds | None)
     """
     tensors, metadata = _open(path)
     try:
-        if metadata["format_version"] != str(FORMAT_VERSION):
-            raise PromptCacheError(
-                f"{path} is of format version {metadata['format_version']}, this release reads "
-                f"{FORMAT_VERSION}; delete it, {_OTHER_FILE}"
-            )
         if metadata.pop("digest") != _digest(tensors, metadata):
             raise _damaged(path, "its bytes are not those that were written")
         tokens = tensors.pop("tokens").tolist()
@@ -91,14 +85,17 @@ def read_prompt_cache(path: Path, engine: Engine, thresholds: Thresholds | None)
         positions = int(metadata["positions"])
     except (KeyError, ValueError) as error:
         raise _damaged(path, _brief(error)) from error
-    is_backbone = all(threshold == math.inf for threshold in theirs)
-    for name, value in _identity(engine, tokens).items():
-        if identity.get(name) != value and not (name == "river" and is_backbone):
-            raise _other(path, name, identity.get(name), value)
+    never_left = all(threshold == math.inf for threshold in theirs)
+    for name, ours in _identity(engine, tokens).items():
+        if identity.get(name) != ours and not (name == "river" and never_left):
+            raise PromptCacheError(
+                f"{path} was written with another {name} ({str(identity.get(name))[:24]}, this run "
+                f"has {ours[:24]}); take the same, or {_OTHER_FILE}"
+            )
     if theirs != thresholds:
         raise PromptCacheError(
             f"the tokens in {path} left the backbone otherwise than prompts of this run do; take "
-            f"the prefill rule with which it was written, {_OTHER_FILE}"
+            f"the prefill rule with which it was written, or {_OTHER_FILE}"
         )
     parts = {name.removeprefix(_PART): part for name, part in tensors.items()}
     sequence = engine.add_sequence(positions)
@@ -119,12 +116,12 @@ def check_writable(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     if target.exists():
         _open(path)
-    elif not target.parent.is_dir():
-        raise PromptCacheError(f"there is no folder {target.parent} to write {target.name} to")
-    is_read_only = target.exists() and not os.access(target, os.W_OK)
-    if is_read_only or not os.access(target.parent, os.W_OK | os.X_OK):
-        what = "it" if is_read_only else "its folder"
-        raise PromptCacheError(f"{path} can't be written, {what} is read-only; {_OTHER_FILE[3:]}")
+    places = [target.parent, target] if target.exists() else [target.parent]
+    if not all(os.access(place, os.W_OK) for place in places):
+        raise PromptCacheError(
+            f"{path} can't be written: it or its folder is read-only, or there is no folder "
+            f"{target.parent}; {_OTHER_FILE}"
+        )
     return target
 
 
@@ -134,16 +131,16 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         PromptCacheError: it is no prompt cache, or damaged.
     """
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise PromptCacheError(f"{path} is no file; give the prompt cache another name")
+    if not path.exists():
+        raise PromptCacheError(f"there is no prompt cache {path}")
+    if not path.is_file():
+        raise _damaged(path, "it is no file")
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise PromptCacheError(f"{path} is another file, no prompt cache; give another")
+                raise _damaged(path, "it is another file")
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise PromptCacheError(f"there is no prompt cache {path}") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, _brief(error)) from error
 
@@ -155,7 +152,8 @@ def _access(engine: Engine) -> CacheAccess:
 
 
 def _identity(engine: Engine, tokens: Sequence[int]) -> dict[str, str]:
-    return {"river-llm": river_llm.__version__, **_access(engine).cache_identity(tokens)}
+    version = f"{river_llm.__version__}, format {FORMAT_VERSION}"
+    return {"version": version, **_access(engine).cache_identity(tokens)}
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -167,18 +165,9 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _other(path: Path, name: str, theirs: Any, ours: str) -> PromptCacheError:
-    why = {
-        "model": f"{path} is of another model, or of other weights; take that model",
-        "river": f"the tokens in {path} ran through another river; take that one",
-    }
-    other = f"{path} was written with {name} {theirs}, this run has {ours}; take the same"
-    return PromptCacheError(f"{why.get(name, other)}, {_OTHER_FILE}")
-
-
 def _damaged(path: Path, why: str) -> PromptCacheError:
     return PromptCacheError(
-        f"{path} is no prompt cache, or one that is damaged ({why}); delete it, {_OTHER_FILE}"
+        f"{path} is no prompt cache, or one that is damaged ({why}); {_OTHER_FILE}"
     )
 
 

@@ -29,7 +29,7 @@ class Request:
         stop_tokens: ids that end the answer.
         sampler: chooses its tokens.
         ngrams: what followed pairs of its tokens before, for drafts.
-        sequence: its number in the engine while it is there, else None.
+        sequence: its number in the engine; -1 while it isn't there.
         cached_tokens: tokens of the prompt that were in the engine's cache when it was added.
         exit_layers: of each token of the answer, how many backbone layers ran to produce it.
         finish_reason: None while the answer grows.
@@ -62,7 +62,7 @@ class Request:
         self.name = name
         self.sampler = Sampler(sampling, index, name)
         self.ngrams = NgramIndex()
-        self.sequence: int | None = None
+        self.sequence = -1
         self.cached_tokens = 0
         self.exit_layers: list[int] = []
         self.finish_reason: FinishReason | None = None

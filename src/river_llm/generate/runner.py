@@ -140,7 +140,6 @@ class Runner:
     def _keep(self, taken_over: CachedText | None, request: Request) -> None:
         """Keep the text of an answer that has ended, in place of the last one's."""
         engine, sequence = self._engine, request.sequence
-        assert sequence is not None
         self.forget()
         length = engine.length(sequence)
         if length == 0:
