@@ -46,13 +46,21 @@ REFUSED: list[tuple[type[Settings], dict[str, Any], str]] = [
     (PolicyConfig, {"policy": "fixed"}, "one of never, always"),
     (PolicyConfig, {"first_layer": 2}, "first_layer goes with threshold"),
     (PolicyConfig, {"prefill": "river"}, "prefill goes with a policy"),
-    (SamplingConfig, {"max_new_tokens": 0}, "max_new_tokens is 0"),
-    (SamplingConfig, {"temperature": 1e-9}, "temperature is 1e-09"),
-    (SamplingConfig, {"temperature": math.nan}, "temperature is nan"),
-    (SamplingConfig, {"top_p": 0}, "top_p is 0"),
-    (SamplingConfig, {"seed": 2**63}, "seed"),
-    (SamplingConfig, {"stop": ""}, "no empty string"),
-    (SamplingConfig, {"processors": (1,)}, "functions of (token ids, logits)"),
+    *(
+        (SamplingConfig, {name: value}, f"{name} is {value!r}; it must be ")
+        for name, values in {
+            "max_new_tokens": [0, "8", 8.0, True, None],
+            "temperature": [-0.1, 1e-9, math.inf, math.nan, None, "1"],
+            "top_k": [-1, 2.5, None],
+            "top_p": [0, 1.01, "1"],
+            "min_p": [-0.01, 1.01, None],
+            "repetition_penalty": [0.0, math.inf, math.nan, "1"],
+            "seed": [1.0, -1, 2**63],
+            "stop": [("a", ""), (3,), 3, ("a", None)],
+            "processors": [(1,), "ab", 5, None],
+        }.items()
+        for value in values
+    ),
     (DraftConfig, {"tokens": 65}, "from 1 to 64"),
     (DraftConfig, {"lm_head_bits": 2}, "one of 16, 8, 4"),
     (PromptConfig, {"raw": True, "allow_control_tokens": True}, "a raw prompt goes through no"),

@@ -25,50 +25,33 @@ pytest.importorskip("river_llm._core", reason="the native engine was not built")
 
 NEVER = ExitPolicy.never()
 LAYERS = (0, 3, 10)
-LENGTHS = (1, 4, 8, None)
 PROMPTS = [
     "Why is the sky blue?",
     "Write a Python function that returns the n-th Fibonacci number.",
     f"Repeat this text word for word: {PARAGRAPH[:240]}",
     "List the numbers from 1 to 30, separated by commas.",
-    "Translate into French: The river rises in the mountains and flows to the sea.",
-    "Tell me a story about a lighthouse keeper and a whale.",
     '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"]} as YAML:',
-    "What is 17 * 23? Think step by step.",
     "Summarise in one sentence: " + PARAGRAPH[:400],
-    "A poem of four lines about rain",
     "Qu'est-ce que la photosynthèse ? Réponds en français.",
     "SELECT name FROM",
 ]
 SUBJECTS = ["rivers", "glaciers", "bees", "compilers", "Roman roads", "tides", "sourdough bread"]
 QUESTIONS = [
-    "Explain {} to a child of ten.",
-    "Write a haiku about {}.",
-    "Give five facts about {}, numbered.",
-    "What do most people get wrong about {}?",
-    "Write a short dialogue between two friends about {}.",
-    "Compare {} and {other} in a table.",
-    "Copy this line three times: I like {} more than {other}.",
-    "Complete the list: {}, {other},",
-    'Correct the spelling: "I hav red a lot abuot {} and {other}."',
-    "def describe_{}(count: int) -> str:",
-    "Who first wrote about {}, and when?",
-    "Name a book on {} and say why it is good.",
-    "Turn into a headline: a town had to close its school because of {}.",
-    "{} {other} {} {other} {}",
-    "In German: what are {}?",
+    "Explain {0} to a child of ten.",
+    "Give five facts about {0}, numbered.",
+    "Write a short dialogue between two friends about {0}.",
+    "Compare {0} and {1} in a table.",
+    "Copy this line three times: I like {0} more than {1}.",
+    "Complete the list: {0}, {1},",
+    'Correct the spelling: "I hav red a lot abuot {0} and {1}."',
+    "def describe_{0}(count: int) -> str:",
+    "{0} {1} {0} {1} {0}",
+    "In German: what are {0}?",
 ]
-
-
-def hundred_prompts() -> list[str]:
-    """Questions, orders, code and lists on many subjects, of many lengths."""
-    pairs = itertools.product(QUESTIONS, range(len(SUBJECTS)))
-    prompts = [
-        question.replace("{other}", SUBJECTS[i - 1]).replace("{}", SUBJECTS[i])
-        for question, i in pairs
-    ]
-    assert len(set(prompts)) >= 100
-    return prompts[:100]
+SEVENTY_PROMPTS = [
+    question.format(SUBJECTS[i], SUBJECTS[i - 1])
+    for question, i in itertools.product(QUESTIONS, range(len(SUBJECTS)))
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,44 +72,25 @@ def expected(lm: RiverLM) -> list[GenerationResult]:
     return [lm.generate(prompt, max_new_tokens=48, policy=NEVER) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "exit_layer", "first"),
-    [(n, layer, i % 3) for i, (n, layer) in enumerate(itertools.product(LENGTHS, LAYERS))],
-)
+@pytest.mark.parametrize("drafts", [(1, 0), (4, 3), (8, 10), (None, 3)], ids=str)
 def test_answers_are_the_backbones(
-    lm: RiverLM,
-    expected: list[GenerationResult],
-    tokens: int | None,
-    exit_layer: int,
-    first: int,
+    lm: RiverLM, expected: list[GenerationResult], drafts: tuple[int | None, int]
 ) -> None:
-    """Every length of a draft with every exit layer, on a third of the prompts each."""
-    drafts = DraftConfig(tokens, exit_layer)
-    for prompt, own in list(zip(PROMPTS, expected, strict=True))[first::3]:
-        result = lm.generate(prompt, max_new_tokens=48, drafts=drafts)
-        _check(result, own)
+    for prompt, own in zip(PROMPTS, expected, strict=True):
+        _check(lm.generate(prompt, max_new_tokens=48, drafts=DraftConfig(*drafts)), own)
 
 
-def test_answers_are_the_backbones_by_default(
+def test_answers_are_the_backbones_by_default_alone_and_in_a_batch(
     lm: RiverLM, expected: list[GenerationResult]
 ) -> None:
     results = [lm.generate(prompt, max_new_tokens=48) for prompt in PROMPTS]
-    for result, own in zip(results, expected, strict=True):
+    rows = lm.generate_batch(PROMPTS, max_new_tokens=48)
+    for result, row, own in zip(results, rows, expected, strict=True):
         _check(result, own)
+        _check(row, own)
     statistics = [result.lossless for result in results if result.lossless is not None]
-    assert sum(found.accepted_tokens for found in statistics) > 60
+    assert sum(found.accepted_tokens for found in statistics) > 40
     assert sum(found.ngram_tokens for found in statistics) > 0
-
-
-@pytest.mark.parametrize("drafts", [DraftConfig(), DraftConfig(4, 3)], ids=["adaptive", "fixed"])
-def test_answers_of_a_batch_are_the_backbones(
-    lm: RiverLM, expected: list[GenerationResult], drafts: DraftConfig
-) -> None:
-    for chosen in ([0, 2, 3, 7], [8, 11, 1, 6]):
-        prompts = [PROMPTS[i] for i in chosen]
-        rows = lm.generate_batch(prompts, max_new_tokens=48, drafts=drafts)
-        for row, i in zip(rows, chosen, strict=True):
-            _check(row, expected[i])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +131,7 @@ def test_a_wider_river_is_accepted_more_often(
 
 
 @pytest.mark.slow
-class TestHundredPrompts:
+class TestSeventyPrompts:
     """In batches of four, with every length of a draft and every exit layer in turn."""
 
     DRAFTS = tuple(
@@ -190,10 +154,9 @@ class TestHundredPrompts:
             detach_river(smollm2)
 
     def check(self, lm: RiverLM, max_new_tokens: int) -> None:
-        prompts = hundred_prompts()
         settings = {"max_new_tokens": max_new_tokens}
-        for number, first in enumerate(range(0, len(prompts), 4)):
-            batch = prompts[first : first + 4]
+        for number, first in enumerate(range(0, len(SEVENTY_PROMPTS), 4)):
+            batch = SEVENTY_PROMPTS[first : first + 4]
             drafts = self.DRAFTS[number % len(self.DRAFTS)]
             rows = lm.generate_batch(batch, drafts=drafts, **settings)
             for prompt, row, own in zip(

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from river_llm import ConfigError
 from river_llm.config import SamplingConfig
 from river_llm.errors import LogitsError
 from river_llm.generate.philox import all_exponentials, exponentials, philox
@@ -132,16 +131,21 @@ def test_a_token_of_no_weight_is_never_taken() -> None:
 
 
 @given(logits=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20, unique=True))
-def test_greedy_takes_the_argmax_whatever_the_other_settings(logits: list[float]) -> None:
-    config = SamplingConfig(temperature=0, top_k=3, top_p=0.4, min_p=0.1, seed=1)
-    assert Sampler(config).choose([0], torch.tensor(logits)) == logits.index(max(logits))
-
-
-@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
-def test_the_narrowest_filters_leave_the_argmax(settings: dict[str, Any]) -> None:
-    sampler = Sampler(SamplingConfig(temperature=5.0, **settings))
-    assert {sampler.choose([0] * place, LOGITS) for place in range(1, 50)} == {2}
-    assert sampler.choose_with_margin([0], LOGITS) == (2, 1.0)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 3, "top_p": 0.4, "min_p": 0.1},  # greedy, whatever they are
+        {"temperature": 5.0, "top_k": 1},
+        {"temperature": 5.0, "top_p": 1e-6},
+        {"temperature": 5.0, "min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_greedy_and_the_narrowest_filters_take_the_argmax(
+    settings: dict[str, Any], logits: list[float]
+) -> None:
+    sampler = Sampler(SamplingConfig(**settings))
+    assert sampler.choose([0], torch.tensor(logits)) == logits.index(max(logits))
 
 
 def test_without_a_seed_draws_are_others_each_time() -> None:
@@ -201,11 +205,6 @@ class TestProcessors:
         for settings in ({"processors": (_reversed_logits,)}, {"repetition_penalty": 1.1}, SAMPLED):
             assert not Sampler(SamplingConfig(**settings)).takes_argmax  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("bad", [(5,), [None], "ab", 5, None, [_reversed_logits, 3]])
-    def test_that_are_no_functions_are_refused(self, bad: Any) -> None:
-        with pytest.raises(ConfigError, match=r"^processors is .*; it must be functions of"):
-            SamplingConfig(processors=bad)
-
 
 @pytest.mark.parametrize("settings", [{}, SAMPLED, FILTERED], ids=["greedy", "sampled", "filtered"])
 class TestNoNumbers:
@@ -231,25 +230,6 @@ class TestNoNumbers:
     def test_leave_what_processors_leave(self, settings: dict[str, Any]) -> None:
         config = SamplingConfig(processors=(SuppressTokensLogitsProcessor([0, 2]),), **settings)
         assert Sampler(config).choose([1], torch.tensor([0.5, -30.0, 9.0])) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("max_new_tokens", [0, "8", 8.0, True, None]),
-        ("temperature", [-0.1, inf, nan, None, "1"]),
-        ("top_k", [-1, 2.5, None]),
-        ("top_p", [0.0, 1.01, "1"]),
-        ("min_p", [-0.01, 1.01, None]),
-        ("repetition_penalty", [0.0, inf, nan, "1"]),
-        ("seed", [1.0, -1]),
-        ("stop", [("a", ""), [3], 3, ("a", None)]),
-    ],
-)
-def test_values_out_of_range_and_of_other_types_are_refused(name: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(ConfigError, match=rf"^{name} is .*; it must be "):
-            SamplingConfig(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from river_llm.errors import ConfigError
-from river_llm.settings import Allowed, Settings, is_whole_number, number, one_of, setting, whole
+from river_llm.settings import Allowed, Settings, number, one_of, setting, whole
 
 if TYPE_CHECKING:
     import torch
@@ -121,11 +121,10 @@ class EngineConfig(Settings):
                 f"the native engine computes in bfloat16, not in {dtype}; leave the dtype out, or "
                 "take --engine torch"
             )
-        for name, bits in (("backbone", self.backbone_bits), ("LM head", self.lm_head_bits)):
-            if bits == 8 and self.engine == "torch":
-                raise ConfigError(
-                    f"8 bits of the {name} are for the native engine; take --engine cpu"
-                )
+        if self.engine == "torch" and (self.backbone_bits, self.lm_head_bits) != (16, 16):
+            raise ConfigError(
+                "8 bits of backbone and LM head are for the native engine; take --engine cpu"
+            )
         from river_llm.river.residency import OffloadConfig  # which needs this module
 
         OffloadConfig.of(self.offload, self.no_miss)
@@ -135,8 +134,7 @@ class EngineConfig(Settings):
         """The dtype as PyTorch has it."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return cast("torch.dtype", getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +246,7 @@ class SamplingConfig(Settings):
     seed: int | None = setting(
         None,
         "Of the random numbers, which the texts of a batch don't share. By default a new one.",
-        Allowed(
-            lambda value: is_whole_number(value) and 0 <= value < 2**63,
-            "a whole number in [0, 2**63)",
-        ),
+        whole(0, 2**63 - 1),
     )
     stop: tuple[str, ...] | str | None = setting(
         (),
@@ -274,11 +269,10 @@ class SamplingConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        if self.stop is None or isinstance(self.stop, str):
-            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
-        for name in ("stop", "processors"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = [] if stop is None else stop
+        for name, values in (("stop", stop), ("processors", self.processors)):
+            object.__setattr__(self, name, tuple(values) if isinstance(values, list) else values)
         super(SamplingConfig, self).__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

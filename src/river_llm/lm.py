@@ -89,20 +89,18 @@ class RiverLM:
         progress: Progress | None = None,
         **settings: Any,
     ) -> RiverLM:
-        """Load a model and load or build its river.
+        """Load a model and load or build its river. What the native engine has repacked is kept,
+        as large as model and river, for a quick start the next time.
 
         Args:
             name_or_path: see `load_backbone`.
             river: the folder of a river that was saved, a `River`, or a `RiverConfig` to build one
                 by; by default 4-bit HQQ in groups of 64 is built.
-            policy: when tokens leave the backbone, see `ExitPolicy`. None: never; the river drafts
-                and the backbone verifies, so that every token is the backbone's (lossless mode).
+            policy: when tokens leave the backbone. None: never; the river drafts and the backbone
+                verifies, so that every token is the backbone's (lossless mode).
             progress: called while the river is built with (layers done, layers in all).
             **settings: fields of `EngineConfig`: engine, threads, device, dtype, kv_bits, offload
                 and others.
-
-        What the native engine has repacked is kept in the cache, as large as the model and its
-        river, for a quick start the next time.
 
         Raises:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
@@ -121,8 +119,7 @@ class RiverLM:
 
     @property
     def policy(self) -> ExitPolicy | None:
-        """When tokens leave the backbone; None: lossless mode. May be set at any time, for the
-        answers to come.
+        """When tokens leave the backbone; None: lossless mode. May be set for the answers to come.
 
         Raises:
             ConfigError: what it is set to is no policy, or names layers that the model hasn't.
@@ -161,17 +158,14 @@ class RiverLM:
             LogitsError: the next token can't be chosen.
         """
         chosen = self._chosen_policy(policy)
-        stream = self.stream(
-            prompt, policy=chosen, drafts=drafts, reuse_cache=reuse_cache, **settings
+        responses = list(
+            self.stream(prompt, policy=chosen, drafts=drafts, reuse_cache=reuse_cache, **settings)
         )
-        responses = list(stream)
         return GenerationResult.of(self.engine, responses, responses[-1].prompt_tokens, chosen)
 
     def chat(self, messages: str | Sequence[Message], **settings: Any) -> GenerationResult:
-        """Answer the last of `messages` (or a single user message) through the chat template.
-
-        Every call starts anew; `Conversation` keeps the cache from turn to turn. Further arguments
-        are those of `generate`.
+        """Answer the last of `messages` (or a single user message) through the chat template, as
+        `generate` does; `Conversation` keeps the cache from turn to turn.
 
         Raises:
             ConfigError: the model has no chat template, and what `generate` raises.
@@ -208,10 +202,8 @@ class RiverLM:
 
         Args:
             reuse_cache: keep what the KV cache holds of this prompt's beginning, as the exits of
-                the answer before left it, and run only the rest. Lossless mode keeps nothing that
-                exits have written, and of a loaded prompt cache nothing is kept that this prompt
-                would read otherwise.
-            policy, drafts: see `generate`.
+                the answer before left it. Lossless mode keeps nothing that exits have written, and
+                of a loaded prompt cache nothing is kept that this prompt would read otherwise.
         """
         (request,) = self._requests([token_ids], sampling, policy, drafts)
         return self._runner.stream(request, reuse_cache)
@@ -224,16 +216,13 @@ class RiverLM:
         drafts: DraftConfig | None = None,
         **settings: Any,
     ) -> list[GenerationResult]:
-        """Answer several prompts at once, none if there are none; arguments and errors as of
-        `generate`, but that nothing of the KV cache is reused.
+        """Answer several prompts at once; arguments and errors as of `generate`.
 
         Every answer is what the prompt alone would give, up to the rounding of larger matrix
         products; sampled ones have random numbers of their own.
         """
         if isinstance(prompts, str):
-            raise ConfigError(
-                "generate_batch takes a list of prompts, not one string; put it in []"
-            )
+            raise ConfigError("generate_batch takes a list of prompts, not one string")
         form, sampling = split_settings(settings, PromptConfig, SamplingConfig)
         encoded = [self.encode(prompt, form) for prompt in prompts]
         return self.generate_batch_tokens(encoded, sampling, policy=policy, drafts=drafts)
@@ -254,11 +243,7 @@ class RiverLM:
         ]
 
     def encode(self, prompt: Prompt, form: PromptConfig | None = None) -> list[int]:
-        """The tokens of a prompt.
-
-        Raises:
-            ConfigError: it is empty or no prompt, or the chat template can't take it.
-        """
+        """The tokens of a prompt; errors as of `generate`."""
         form = form or PromptConfig()
         return encode_prompt(
             self.tokenizer,
@@ -298,7 +283,6 @@ class RiverLM:
         return requests
 
     def _chosen_policy(self, policy: PolicyChoice) -> ExitPolicy | None:
-        """Raises ConfigError where it is none, or names layers that the model hasn't."""
         if isinstance(policy, EllipsisType):
             return self._policy
         if policy is not None:
@@ -319,9 +303,9 @@ class RiverLM:
         return [] if kept is None else kept.tokens[: kept.exact]
 
     def save_prompt_cache(self, path: str | Path, length: int | None = None) -> int:
-        """Write the keys and values of the last prompt to a file (`prompt_cache`), at most of
-        `length` tokens; of the answer as well where a prompt would read it likewise: in lossless
-        mode, and with a policy that treats prompt and answer alike. How many tokens that were.
+        """Write the keys and values of the last prompt to a file, at most of `length` tokens; of
+        the answer as well where a prompt would read it likewise: in lossless mode, and with a
+        policy that treats prompt and answer alike. How many tokens that were.
 
         Raises:
             PromptCacheError: there is nothing to write, or it can't be written.
@@ -335,10 +319,8 @@ class RiverLM:
         """Read what `save_prompt_cache` has written; how many tokens it has.
 
         Answers with ``reuse_cache=True`` then run only what comes after the common prefix of its
-        tokens and their prompt's, and are what they are when the whole prompt is read: on the
-        native engine bit for bit, on PyTorch up to the rounding of larger matrix products. Those
-        that would read these tokens otherwise, by another policy than this or with other rotary
-        angles, read their whole prompt.
+        tokens and their prompt's: on the native engine bit for bit what reading the whole prompt
+        gives, on PyTorch up to the rounding of larger matrix products.
 
         Raises:
             PromptCacheError: there is no such file, it is damaged, or it belongs to another model,

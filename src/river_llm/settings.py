@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from river_llm.errors import ConfigError
@@ -101,10 +100,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
-        }
+        return asdict(self)
 
 
 def split_settings(values: Mapping[str, Any], *kinds: type[Settings]) -> tuple[Any, ...]:

@@ -12,11 +12,9 @@ Origin = Literal["backbone", "river", "ngram"]
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """A token of an answer.
+    """A token of an answer, and the text that it makes certain.
 
     Attributes:
-        token: its id.
-        text: that it makes certain.
         exit_layer: how many backbone layers ran to produce it.
         origin: what had guessed it before the backbone chose it; ``"backbone"`` if nothing had.
     """
@@ -35,7 +33,6 @@ class Outcome:
         prompt_tokens: tokens of its prompt that ran.
         drafted: tokens that were guessed and verified, up to the answer's end.
         accepted: of these, those that the answer has taken.
-        tokens: of its answer.
     """
 
     prompt_tokens: int
@@ -46,12 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """A step.
-
-    Attributes:
-        start, drafted_at, end: seconds of `time.perf_counter`.
-        outcomes: of each request that took part.
-    """
+    """A step, its times in seconds of `time.perf_counter`."""
 
     start: float
     drafted_at: float
