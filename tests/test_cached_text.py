@@ -23,7 +23,7 @@ from river_llm.generate.cached_text import (
 )
 
 NUM_LAYERS = 3
-STAYS, LEAVES, TAU = (math.inf,) * 3, (-math.inf,) * 3, (math.inf, 0.5, 0.5)
+STAYS, TAU = (math.inf,) * 3, (math.inf, 0.5, 0.5)
 POLICIES = [
     None,
     ExitPolicy.never(),
@@ -35,23 +35,6 @@ POLICIES = [
     ),
 ]
 BOUNDARIES = [None, RopeBoundary(4, keep_changing=False), RopeBoundary(4, keep_changing=True)]
-
-
-@pytest.mark.parametrize(
-    ("policy", "thresholds"),
-    [
-        (None, STAYS),
-        (ExitPolicy.similarity(0.5), STAYS),
-        (ExitPolicy.always(), LEAVES),
-        (ExitPolicy.similarity(0.5, prefill="token"), TAU),
-        (ExitPolicy.similarity(0.5, prefill="sequence"), None),
-    ],
-    ids=str,
-)
-def test_each_token_of_a_prompt_leaves_by_the_prefill_rule(
-    policy: ExitPolicy | None, thresholds: tuple[float, ...] | None
-) -> None:
-    assert prompt_thresholds(policy, NUM_LAYERS) == thresholds
 
 
 def test_what_is_usable_leaves_the_prompts_last_token_to_run() -> None:
@@ -74,11 +57,8 @@ def test_what_is_usable_leaves_the_prompts_last_token_to_run() -> None:
 @pytest.mark.parametrize(
     ("keep_changing", "positions", "length", "usable"),
     [
-        (False, 4, 4, 3),
         (False, 4, 5, 0),
-        (False, 5, 4, 0),
         (False, 5, 9, 3),
-        (True, 3, 4, 3),
         (True, 5, 6, 0),
         (True, 6, 6, 3),
     ],
@@ -202,13 +182,3 @@ def test_an_answer_by_the_prompts_own_thresholds_is_exact_too() -> None:
         assert text_of_answer(0, tokens, 2, policy, NUM_LAYERS, None).exact == exact
     crossing = RopeBoundary(3, keep_changing=False)
     assert text_of_answer(0, tokens, 2, None, NUM_LAYERS, crossing).exact == 2
-
-
-def test_what_stands_on_other_tokens_is_not_exact() -> None:
-    """The second prompt takes over an answer that exits have written."""
-    policy = ExitPolicy.fixed(1)
-    first = text_of_answer(0, [5, 6, 7, 8], 2, policy, NUM_LAYERS, None)
-    second = text_of_answer(0, [5, 6, 7, 8, 9, 9], 5, policy, NUM_LAYERS, None, first)
-    assert (first.exact, second.exact) == (2, 2)
-    third = text_of_answer(0, [5, 6, 1, 8, 9, 9], 5, policy, NUM_LAYERS, None, first.first(2))
-    assert third.exact == 5

@@ -122,18 +122,6 @@ class TestRequests:
         run(Generator(ToyEngine()), requests)
         assert len({tuple(answer(request)) for request in requests}) == 3
 
-    def test_leave_at_once_when_they_have_ended(self) -> None:
-        generator = Generator(ToyEngine(prefill_rows=None))
-        requests = [make(max_new_tokens=count) for count in (1, 3, 6)]
-        for request in requests:
-            generator.add(request)
-        left = []
-        while not generator.is_idle:
-            generator.step()
-            left.append(len(generator.engine.sequences()))
-            assert left[-1] == sum(not request.has_ended for request in requests)
-        assert left == [2, 2, 1, 1, 1, 0]
-
     def test_that_are_cancelled_leave_the_engine(self) -> None:
         generator = Generator(ToyEngine(prefill_rows=4))
         prompt, decoding = make(range(3, 20)), make()
@@ -197,11 +185,6 @@ class TestPrompts:
         assert len(second.tokens) == 1
         assert (len(third.tokens), list(third.logit_rows)) == (8, [4])
 
-    def test_run_in_one_step_where_the_engine_has_it_so(self) -> None:
-        generator = Generator(ToyEngine(prefill_rows=None))
-        run(generator, [make(range(30)), make(range(20))])
-        assert len(generator.engine.steps[0].tokens) == 50
-
     @pytest.mark.parametrize(
         ("policy", "least"),
         [
@@ -222,14 +205,6 @@ class TestPrompts:
         assert decoded.thresholds.tolist() == pytest.approx(list(expected))
         assert not prompt.mean_groups
         assert not prompt.minimum_groups
-
-    def test_of_the_sequence_rule_leave_as_a_whole(self) -> None:
-        generator = Generator(ToyEngine(prefill_rows=4))
-        by_mean = ExitPolicy.similarity(0.5, prefill="sequence")
-        run(generator, [make(range(6), by_mean), make(range(3), by_mean), make(range(5))])
-        step = generator.engine.steps[0]
-        assert step.mean_groups == [0] * 6 + [1] * 3
-        assert not step.minimum_groups
 
     def test_and_answers_leave_together_by_the_minimum(self) -> None:
         generator = Generator(ToyEngine(prefill_rows=None))

@@ -13,7 +13,7 @@ from toy_engine import NUM_LAYERS, Clock, DraftingEngine
 from river_llm import DraftConfig
 from river_llm.errors import LogitsError
 from river_llm.generate import Generator, Recorder
-from river_llm.generate.budget import Budget, StepTimes
+from river_llm.generate.budget import Budget
 from river_llm.generate.lossless import accept
 from river_llm.generate.ngrams import LONGEST_MATCH, NgramIndex
 
@@ -145,27 +145,6 @@ class TestBudget:
         assert drafts > 10
         assert lost < 3 + 0.02 * 1000
 
-    def test_of_drafts_that_pay_allows_the_longest(self) -> None:
-        budget = Budget(0.5)
-        assert 1 <= budget.affords(6) < 6
-        for _ in range(5):
-            budget.settle(3, 3, 1.2)
-        assert budget.affords(6) == 6
-        for _ in range(3):  # and some that fail change nothing
-            budget.settle(6, 0, 1.0)
-        assert budget.affords(6) == 6
-
-    def test_plain_steps_are_measured_at_first_and_now_and_then(self) -> None:
-        times = StepTimes()
-        wanted = []
-        for _ in range(200):
-            wanted.append(times.wants_plain_step(2))
-            times.note_step(2, 2 if wanted[-1] else 6, 1.0)
-        assert wanted[:4] == [True, True, True, False]
-        assert sum(wanted) == 6
-        assert times.median(2) == 1.0
-        assert times.median(7) is None
-
 
 class TestAccept:
     @pytest.mark.parametrize(
@@ -188,13 +167,6 @@ class TestAccept:
             return token
 
         assert accept(drafted, choose) == accepted
-
-    def test_of_none_says_why(self) -> None:
-        def choose(place: int) -> int:
-            raise LogitsError("no numbers")
-
-        with pytest.raises(LogitsError, match="no numbers"):
-            accept([1], choose)
 
 
 class _Repeating:

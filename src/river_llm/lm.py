@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -263,8 +261,6 @@ class RiverLM:
         chosen = self._chosen_policy(policy)
         if drafts is not None and chosen is not None:
             raise ConfigError("drafts are for lossless mode; it goes with policy=None")
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
         requests = [
             Request(
                 prompt,
