@@ -39,18 +39,15 @@ BOUNDARIES = [None, RopeBoundary(4, keep_changing=False), RopeBoundary(4, keep_c
 
 def test_what_is_usable_leaves_the_prompts_last_token_to_run() -> None:
     policy = ExitPolicy.similarity(0.5, prefill="token")
-    text = CachedText(0, [1, 2, 3, 4], 3, TAU, 4)
+    text = CachedText(0, [1, 2, 3], TAU, 3)
 
     def usable(prompt: list[int], policy: ExitPolicy | None = policy) -> int:
         return text.usable(prompt, policy, NUM_LAYERS, None)
 
-    assert [usable(prompt) for prompt in ([1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 9, 3])] == [3, 4, 1]
+    assert [usable(prompt) for prompt in ([1, 2, 3], [1, 2, 3, 4, 5], [1, 9, 3])] == [2, 3, 1]
     assert usable([9]) == usable([]) == 0
-    assert usable([1, 2, 3, 4, 5], None) == 0  # exits have written it
-    loaded = dataclasses.replace(text, is_loaded=True)
-    assert loaded.usable([1, 2, 3, 4, 5], policy, NUM_LAYERS, None) == 3
-    assert loaded.usable([1, 2, 3, 4, 5], ExitPolicy.fixed(1), NUM_LAYERS, None) == 0
-    assert text.first(2) == CachedText(0, [1, 2], 2, TAU, 4)
+    for other in (None, ExitPolicy.fixed(1)):
+        assert usable([1, 2, 3, 4, 5], other) == 0
     assert common_prefix([1, 2], [1, 2, 3]) == 2
 
 
@@ -66,11 +63,9 @@ def test_what_is_usable_leaves_the_prompts_last_token_to_run() -> None:
 def test_tokens_with_other_angles_are_not(
     keep_changing: bool, positions: int, length: int, usable: int
 ) -> None:
-    text = CachedText(0, [1, 2, 3], 3, STAYS, positions)
+    text = CachedText(0, [1, 2, 3], STAYS, positions)
     prompt = [1, 2, 3, *range(10, 10 + length - 3)]
-    for policy in (None, ExitPolicy.always()):
-        found = text.usable(prompt, policy, NUM_LAYERS, RopeBoundary(4, keep_changing))
-        assert found == usable
+    assert text.usable(prompt, None, NUM_LAYERS, RopeBoundary(4, keep_changing)) == usable
 
 
 # ---- a slow plain reference: each token with all that its keys and values depend on ----
@@ -112,13 +107,12 @@ def angles(boundary: RopeBoundary | None, length: int) -> object:
 
 
 def check_claims(text: CachedText, entries: list[Entry], boundary: RopeBoundary | None) -> None:
-    """Whatever the text offers as exact to any prompt is what reading that prompt gives."""
-    loaded = dataclasses.replace(text, is_loaded=True)
+    """Whatever the text offers to any prompt is what reading that prompt gives."""
     for policy in POLICIES:
         for length in range(1, len(text.tokens) + 4):
             prompt = [*text.tokens, 2, 2, 2][:length]
-            exact = loaded.usable(prompt, policy, NUM_LAYERS, boundary)
-            assert entries[:exact] == read(prompt, policy, boundary, [])[:exact]
+            usable = text.usable(prompt, policy, NUM_LAYERS, boundary)
+            assert entries[:usable] == read(prompt, policy, boundary, [])[:usable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +123,6 @@ class Turn:
     new: int
     answered: int
     policy: ExitPolicy | None
-    is_loaded: bool
 
 
 turns = st.builds(
@@ -138,7 +131,6 @@ turns = st.builds(
     st.integers(1, 3),
     st.integers(0, 3),
     st.sampled_from(POLICIES),
-    st.booleans(),
 )
 
 
@@ -147,31 +139,30 @@ turns = st.builds(
 def test_what_is_taken_over_is_what_reading_in_one_go_gives(
     turns: list[Turn], boundary: RopeBoundary | None
 ) -> None:
-    """Prompts answered after each other, which take over what is usable, or load what another run
-    has saved."""
-    text = CachedText(0, [], 0, STAYS, 0)
+    """Prompts answered after each other, which take over what is usable."""
+    text: CachedText | None = None
     entries: list[Entry] = []
     fresh = itertools.count(10)
     for turn in turns:
-        if turn.is_loaded and text.exact:
-            text = dataclasses.replace(text.first(text.exact), is_loaded=True)
-            entries = entries[: len(text.tokens)]
-        prompt = [*text.tokens[: turn.common], *itertools.islice(fresh, turn.new)]
-        usable = text.usable(prompt, turn.policy, NUM_LAYERS, boundary)
-        taken = text.first(usable) if usable else None
+        before = [] if text is None else text.tokens
+        prompt = [*before[: turn.common], *itertools.islice(fresh, turn.new)]
+        usable = 0 if text is None else text.usable(prompt, turn.policy, NUM_LAYERS, boundary)
         entries = read(prompt, turn.policy, boundary, entries[:usable])
         answer = list(itertools.islice(fresh, turn.answered))
         entries = decode(answer, turn.policy, boundary, entries)
         tokens = [*prompt, *answer]
-        text = text_of_answer(0, tokens, len(prompt), turn.policy, NUM_LAYERS, boundary, taken)
-        assert text.tokens == tokens
-        assert not text.is_loaded
-        check_claims(text, entries, boundary)
+        text = text_of_answer(0, tokens, len(prompt), turn.policy, NUM_LAYERS, boundary)
+        if text is not None:
+            assert text.tokens == tokens[: len(text.tokens)]
+            check_claims(text, entries, boundary)
 
 
-def test_an_answer_by_the_prompts_own_thresholds_is_exact_too() -> None:
-    tokens = [5, 6, 7, 8]
-    for policy, exact in [
+def test_an_answer_by_the_prompts_own_thresholds_is_kept_too() -> None:
+    def kept(policy: ExitPolicy | None, boundary: RopeBoundary | None = None) -> int:
+        text = text_of_answer(0, [5, 6, 7, 8], 2, policy, NUM_LAYERS, boundary)
+        return 0 if text is None else len(text.tokens)
+
+    for policy, count in [
         (None, 4),
         (ExitPolicy.always(), 4),
         (ExitPolicy.similarity(0.5, prefill="token"), 4),
@@ -179,6 +170,5 @@ def test_an_answer_by_the_prompts_own_thresholds_is_exact_too() -> None:
         (ExitPolicy.never(prefill="river"), 2),
         (ExitPolicy.never(prefill="sequence"), 0),
     ]:
-        assert text_of_answer(0, tokens, 2, policy, NUM_LAYERS, None).exact == exact
-    crossing = RopeBoundary(3, keep_changing=False)
-    assert text_of_answer(0, tokens, 2, None, NUM_LAYERS, crossing).exact == 2
+        assert kept(policy) == count
+    assert kept(None, RopeBoundary(3, keep_changing=False)) == 2

@@ -249,9 +249,7 @@ def test_answers_of_many_threads_and_streams_side_by_side_are_what_they_are_alon
         return {"raw": True, "max_new_tokens": 8, "policy": POLICIES[number % 6], **RANDOM}
 
     def answer(number: int) -> list[int]:
-        return lm.generate(
-            PROMPTS[number % 4], reuse_cache=number % 6 == 0, **settings(number)
-        ).tokens
+        return lm.generate(PROMPTS[number % 4], reuse_cache=True, **settings(number)).tokens
 
     alone = [answer(number) for number in range(12)]
     with ThreadPoolExecutor(4) as pool:
@@ -259,7 +257,7 @@ def test_answers_of_many_threads_and_streams_side_by_side_are_what_they_are_alon
     streams = [lm.stream(PROMPTS[number % 4], **settings(number)) for number in range(12)]
     together = [[r.token for r in row] for row in zip(*streams, strict=True)]
     assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
-    assert len(lm.engine.sequences()) == 1
+    assert len(lm.engine.sequences()) <= 1
 
 
 def test_depths_of_decoded_tokens_decide_over_the_layers_that_stay() -> None:

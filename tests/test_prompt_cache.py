@@ -172,10 +172,10 @@ class TestWhatIsKept:
         lm = lm_with("cpu")
         lm.generate_batch(["Two", "at once"], max_new_tokens=3)
         assert lm.prompt_cache_tokens == []
-        with pytest.raises(PromptCacheError, match="holds no single text to write"):
+        with pytest.raises(PromptCacheError, match="holds no text that could"):
             lm.save_prompt_cache(path)
         ask(lm, DOCUMENT, policy=ExitPolicy.similarity(0.5, prefill="sequence"))
-        with pytest.raises(PromptCacheError, match='another prefill rule than "sequence"'):
+        with pytest.raises(PromptCacheError, match="another prefill rule"):
             lm.save_prompt_cache(path)
         with pytest.raises(ConfigError, match="is 0; it must be 1 or more"):
             lm.save_prompt_cache(path, 0)
@@ -209,10 +209,9 @@ class TestARun:
     @both_engines
     def test_by_another_prefill_rule(self, kind: str, path: Path) -> None:
         written = [None, ExitPolicy.always(), ExitPolicy.similarity(0.9, prefill="token")]
-        whole = ExitPolicy.similarity(0.9, prefill="sequence")
         for number, policy in enumerate(written):
             save(lm_with(kind, policy), file := path.with_name(str(number)))
-            for other in (*written[:number], *written[number + 1 :], whole):
+            for other in (*written[:number], *written[number + 1 :]):
                 check_refused(lm_with(kind, other), file, "otherwise than", "prefill rule")
         for policy in (ExitPolicy.never(), ExitPolicy.always(prefill="backbone")):
             lm = lm_with(kind, policy)

@@ -199,9 +199,8 @@ class RiverLM:
         """Continue a prompt given in tokens.
 
         Args:
-            reuse_cache: keep what the KV cache holds of this prompt's beginning, as the exits of
-                the answer before left it. Lossless mode keeps nothing that exits have written, and
-                of a loaded prompt cache nothing is kept that this prompt would read otherwise.
+            reuse_cache: keep what the KV cache holds of this prompt's beginning, as far as reading
+                it would give the same keys and values, and run only the rest.
         """
         (request,) = self._requests([token_ids], sampling, policy, drafts)
         return self._runner.stream(request, reuse_cache)
@@ -296,7 +295,7 @@ class RiverLM:
     def prompt_cache_tokens(self) -> list[int]:
         """The tokens that `save_prompt_cache` would write."""
         kept = self._runner.kept
-        return [] if kept is None else kept.tokens[: kept.exact]
+        return [] if kept is None else kept.tokens
 
     def save_prompt_cache(self, path: str | Path, length: int | None = None) -> int:
         """Write the keys and values of the last prompt to a file, at most of `length` tokens; of

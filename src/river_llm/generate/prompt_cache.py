@@ -40,13 +40,13 @@ _OTHER_FILE = "give another file"
 
 
 def write_prompt_cache(path: Path, engine: Engine, text: CachedText) -> None:
-    """Write a text of the engine's cache, as far as it is exact, whole or not at all.
+    """Write a text of the engine's cache, whole or not at all.
 
     Raises:
         PromptCacheError: something else is in that place, or it can't be written.
     """
     target = check_writable(path)
-    tokens = text.tokens[: text.exact]
+    tokens = text.tokens
     parts = _access(engine).read_cache(text.sequence, len(tokens))
     tensors = {f"{_PART}{name}": part for name, part in parts.items()}
     tensors["tokens"] = torch.tensor(tokens)
@@ -104,7 +104,7 @@ def read_prompt_cache(path: Path, engine: Engine, thresholds: Thresholds | None)
     except BaseException:
         engine.drop_sequence(sequence)
         raise
-    return CachedText(sequence, tokens, len(tokens), theirs, positions, is_loaded=True)
+    return CachedText(sequence, tokens, theirs, positions)
 
 
 def check_writable(path: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from river_llm.engines.step import Engine, Offloading
@@ -23,7 +23,7 @@ class Runner:
     """Answers requests by a `Generator`. Each of its steps is for all threads that wait for one.
 
     Attributes:
-        kept: the text of the last streamed answer, or of a file, in the engine's cache.
+        kept: of the last streamed answer, or of a file, what other prompts may take over.
     """
 
     def __init__(self, engine: Engine, residency: ResidencyPlan | None = None) -> None:
@@ -85,8 +85,7 @@ class Runner:
                 self._engine.drop_sequence(text.sequence)
 
     def save(self, path: Path, length: int | None = None) -> int:
-        """Write the text that is kept to a file, as far as a prompt would read it likewise; how
-        many tokens that are, at most `length`.
+        """Write the text that is kept to a file; how many tokens that are, at most `length`.
 
         Raises:
             PromptCacheError: there is nothing to write, or it can't be written.
@@ -94,14 +93,10 @@ class Runner:
         with self._lock:
             if self.kept is None:
                 raise PromptCacheError(
-                    "the KV cache holds no single text to write to a file; answer one prompt first"
+                    "the KV cache holds no text that could be written to a file; answer one prompt "
+                    'first, by another prefill rule than "sequence"'
                 )
-            text = self.kept.first(min(self.kept.exact, length or self.kept.exact))
-            if not text.tokens:
-                raise PromptCacheError(
-                    "the prompt in the KV cache left the backbone as a whole, so its tokens would "
-                    'be others in another prompt; take another prefill rule than "sequence"'
-                )
+            text = replace(self.kept, tokens=self.kept.tokens[:length])
             write_prompt_cache(path, self._engine, text)
         return len(text.tokens)
 
@@ -131,29 +126,26 @@ class Runner:
             )
         if text is None or usable == 0:
             self.forget()
-            self._generator.add(request, recorder, keep=partial(self._keep, None))
+            self._generator.add(request, recorder, keep=self._keep)
             return
         engine.truncate(text.sequence, usable)
-        text, self.kept = text.first(usable), None
-        self._generator.add(request, recorder, text.sequence, partial(self._keep, text))
+        self.kept = None
+        self._generator.add(request, recorder, text.sequence, self._keep)
 
-    def _keep(self, taken_over: CachedText | None, request: Request) -> None:
+    def _keep(self, request: Request) -> None:
         """Keep the text of an answer that has ended, in place of the last one's."""
         engine, sequence = self._engine, request.sequence
         self.forget()
-        length = engine.length(sequence)
-        if length == 0:
-            engine.drop_sequence(sequence)
-            return
         self.kept = text_of_answer(
             sequence,
-            request.tokens[:length],
+            request.tokens[: engine.length(sequence)],
             request.prompt_length,
             request.policy,
             engine.num_layers,
             engine.rope_boundary,
-            taken_over,
         )
+        if self.kept is None:
+            engine.drop_sequence(sequence)
 
     def _leave(self, request: Request) -> None:
         """Where a stream is closed late, another thread may be stepping, and sees to it."""
