@@ -5,8 +5,6 @@ import logging
 from typing import Any
 
 import pytest
-import torch
-from steps import cached_states
 from tiny_lm import interrupt_once, sharpened, tiny_lm
 from transformers import PreTrainedModel
 
@@ -69,19 +67,16 @@ def test_the_same_prompt_again_runs_its_last_token_only(lm: RiverLM, rows: list[
     assert answers[0] == answers[1]
 
 
-def test_the_cache_keeps_what_the_exits_of_earlier_turns_wrote(lm: RiverLM) -> None:
-    """The first turn runs in the river, the second in the backbone on the cache of the first."""
-    lm.stop_tokens = frozenset()
-    lm.policy = ExitPolicy.always()
+def test_what_exits_wrote_of_an_answer_is_read_anew(lm: RiverLM) -> None:
+    lm.policy = ExitPolicy.similarity(0.9)
     conversation = Conversation(lm, **SETTINGS)
     _answer(conversation, QUESTIONS[0])
-    lm.policy = ExitPolicy.never()
-    length = len(encode_prompt(lm.tokenizer, QUESTIONS[0])) + 12 - 1
-    (sequence,) = lm.engine.sequences()
-    expected = cached_states(lm.engine, sequence)
-    assert expected.shape[-2] == length
-    _answer(conversation, QUESTIONS[1])
-    assert torch.equal(cached_states(lm.engine, sequence)[..., :length, :], expected)
+    responses = list(conversation.stream(QUESTIONS[1]))
+    first = len(encode_prompt(lm.tokenizer, QUESTIONS[0]))
+    assert {response.cached_prompt_tokens for response in responses} == {first}
+    assert (
+        "".join(r.text for r in responses) == lm.chat(conversation.messages[:-1], **SETTINGS).text
+    )
 
 
 @pytest.mark.parametrize("policy", [ExitPolicy.never(), ExitPolicy.always()])

@@ -14,11 +14,8 @@ from river_llm.text.prompt import Message
 
 
 class Conversation:
-    """A chat that keeps its KV cache from turn to turn, as the turns before left it.
-
-    The cache of earlier turns holds what their exits wrote; in lossless mode, what the backbone
-    wrote. If the model streams another answer in between, it is lost, and the next turn runs the
-    whole conversation by the prefill rule.
+    """A chat that keeps its KV cache from turn to turn, as far as a prompt would read it likewise:
+    in lossless mode all of it; what exits wrote of an answer is read anew with the next turn.
 
     Attributes:
         messages: all turns so far.
