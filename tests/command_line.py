@@ -51,11 +51,12 @@ class Outcome:
 def run(*arguments: object, stdin: str | io.TextIOBase | None = "") -> Outcome:
     """Run `river-llm` with these arguments through `main()`, here; stdin may be closed: None."""
     output, errors = io.StringIO(), io.StringIO()
+    typed = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else b""), "utf-8")
     argv = ["river-llm", *map(str, arguments)]
     exit_code = 0
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin),
+        mock.patch.object(sys, "stdin", typed if isinstance(stdin, str) else stdin),
         mock.patch.dict(os.environ),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),

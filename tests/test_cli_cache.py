@@ -104,7 +104,7 @@ def test_of_one_model_leaves_the_others(source: Path, tmp_path: Path) -> None:
     source.rmdir()  # a model that is gone still has its copy
     assert run("cache", source, "--clear").exit_code == 0
     assert [folder.is_whole() for folder in kept] == [True, False, False]
-    run("cache", tmp_path / "none").check_fails(1, "no file or directory")
+    assert run("cache", tmp_path / "none").stderr.startswith("0 copies")
 
 
 def test_of_a_hub_id_has_every_snapshot_and_asks_nobody(
@@ -127,7 +127,7 @@ def test_of_a_hub_id_has_every_snapshot_and_asks_nobody(
     snapshots[0].rmdir()  # as where the Hub has a new one
     assert run("cache", "org/name", "--clear").stderr.startswith("2 copies")
     assert [folder.is_whole() for folder in kept] == [False, False, True, True]
-    assert run("cache", "name").stderr.startswith("1 copies")
+    assert run("cache", "models--name").stderr.startswith("1 copies")
     assert run("cache", "org/none").stderr.startswith("0 copies")
     folder = keep(save_model(Path("org/name-2")))  # a directory of that name comes first
     assert run("cache", "org/name-2", "--clear").stderr.startswith("1 copies")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from river_llm import River, RiverLM
 from river_llm.cli import progress
-from river_llm.cli.progress import LoadingProgress, ProgressLines
+from river_llm.cli.progress import LoadingProgress
 
 WORDS = "The river runs past the mill and under the old stone bridge.\n" * 12
 BUILDING = r"building the exit river \d of 4"
@@ -28,26 +28,6 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line every twentieth of a second, as for work that takes minutes."""
     monkeypatch.setattr(progress, "SECONDS", 0.05)
     monkeypatch.delenv(progress.ENVIRONMENT_VARIABLE)
-
-
-def wait_for(lines: int, output: list[str]) -> None:
-    deadline = time.monotonic() + 20
-    while len(output) < lines and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def test_lines_have_the_work_its_steps_and_the_time_and_end_with_it() -> None:
-    output: list[str] = []
-    with ProgressLines("reading", output.append) as lines:
-        wait_for(1, output)
-        lines.done, lines.total = 12, 30
-        wait_for(len(output) + 2, output)
-    before = list(output)
-    time.sleep(0.2)
-    assert output == before
-    assert not any(thread.name == "river-llm progress" for thread in threading.enumerate())
-    assert re.fullmatch(r"river-llm: reading, \d+ s", output[0])
-    assert re.fullmatch(r"river-llm: reading 12 of 30, \d+ s", output[-1])
 
 
 @pytest.mark.parametrize("reason", ["sooner", "off", "terminal"])
@@ -69,12 +49,14 @@ def test_there_are_no_lines(reason: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert time.monotonic() - started < 10
 
 
-def test_lines_stop_where_nobody_reads() -> None:
+def test_lines_stop_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(line: str) -> None:
         raise BrokenPipeError
 
-    with ProgressLines("reading", fail):
+    monkeypatch.setattr(progress, "note", fail)
+    with LoadingProgress("reading"):
         time.sleep(0.2)
+        assert not any(thread.name == "river-llm progress" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(

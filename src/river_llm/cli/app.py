@@ -21,7 +21,7 @@ from river_llm.cli.generate import generate
 from river_llm.cli.imports import let_waiting_threads_sleep
 from river_llm.cli.inspect import inspect
 from river_llm.cli.options import print_version
-from river_llm.cli.streams import Replacement
+from river_llm.cli.streams import escape_what_stdout_lacks, note
 from river_llm.errors import InterruptedRunError, RiverError
 
 _INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
@@ -58,7 +58,7 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print it on stderr."""
-        print(f"river-llm: {record.getMessage()}", file=sys.stderr)
+        note(record.getMessage())
 
 
 def main() -> None:
@@ -68,18 +68,12 @@ def main() -> None:
     let_waiting_threads_sleep()
     if sys.stdout is None:
         _fail("standard output is closed; there is nowhere to write to")
-    replacement = Replacement()
+    escape_what_stdout_lacks()
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()  # while an error can still be told
-        if replacement.was_needed:
-            print(
-                f"river-llm: ? stands for characters that {sys.stdout.encoding}, the encoding of "
-                "stdout, lacks; PYTHONIOENCODING=utf-8 keeps them",
-                file=sys.stderr,
-            )
         sys.exit(code)
     except InterruptedRunError as error:
         _fail(str(error), _INTERRUPTED)
@@ -134,5 +128,5 @@ def _explain(error: Exception) -> str:
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    print(f"river-llm: {message}", file=sys.stderr)
+    note(message)
     sys.exit(code)

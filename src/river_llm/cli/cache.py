@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,15 +12,14 @@ from river_llm.cli.streams import print_json
 from river_llm.errors import RiverError
 from river_llm.sizes import format_bytes
 
-if TYPE_CHECKING:
-    from river_llm.store import CachedFolder
-
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.gguf)")
-
 
 def cache(
     model: Annotated[
-        str | None, typer.Argument(help="Only what is kept of this model.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Only what is kept of this model: its path, Hub id, or part of either.",
+            show_default=False,
+        ),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is shown.")] = False,
     json_output: options.Json = False,
@@ -32,7 +30,7 @@ def cache(
     from river_llm.store import cache_directory, cached_folders, clear_cache
 
     directory = cache_directory()
-    folders = cached_folders() if model is None else _of_model(model, cached_folders())
+    folders = [one for one in cached_folders() if model is None or _is_of(one.source, model)]
     sizes = [folder.num_bytes for folder in folders]
     if clear:
         if model is None:
@@ -67,22 +65,10 @@ def cache(
     stderr.print(f"{len(folders)} copies, {format_bytes(sum(sizes))}, {verb} {directory}")
 
 
-def _of_model(name: str, folders: list[CachedFolder]) -> list[CachedFolder]:
-    """Those of one model, by its name, or by its place as the list has it. Of a Hub id, those of
-    every snapshot, there still or not; the Hub isn't asked.
-
-    Raises:
-        RiverError: there is no such file or directory, or no model in it.
-    """
-    place = Path(name)
-    if any(folder.source == place for folder in folders):  # it may be gone
-        return [folder for folder in folders if folder.source == place]
-    from river_llm.config import DEFAULT_MODEL
-    from river_llm.load.source import model_files
-
-    if name != DEFAULT_MODEL and _HUB_ID.fullmatch(name) and not place.exists():
-        directory = f"models--{name.replace('/', '--')}"  # in the Hub's own cache
-        return [folder for folder in folders if directory in folder.source.parts]
-    found = model_files(name)
-    source = None if found is None else found[0].resolve()
-    return [folder for folder in folders if folder.source == source]
+def _is_of(source: Path, name: str) -> bool:
+    """Whether a model's file or folder, there still or not, is one of this name; the Hub's own
+    cache has a folder models--org--name."""
+    if Path(name).exists():
+        return Path(name).resolve() in (source, *source.parents)
+    parts = (name, f"models--{name.replace('/', '--')}/")
+    return any(part.casefold() in source.as_posix().casefold() for part in parts)

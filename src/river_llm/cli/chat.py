@@ -12,7 +12,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import check_mode, load, saved_or_new
 from river_llm.cli.prompt_cache import PromptCache, check_prompt_cache
 from river_llm.cli.settings_options import with_settings
-from river_llm.cli.streams import StdinLines, check_stdin
+from river_llm.cli.streams import check_stdin, stdin_lines
 from river_llm.cli.usage import check_text, is_text
 from river_llm.config import (
     DEFAULT_MODEL,
@@ -23,7 +23,7 @@ from river_llm.config import (
     RiverConfig,
     SamplingConfig,
 )
-from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError, PromptCacheError
+from river_llm.errors import ConfigError, ContextFullError
 
 if TYPE_CHECKING:
     from river_llm.conversation import Conversation
@@ -71,8 +71,6 @@ def _converse(
     from river_llm.cli import render
     from river_llm.conversation import Conversation
 
-    lines = StdinLines()
-
     def begin() -> Conversation:
         return Conversation(
             lm,
@@ -85,7 +83,7 @@ def _converse(
 
     conversation = begin()  # says what the template can't take
     render.stderr.print(_HELP)
-    while (text := _read_line(lines)) is not None:
+    for text in stdin_lines():
         command = text.strip()
         if command in ("/exit", "/quit"):
             return
@@ -93,22 +91,10 @@ def _converse(
             conversation = begin()
         elif _COMMAND.fullmatch(command):
             render.stderr.print(f"unknown command {command}; {_HELP}")
-        elif not is_text(text):
+        elif not is_text(text) or "\0" in text:
             render.stderr.print("this line is no UTF-8 text; it is left out, type it again")
         elif command:
             _reply(lm, cache, conversation, text)
-
-
-def _read_line(lines: StdinLines) -> str | None:
-    """The next line the user types; None at the end of the input or on Ctrl-C.
-
-    Raises:
-        typer.Exit: stdin can't be read.
-    """
-    try:
-        return lines.read()
-    except (EOFError, KeyboardInterrupt):
-        return None
 
 
 def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, text: str) -> None:
@@ -133,7 +119,4 @@ def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, t
         for line in render.statistics_lines(result, with_depths=False):
             render.stderr.print(line, style="dim")
         if cache is not None:
-            try:
-                cache.keep(result.prompt_tokens)
-            except (PromptCacheError, InterruptedRunError) as error:
-                render.stderr.print(str(error))
+            cache.keep(result.prompt_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ from river_llm.config import (
     RiverConfig,
     SamplingConfig,
 )
-from river_llm.errors import InterruptedRunError, PromptCacheError, RiverError
+from river_llm.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from river_llm.lm import RiverLM
@@ -102,44 +103,39 @@ def _answer(
     json_output: bool,
     settings: dict[str, Any],
 ) -> None:
-    """Stream the answer to stdout, its statistics to stderr; or all of it as JSON."""
+    """Stream the answer to stdout, its statistics to stderr; or all of it as JSON.
+
+    Raises:
+        InterruptedRunError: Ctrl-C came before a comparison was done.
+    """
     from river_llm.cli import render
-    from river_llm.cli.progress import ProgressLines
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.generate import GenerationResult
 
     responses = []
     is_interrupted = False
-    lines = ProgressLines("answering")
-    if json_output:
-        lines.start()
+    progress = LoadingProgress("answering")
+    of_mode = drafts if lm.policy is None else None
     try:
-        of_mode = drafts if lm.policy is None else None
-        for response in lm.stream_tokens(
-            token_ids, sampling, reuse_cache=cache is not None, drafts=of_mode
-        ):
-            responses.append(response)
-            lines.done, lines.total = len(responses), sampling.max_new_tokens
-            if cache is not None:
-                cache.note_use(response)
-            if not json_output:
-                render.print_response(response, lm.engine.num_layers)
+        with progress if json_output else nullcontext():
+            for response in lm.stream_tokens(
+                token_ids, sampling, reuse_cache=cache is not None, drafts=of_mode
+            ):
+                responses.append(response)
+                progress.steps_done(len(responses), sampling.max_new_tokens)
+                if cache is not None:
+                    cache.note_use(response)
+                if not json_output:
+                    render.print_response(response, lm.engine.num_layers)
     except KeyboardInterrupt:
         is_interrupted = True
-    finally:
-        lines.stop()
     result = GenerationResult.of(lm.engine, responses, len(token_ids), lm.policy)
     if not json_output:
         render.stdout.print()
         for line in render.statistics_lines(result):
             render.stderr.print(line)
-    not_kept: RiverError | None = None  # said once the answer is out
     if cache is not None and responses:
-        try:
-            cache.keep(len(token_ids))
-        except PromptCacheError as error:
-            not_kept = error
-        except InterruptedRunError as error:
-            not_kept, is_interrupted = error, True
+        cache.keep(len(token_ids))
     variants = None
     if compare and not is_interrupted:
         try:
@@ -154,10 +150,7 @@ def _answer(
     elif variants is not None:
         render.stdout.print(render.comparison_table(variants, lm.engine.num_layers))
     if compare and is_interrupted:
-        before = "" if not_kept is None else f"{not_kept}; "
-        raise InterruptedRunError(f"{before}interrupted before the comparison was done")
-    if not_kept is not None:
-        raise not_kept
+        raise InterruptedRunError("interrupted before the comparison was done")
 
 
 def _compare(

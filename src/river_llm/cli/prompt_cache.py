@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from river_llm.cli.streams import note
 from river_llm.cli.usage import usage_error
 from river_llm.config import PolicyConfig
-from river_llm.errors import InterruptedRunError, PromptCacheError
+from river_llm.errors import PromptCacheError
 from river_llm.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -45,49 +45,40 @@ class PromptCache:
         self._path = path
         self._lm = lm
         self._kept: list[int] = []
-        self._is_new = False  # loaded, and not used yet
         self._is_left = False  # it was said that it holds another text
         if path.exists():
             lm.load_prompt_cache(path)
-            self._kept, self._is_new = lm.prompt_cache_tokens, True
+            self._kept = lm.prompt_cache_tokens
         else:
             check_writable(path)
+        self._is_used = not self._kept
 
     def note_use(self, response: GenerationResponse) -> None:
         """Say how much of the first prompt came from the file, by a response to it."""
-        if self._is_new:
+        if not self._is_used:
             taken, total = response.cached_prompt_tokens, response.prompt_tokens
-            _note(f"{taken} of {total} prompt tokens come from {self._path}")
-            self._is_new = False
+            note(f"{taken} of {total} prompt tokens come from {self._path}")
+            self._is_used = True
 
     def keep(self, prompt_tokens: int) -> None:
-        """Write the file, if the prompt just answered, of so many tokens, is worth it. Where there
-        is one already and that can't be done, or Ctrl-C comes, it stays as it is.
-
-        Raises:
-            PromptCacheError: there is none, and it can't be written.
-            InterruptedRunError: Ctrl-C came before it was written.
-        """
+        """Write the file, if the prompt just answered, of so many tokens, is worth it. Where that
+        fails or Ctrl-C comes, stderr has a line, and a file that was there stays as it is."""
         tokens = self._lm.prompt_cache_tokens[:prompt_tokens]
-        if is_of_another_text(tokens, self._kept) and not self._is_left:
-            _note(f"{self._path} holds another text and stays as it is; give this one its own file")
+        if _is_of_another_text(tokens, self._kept) and not self._is_left:
+            note(f"{self._path} holds another text and stays as it is; give this one its own file")
             self._is_left = True
         if not is_worth_keeping(tokens, self._kept):
             return
         try:
             self._lm.save_prompt_cache(self._path, len(tokens))
         except PromptCacheError as error:
-            if not self._kept:
-                raise
-            _note(str(error))
-        except KeyboardInterrupt as error:
-            raise InterruptedRunError(
-                f"interrupted; the prompt is not kept in {self._path}"
-            ) from error
+            note(str(error))
+        except KeyboardInterrupt:
+            note(f"interrupted; the prompt is not kept in {self._path}")
         else:
             self._kept = tokens
             size = format_bytes(self._path.stat().st_size)
-            _note(f"{len(tokens)} prompt tokens are kept in {self._path} ({size})")
+            note(f"{len(tokens)} prompt tokens are kept in {self._path} ({size})")
 
 
 def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
@@ -98,15 +89,11 @@ def is_worth_keeping(prompt: Sequence[int], kept: Sequence[int]) -> bool:
     takes another one's place.
     """
     is_longer = len(prompt) - len(kept) > len(prompt) / 16
-    return is_longer and not is_of_another_text(prompt, kept)
+    return is_longer and not _is_of_another_text(prompt, kept)
 
 
-def is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
+def _is_of_another_text(prompt: Sequence[int], kept: Sequence[int]) -> bool:
     """Whether a prompt begins with less than half of what is kept."""
     from river_llm.generate.cached_text import common_prefix
 
     return 2 * common_prefix(prompt, kept) < len(kept)
-
-
-def _note(text: str) -> None:
-    print(f"river-llm: {text}", file=sys.stderr)
