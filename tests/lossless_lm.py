@@ -8,14 +8,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from native_engines import Subject
 from tiny_lm import character_tokenizer, sharpened
 
-from river_llm import DraftConfig, ExitPolicy, GenerationResult, River, RiverLM
+from river_llm import DraftConfig, ExitPolicy, GenerationResult, RiverLM
 from river_llm.engines import CpuEngine, TorchEngine
 from river_llm.engines.step import Step, StepResult
-from river_llm.river.quantize import QuantizedMatrix
 
 CONTEXT = 64
 NUM_LAYERS = 4
@@ -36,26 +34,6 @@ any_drafts = pytest.mark.parametrize("drafts", DRAFTS, ids=["adaptive", "poor", 
 def subject_with(context_length: int) -> Subject:
     subject = Subject("Llama", {"max_position_embeddings": context_length})
     sharpened(subject.model)
-    return subject
-
-
-@cache
-def subject_with_noise() -> Subject:
-    """The river's codes are random: its layers have nothing to do with the backbone's."""
-    subject = Subject("Llama", {"max_position_embeddings": 512})
-    sharpened(subject.model)
-    generator = torch.Generator().manual_seed(4)
-
-    def noise(matrix: QuantizedMatrix) -> QuantizedMatrix:
-        packed = torch.randint(0, 256, matrix.packed.shape, generator=generator).to(torch.uint8)
-        return QuantizedMatrix(packed, matrix.scales, matrix.zeros, matrix.bits, matrix.group_size)
-
-    exit_layers = [
-        {name: noise(matrix) for name, matrix in layer.items()}
-        for layer in subject.river.exit_layers
-    ]
-    river = subject.river
-    subject.river = River(river.config, exit_layers, river.fingerprint, river.model_type)
     return subject
 
 

@@ -12,6 +12,7 @@ from test_cli import answer
 from test_cli_chat import interrupt
 
 from river_llm import ExitPolicy, RiverLM
+from river_llm.cli.prompt_cache import is_worth_keeping
 
 pytest_plugins = ["cli_models"]
 
@@ -161,3 +162,22 @@ class TestPrompt:
         assert (stopped["tokens"], stopped["finish_reason"]) == ([SPOKEN], "stop")
         going_on = answer(speaker, *options, "<|answer|>", prompt="Hi", length=3)
         assert going_on["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("common", "kept", "new", "worth"),
+    [
+        (0, 0, 1, True),
+        (1000, 20, 80, False),  # a longer one
+        (1000, 20, 120, True),  # the document has grown
+        (1000, 0, 70, True),
+        (10, 1000, 5000, False),  # another text
+        (500, 600, 5000, False),
+        (30, 20, 8000, True),  # the first prompt was a short try
+    ],
+)
+def test_a_prompt_is_kept_where_it_is_more_of_the_same_text(
+    common: int, kept: int, new: int, worth: bool
+) -> None:
+    text = list(range(common))
+    assert is_worth_keeping([*text, *[-1] * new], [*text, *[-2] * kept]) is worth

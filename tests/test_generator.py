@@ -176,15 +176,6 @@ class TestPrompts:
         assert rows[:7] == [3, 1, 4, 1, 4, 1, 2]
         assert rows[7:15] == [2] * 7 + [1]
 
-    def test_share_a_step(self) -> None:
-        generator = Generator(ToyEngine(prefill_rows=8))
-        requests = [make(range(count)) for count in (3, 10, 4)]
-        run(generator, requests)
-        first, second, third, *_ = generator.engine.steps
-        assert (len(first.tokens), list(first.logit_rows)) == (8, [2])
-        assert len(second.tokens) == 1
-        assert (len(third.tokens), list(third.logit_rows)) == (8, [4])
-
     @pytest.mark.parametrize(
         ("policy", "least"),
         [

@@ -24,7 +24,6 @@ from lossless_lm import (
     lm_on,
     lossless,
     overflowing_subject,
-    subject_with_noise,
 )
 from native_engines import CASES, subject_of
 from torch import Tensor
@@ -112,14 +111,6 @@ class TestDrafts:
                 expected = backbone(lm, PROMPTS[0], **asked)
                 for drafts in (POOR, DraftConfig()):
                     check_answer(lossless(lm, PROMPTS[0], drafts, **asked), expected)
-
-    def test_of_noise_are_seldom_accepted(self) -> None:
-        lm = lm_on("cpu", subject_with_noise())
-        asked = {"max_new_tokens": 60}
-        result = lossless(lm, PROMPTS[3], DraftConfig(3, ngram=False), **asked)
-        check_answer(result, backbone(lm, PROMPTS[3], **asked))
-        assert result.lossless is not None
-        assert result.lossless.acceptance_by_position[0] < 0.3
 
     @any_drafts
     def test_fit_any_context(self, lm: RiverLM, drafts: DraftConfig) -> None:

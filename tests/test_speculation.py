@@ -11,10 +11,8 @@ from test_generator import answer, make, run
 from toy_engine import NUM_LAYERS, Clock, DraftingEngine
 
 from river_llm import DraftConfig
-from river_llm.errors import LogitsError
 from river_llm.generate import Generator, Recorder
 from river_llm.generate.budget import Budget
-from river_llm.generate.lossless import accept
 from river_llm.generate.ngrams import LONGEST_MATCH, NgramIndex
 
 NO_NGRAMS = DraftConfig(ngram=False)
@@ -144,29 +142,6 @@ class TestBudget:
             budget.pay_in(1)
         assert drafts > 10
         assert lost < 3 + 0.02 * 1000
-
-
-class TestAccept:
-    @pytest.mark.parametrize(
-        ("drafted", "own", "accepted"),
-        [
-            ([], [4], [4]),
-            ([1, 2], [1, 2, 3], [1, 2, 3]),
-            ([1, 2], [1, 5, 3], [1, 5]),
-            ([1, 2], [7, 2, 3], [7]),
-            ([1, 2, 3], [1, 2, None, 4], [1, 2]),
-        ],
-    )
-    def test_takes_what_agrees_and_one_more(
-        self, drafted: list[int], own: list[int | None], accepted: list[int]
-    ) -> None:
-        def choose(place: int) -> int:
-            token = own[place]
-            if token is None:
-                raise LogitsError
-            return token
-
-        assert accept(drafted, choose) == accepted
 
 
 class _Repeating:

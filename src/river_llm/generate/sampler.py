@@ -52,26 +52,20 @@ class Sampler:
         return self.is_greedy and not self._processors
 
     def choose(self, token_ids: list[int], logits: Tensor) -> int:
-        """The token that follows a text, by its logits `[V]`.
-
-        Raises:
-            LogitsError: they are no numbers, or the logits processors leave none.
-        """
-        with _one_thread():
-            return self._choose(token_ids, logits, 1)[0]
+        """The token that follows a text, by its logits `[V]`; errors as of `choose_with_margin`."""
+        return self.choose_with_margin(token_ids, logits)[0]
 
     def choose_with_margin(self, token_ids: list[int], logits: Tensor) -> tuple[int, float]:
         """The same token, and how far it is ahead of the second: 1 - (score of the second) /
         (score of the first), where a score is p / E, or p if greedy.
 
         Raises:
-            LogitsError: see `choose`.
+            LogitsError: they are no numbers, or the logits processors leave none.
         """
         with _one_thread():
-            return self._choose(token_ids, logits, 2)
+            return self._choose(token_ids, logits)
 
-    def _choose(self, token_ids: list[int], logits: Tensor, count: int) -> tuple[int, float]:
-        """The token of the best score and, if the two best are looked at, its margin."""
+    def _choose(self, token_ids: list[int], logits: Tensor) -> tuple[int, float]:
         if self._config.processors:  # which may hide what is no number
             check_logits(logits, self._whose)
         processed = self._processed(token_ids, logits)
@@ -85,7 +79,7 @@ class Sampler:
         tokens, scores = None, processed
         if not self.is_greedy:
             tokens, scores = self._race((processed - largest) / self._config.temperature, token_ids)
-        best = scores.topk(min(count, len(scores)))
+        best = scores.topk(min(2, len(scores)))
         token = int(best.indices[0] if tokens is None else tokens[best.indices[0]])
         if len(best.values) < 2:
             return token, 1.0
@@ -120,13 +114,12 @@ class Sampler:
         """The smallest logit that a token may have, where the largest is 0: every filter comes
         down to one. Each sees what those before it have left."""
         config = self._config
-        least, kept = -math.inf, None
+        least, kept = -math.inf, logits
         if 0 < config.top_k < len(logits):
             kept = logits.topk(config.top_k).values
             least = float(kept[-1])
         if config.top_p < 1:
-            mass = config.top_p * float((logits if kept is None else kept).exp().sum())
-            least = max(least, _least_within(mass, logits if kept is None else kept))
+            least = max(least, _least_within(config.top_p * float(kept.exp().sum()), kept))
         if config.min_p > 0:
             least = max(least, math.log(config.min_p))
         return least
