@@ -26,15 +26,18 @@ def thresholds_of(engine: Engine, policy: ExitPolicy | None = None) -> Tensor:
 
 
 def append(
-    engine: Engine, texts: Texts, thresholds: Tensor | ExitPolicy | None = None, **step: Any
+    engine: Engine,
+    texts: Texts,
+    thresholds: Tensor | Sequence[float] | ExitPolicy | None = None,
+    **step: Any,
 ) -> StepResult:
     """Append tokens to sequences in one step, with the logits of all rows unless said otherwise."""
-    if not isinstance(thresholds, Tensor):
+    if thresholds is None or isinstance(thresholds, ExitPolicy):
         thresholds = thresholds_of(engine, thresholds)
     tokens = list(chain(*texts.values()))
     sequences = list(chain(*([sequence] * len(text) for sequence, text in texts.items())))
     logit_rows = step.pop("logit_rows", range(len(tokens)))
-    return engine.forward(Step(tokens, sequences, thresholds, logit_rows, **step))
+    return engine.forward(Step(tokens, sequences, torch.as_tensor(thresholds), logit_rows, **step))
 
 
 def begin(engine: Engine, lengths: Iterable[int] = (0,)) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from native_engines import KERNELS, Subject, random_tokens, subject_of
 from steps import append, begin, thresholds_of
-from tiny_models import ARCHITECTURES, REFUSED, VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, tiny_model
 
 from river_llm import (
     ConfigError,
@@ -18,7 +18,6 @@ from river_llm import (
     RiverConfig,
     RiverError,
     RiverFileError,
-    UnsupportedModelError,
 )
 from river_llm.config import EngineConfig
 from river_llm.engines.choice import make_engine
@@ -34,29 +33,6 @@ def subject() -> Subject:
 
 
 class TestModels:
-    @pytest.mark.parametrize("architecture", ["Gemma2", "Mixtral", "GPT2", "GPTNeoX", "Mamba"])
-    def test_an_architecture_that_it_does_not_know(
-        self, subject: Subject, architecture: str
-    ) -> None:
-        settings = {**ARCHITECTURES, **{name: case[0] for name, case in REFUSED.items()}}
-        model = tiny_model(architecture, **settings[architecture])
-        with pytest.raises(UnsupportedModelError, match=r"knows llama, .*, not .*--engine torch$"):
-            CpuEngine(model, subject.river)
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"hidden_act": "relu"}, "no activation 'relu'"),
-            ({"num_attention_heads": 8}, "head_dim that is a multiple of 16, not 8"),
-            ({"intermediate_size": 104}, "intermediate_size that is a multiple of 16, not 104"),
-        ],
-    )
-    def test_a_llama_that_it_cannot_run(
-        self, subject: Subject, settings: dict[str, Any], message: str
-    ) -> None:
-        with pytest.raises(UnsupportedModelError, match=f"{message}; take --engine torch"):
-            CpuEngine(tiny_model("Llama", **settings), subject.river)
-
     def test_a_river_of_another_model(self, subject: Subject) -> None:
         with pytest.raises(RiverFileError, match="built for other weights"):
             CpuEngine(tiny_model("Llama", initializer_range=0.2), subject.river)
@@ -111,17 +87,9 @@ class TestSteps:
         [
             ({"tokens": []}, "a step has no rows"),
             ({"tokens": [5, VOCABULARY]}, f"no token {VOCABULARY}: the model's embedding has"),
-            ({"tokens": [5, 2**40]}, f"no token {2**40}"),
-            ({"tokens": [5, 2**32 + 5]}, "no token"),
             ({"tokens": [5, -1]}, r"no token -1; .* \(-1 comes from logits that are no numbers\)"),
-            ({"sequences": [0]}, "differ in number"),
             ({"sequences": [0, 1]}, "no such sequence"),
-            ({"sequences": [0, -1]}, "no such sequence"),
             ({"thresholds": torch.zeros(3)}, "one threshold for each layer"),
-            ({"thresholds": torch.zeros(1, 4)}, r"thresholds are \[layers\] or \[rows, layers\]"),
-            ({"logit_rows": [2]}, "no such row for logits"),
-            ({"mean_groups": [0]}, "one mean group for each row"),
-            ({"minimum_groups": [0, 2]}, "a group is out of range"),
         ],
     )
     def test_that_cannot_be_change_nothing(
@@ -146,22 +114,14 @@ class TestSteps:
 
     @pytest.mark.parametrize("call", ["drop_sequence", "length", "truncate", "read_cache"])
     def test_of_sequences_that_there_are_not(self, subject: Subject, call: str) -> None:
-        engine = subject.engine()
-        for sequence in (0, -1, 2**31 - 1):
-            with pytest.raises(RiverError, match="no such sequence"):
-                getattr(engine, call)(sequence, *[0] * (call in ("truncate", "read_cache")))
+        with pytest.raises(RiverError, match="no such sequence"):
+            getattr(subject.engine(), call)(0, *[0] * (call in ("truncate", "read_cache")))
 
-    def test_of_negative_lengths_and_depths(self, subject: Subject) -> None:
+    def test_below_a_depth_that_there_is_not(self, subject: Subject) -> None:
         engine = subject.engine()
-        append(engine, {begin(engine)[0]: [5, 6, 7]})
-        with pytest.raises(RiverError, match="a negative length"):
-            engine.truncate(0, -1)
-        with pytest.raises(RiverError, match="no such positions"):
-            engine.read_cache(0, 4)
-        for limit in (-1, subject.num_layers + 1):
-            with pytest.raises(ConfigError, match=f"the depth limit is {limit}, but the model"):
-                engine.depth_limit = limit
-        assert (engine.length(0), engine.depth_limit) == (3, None)
+        with pytest.raises(ConfigError, match="the depth limit is 5, but the model"):
+            engine.depth_limit = 5
+        assert engine.depth_limit is None
 
     def test_pages_of_another_form_leave_the_sequence_empty(self, subject: Subject) -> None:
         engine = subject.engine()

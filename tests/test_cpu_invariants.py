@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_engines import KERNELS, Subject, every_kernel_set, random_tokens, subject_of
-from steps import append, begin, cached_states, thresholds_of
+from steps import append, begin, cached_states
 from torch import Tensor
 
 from river_llm import ContextFullError, ExitPolicy
@@ -225,17 +225,3 @@ def test_a_full_context_is_an_error_that_changes_nothing(context: int) -> None:
     engine.truncate(first, context - 1)
     append(engine, {first: tokens[context - 1 : context]})
     assert torch.equal(cached_states(engine, first), states)
-
-
-def test_logits_of_some_rows_are_those_of_all() -> None:
-    engine = engine_of("llama", KERNELS[0], 2, 16)
-    texts = {0: random_tokens(7, seed=1), 1: random_tokens(4, seed=2)}
-    begin(engine, [0, 0])
-    whole = append(engine, texts, thresholds_of(engine, ExitPolicy.similarity(0.7)))
-    assert len(whole.logits) == len(whole.exit_layers) == 11
-    for rows in ([], [3], [0, 6, 10], list(range(11))):
-        begin(engine, [0, 0])
-        some = append(engine, texts, ExitPolicy.similarity(0.7), logit_rows=rows)
-        assert torch.equal(some.logits, whole.logits[rows])
-        assert torch.equal(some.best_tokens, whole.best_tokens[rows])
-        assert torch.equal(some.exit_layers, whole.exit_layers)

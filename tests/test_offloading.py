@@ -18,27 +18,26 @@ from hypothesis import strategies as st
 from steps import append, begin
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
+from torch_engines import CONFIG, engine_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_llm import (
     ConfigError,
     ExitPolicy,
     River,
-    RiverConfig,
     RiverError,
     attach_river,
     detach_river,
 )
 from river_llm.engines import TorchEngine
 from river_llm.river.backbone import decoder_layers
-from river_llm.river.offloading import FileStore, HostStore
+from river_llm.river.offloading import FileStore, HostStore, _make_store
 from river_llm.store import ENVIRONMENT_VARIABLE
 
 LAYERS = 4
-CONFIG = RiverConfig(group_size=32, quantizer="rtn")
 TEXTS = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1)).tolist()
 NEVER = ExitPolicy.never()
-DAMAGED = "the file of evicted layers in .* was cut short or changed .*; load the model again"
+DAMAGED = "evicted layers can't be read from .* cut short.*; load the model again"
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -50,11 +49,6 @@ Answer = tuple[Tensor, Tensor]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def engine_of(architecture: str = "Llama", **settings: Any) -> TorchEngine:
-    model = tiny_model(architecture, **ARCHITECTURES[architecture], **settings)
-    return TorchEngine(attach_river(model, CONFIG))
 
 
 def mixed(engine: TorchEngine) -> Tensor:
@@ -125,28 +119,6 @@ class TestTokens:
             runs.append(torch.cat(steps))
         assert torch.equal(*runs)
 
-    def test_are_the_same_in_generate_of_transformers(self) -> None:
-        engine = engine_of()
-        prompts = torch.tensor(TEXTS)
-        settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-        engine.attached.policy = ExitPolicy.similarity(0.5)
-        expected = engine.model.generate(prompts, **settings)
-        for count in (2, 0):
-            engine.keep_layers(count)
-            assert torch.equal(engine.model.generate(prompts, **settings), expected)
-
-    def test_gradients_of_the_inputs_are_the_same(self) -> None:
-        engine = engine_of()
-        engine.attached.policy = NEVER
-        gradients = []
-        for count in (LAYERS, 0):
-            engine.keep_layers(count)
-            embedded = engine.model.get_input_embeddings()(torch.tensor(TEXTS))
-            inputs = embedded.detach().requires_grad_()
-            engine.model(inputs_embeds=inputs, use_cache=False).logits.square().sum().backward()
-            gradients.append(inputs.grad)
-        assert torch.equal(*gradients)
-
     def test_under_inference_mode_leave_usable_weights(self) -> None:
         engine = engine_of()
         with torch.inference_mode():
@@ -195,41 +167,21 @@ class TestStatistics:
         engine.depth_limit = None
         assert torch.equal(answer(engine, ExitPolicy.fixed(limit))[0][12:], expected)
 
-    @pytest.mark.parametrize("count", [-1, 5])
-    def test_more_layers_than_there_are_is_refused(self, count: int) -> None:
-        with pytest.raises(ConfigError, match=f"{count} layers are to stay, .* choose 0 to 4"):
-            engine_of().keep_layers(count)
+    def test_more_layers_than_there_are_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"5 layers are to stay, .* choose 0 to 4"):
+            engine_of().keep_layers(5)
 
 
 class TestMemory:
-    def test_no_tensor_of_an_evicted_layer_is_left(self) -> None:
-        def wide_tensors() -> list[Tensor]:
-            gc.collect()
-            return [
-                item
-                for item in gc.get_objects()
-                if isinstance(item, Tensor)
-                and 160 in item.shape
-                and item.dtype == torch.float32
-                and not item.is_meta
-            ]
-
-        others = wide_tensors()  # of other tests' models; kept, so that no id comes again
-        known = {id(tensor) for tensor in others}
-        engine = engine_of(intermediate_size=160)
+    def test_one_evicted_layer_is_there_at_a_time(self) -> None:
+        engine = engine_of()
         engine.keep_layers(1)
-        counts = []
-
-        def count(*call: object) -> None:
-            left = [tensor for tensor in wide_tensors() if id(tensor) not in known]
-            counts.append(len([t for t in left if isinstance(t, nn.Parameter)]))
-
+        counts: list[int] = []
         for layer in engine.model.model.layers:
-            layer.mlp.act_fn.register_forward_hook(count)
+            layer.mlp.register_forward_hook(lambda *_: counts.append(sum(in_memory(engine.model))))
         begin(engine)
         append(engine, {0: [5]})
-        assert counts == [3, 6, 6, 6]  # gate, up and down of the one that stays, and of one more
-        assert len([t for t in wide_tensors() if id(t) not in known]) == 3
+        assert counts == [1, 2, 2, 2]
 
     @on_linux
     def test_the_system_gets_it_back(self) -> None:
@@ -302,13 +254,11 @@ class TestErrors:
         assert same(answer(engine), expected)
 
     @pytest.mark.parametrize("layer", range(LAYERS))
-    @pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.down_proj"])
-    def test_and_ctrl_c_leave_a_usable_engine(self, layer: int, part: str) -> None:
+    def test_and_ctrl_c_leave_a_usable_engine(self, layer: int) -> None:
         engine = engine_of()
         expected = answer(engine)
         engine.keep_layers(1)
-        linear = engine.model.model.layers[layer].get_submodule(part)
-        handle = linear.register_forward_hook(interrupt)
+        handle = engine.model.model.layers[layer].mlp.down_proj.register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             append(engine, {0: [5]})
         assert in_memory(engine.model) == [True, False, False, False]
@@ -319,49 +269,16 @@ class TestErrors:
         assert in_memory(engine.model) == [False] * LAYERS
         assert same(answer(engine), expected)
 
-    def test_while_layers_are_evicted_leave_each_where_it_is(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_weight_on_another_device_is_refused(self) -> None:
         engine = engine_of()
-        expected = answer(engine)
-        put = FileStore.put
-
-        def interrupted(self: FileStore, index: int, weights: Any) -> None:
-            if index == 2:
-                raise KeyboardInterrupt
-            put(self, index, weights)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FileStore, "put", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                engine.keep_layers(1)
-        assert in_memory(engine.model) == [True, True, True, False]
-        assert same(answer(engine), expected)
-        engine.keep_layers(1)
-        assert same(answer(engine), expected)
-
-    def test_a_weight_that_is_not_there_is_refused(self) -> None:
-        class Odd(nn.Linear):
-            def __init__(self) -> None:
-                super().__init__(7, 5)
-                self._hidden = self._parameters.pop("weight")
-
-            @property
-            def weight(self) -> Tensor:  # type: ignore[override]
-                return self._hidden
-
-        engine = engine_of()
-        engine.attached._evicted._layers[2].linears["odd"] = Odd()
-        with pytest.raises(RiverError, match=r"layers\.2\.odd has no weight of its own on cpu"):
-            engine.keep_layers(1)
+        engine.model.model.layers[2].to("meta")
+        with pytest.raises(RiverError, match=r"layers\.2\.\S+ has no weight of its own on cpu"):
+            engine.attached.keep_layers(1)
         assert engine.resident_layers == 3
 
     def test_other_devices_have_no_store(self) -> None:
-        attached = attach_river(tiny_model("Llama").to("cpu"), CONFIG)
-        attached._evicted._device = torch.device("meta")
-        attached.model.to("meta")
         with pytest.raises(RiverError, match="on a CPU or on CUDA, not on meta"):
-            attached.keep_layers(1)
+            _make_store(torch.device("meta"))
 
 
 class TestFileStore:
@@ -382,18 +299,6 @@ class TestFileStore:
                 assert torch.equal(back, weight)
                 assert (back.dtype, back.stride()) == (weight.dtype, weight.stride())
                 assert back.storage_offset() * back.element_size() % 64 == 0
-
-    @pytest.mark.parametrize("place", [0, 10**4])
-    def test_takes_no_changed_file(self, tmp_path: Path, weights: list[Tensor], place: int) -> None:
-        store = FileStore(tmp_path)
-        store.put(0, weights)
-        descriptor = store._file.fileno()
-        os.utime(descriptor, ns=(0, store._state[1] - 10**9))  # a second ago
-        store._state = store._state_now()
-        store.read(0)
-        os.pwrite(descriptor, b"x", place)
-        with pytest.raises(RiverError, match=DAMAGED):
-            store.read(0)
 
     def test_loses_nothing_on_a_full_disk(self, tmp_path: Path, weights: list[Tensor]) -> None:
         class Full:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,19 +10,17 @@ import torch
 from exit_reference import decode_with_exits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from steps import append
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor
+from torch_engines import CLOSE, CONFIG, both_widths, engine_of, tokens_of
 
-from river_llm import ContextFullError, River, RiverConfig, RiverError, attach_river
+from river_llm import ContextFullError, River, RiverError, attach_river
 from river_llm.engines.step import NO_TOKEN, Step, StepResult
 from river_llm.engines.torch import TorchEngine
 
 INF = math.inf
 LAYERS = 4
-CONFIG = RiverConfig(group_size=32)
-CLOSE = {16: {"rtol": 1e-3, "atol": 1e-4}, 8: {"rtol": 0.1, "atol": 0.05}}
-
-both_widths = pytest.mark.parametrize("kv_bits", [16, 8])
 some_architectures = pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Bloom"])
 
 NEVER = (INF,) * LAYERS
@@ -33,36 +30,8 @@ thresholds_of_a_row = st.tuples(
 )
 
 
-def engine_of(architecture: str = "Llama", kv_bits: int = 16, **settings: Any) -> TorchEngine:
-    model = tiny_model(architecture, **{**ARCHITECTURES.get(architecture, {}), **settings})
-    return TorchEngine(attach_river(model, CONFIG), kv_bits)
-
-
-def run(
-    engine: TorchEngine,
-    texts: Mapping[int, Sequence[int]],
-    thresholds: Sequence[float] | Tensor = NEVER,
-    **fields: Any,
-) -> StepResult:
-    """A step of these tokens of some sequences, with all logits."""
-    tokens = [token for text in texts.values() for token in text]
-    sequences = [sequence for sequence, text in texts.items() for _ in text]
-    rows = {"logit_rows": range(len(tokens)), **fields}
-    return engine.forward(Step(tokens, sequences, torch.as_tensor(thresholds), **rows))
-
-
 def fixed(exit_layer: int) -> tuple[float, ...]:
     return (INF,) * exit_layer + (-INF,) * (LAYERS - exit_layer)
-
-
-def tokens_of(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens: list[int] = torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
-    return tokens
-
-
-def interrupt(*args: object) -> None:
-    raise KeyboardInterrupt
 
 
 Row = tuple[int, tuple[float, ...]]  # a token, and by what it leaves
@@ -121,7 +90,7 @@ def test_after_any_schedule_each_sequence_is_what_it_is_alone(
         if any(len(texts[s]) + len(rows) > 128 for s, rows in of.items()):
             continue
         rows = [row for of_sequence in of.values() for row in of_sequence]
-        result = run(
+        result = append(
             engine,
             {numbers[s]: [token for token, _ in of_sequence] for s, of_sequence in of.items()},
             torch.tensor([thresholds for _, thresholds in rows]),
@@ -139,7 +108,7 @@ def test_after_any_schedule_each_sequence_is_what_it_is_alone(
         engine.drop_sequence(numbers[sequence])
         alone = engine.add_sequence()
         for place, (token, thresholds) in enumerate(text):
-            expected = run(engine, {alone: [token]}, thresholds)
+            expected = append(engine, {alone: [token]}, thresholds)
             logits, exit_layer = results[sequence][place]
             assert exit_layer == int(expected.exit_layers)
             torch.testing.assert_close(logits, expected.logits[0], **CLOSE[16])
@@ -152,7 +121,7 @@ def test_tokens_leave_as_the_slow_reference_lets_them() -> None:
     detached = tiny_model("Llama")
     river = River.build(detached, CONFIG)
     tokens = tokens_of(24)
-    similarities = run(
+    similarities = append(
         engine, {engine.add_sequence(): tokens}, record_similarities=True
     ).similarities
     assert similarities is not None
@@ -162,7 +131,7 @@ def test_tokens_leave_as_the_slow_reference_lets_them() -> None:
     for count in (1, 3, 24):
         sequence = engine.add_sequence()
         for start in range(0, 24, count):
-            result = run(engine, {sequence: tokens[start : start + count]}, thresholds)
+            result = append(engine, {sequence: tokens[start : start + count]}, thresholds)
             assert result.exit_layers.tolist() == exit_layers[start : start + count]
             expected = logits[start : start + count]
             torch.testing.assert_close(result.logits, expected, **CLOSE[16])
@@ -186,7 +155,7 @@ def test_every_architecture_runs_sequences_of_different_lengths(
         {a: (8, 12), c: (4, 6)},
     ):
         given = {s: texts[s][start:end] for s, (start, end) in rows.items()}
-        logits = run(engine, given).logits.split([len(text) for text in given.values()])
+        logits = append(engine, given).logits.split([len(text) for text in given.values()])
         for sequence, part in zip(given, logits, strict=True):
             found[sequence].append(part)
     for sequence in (a, b, c):
@@ -198,11 +167,11 @@ class TestSteps:
     def test_give_the_logits_that_were_asked_for(self) -> None:
         engine = engine_of()
         texts = {engine.add_sequence(): tokens_of(5), engine.add_sequence(): tokens_of(40, 1)}
-        every = run(engine, texts)
+        every = append(engine, texts)
         for rows in ([], [4], [0], [4, 44], [1, 3, 7, 44], [44]):
             for sequence in texts:
                 engine.truncate(sequence, 0)
-            some = run(engine, texts, logit_rows=rows)
+            some = append(engine, texts, logit_rows=rows)
             torch.testing.assert_close(some.logits, every.logits[rows], **CLOSE[16])
             assert some.exit_layers.tolist() == [LAYERS] * 45
 
@@ -213,29 +182,15 @@ class TestSteps:
         mixed = engine.forward(Step([5, 6, 7, 8], [b, a, b, a], thresholds, [0, 1, 2, 3]))
         assert mixed.exit_layers.tolist() == [3, 1, 2, 4]
         c = engine.add_sequence()
-        alone = run(engine, {c: [5, 7]}, thresholds[[0, 2]])
+        alone = append(engine, {c: [5, 7]}, thresholds[[0, 2]])
         torch.testing.assert_close(mixed.logits[[0, 2]], alone.logits, **CLOSE[16])
-
-    def test_steady_decoding_copies_no_keys(self) -> None:
-        engine = engine_of()
-        sequences = [engine.add_sequence() for _ in range(3)]
-        run(engine, {s: tokens_of(3 + s) for s in sequences})
-        run(engine, {s: [5] for s in sequences})
-        batch, _ = engine._cache.aligned(sequences)
-        places = [layer.keys.data_ptr() for layer in batch.cache.layers]
-        for step in range(20):
-            some = sequences[: 2 + step % 2]  # as where one has ended its draft
-            run(engine, {s: [6] for s in some})
-            for s in some:
-                engine.truncate(s, 4 + s)
-        assert [layer.keys.data_ptr() for layer in batch.cache.layers] == places
 
     @pytest.mark.parametrize("kind", ["mean", "minimum", "both"])
     def test_join_the_rows_of_groups(self, kind: str) -> None:
         """Against the similarities of single rows, joined by hand."""
         engine = engine_of()
         texts = {engine.add_sequence(): tokens_of(6, seed) for seed in range(3)}
-        single = run(engine, texts, record_similarities=True).similarities
+        single = append(engine, texts, record_similarities=True).similarities
         assert single is not None
         after = single[1].view(3, 6)  # the second layer's
         if kind == "mean":
@@ -250,7 +205,7 @@ class TestSteps:
         for threshold in (*(joined.unique() + 1e-4).tolist(), *(joined.unique() - 1e-4).tolist()):
             for sequence in texts:
                 engine.truncate(sequence, 0)
-            result = run(
+            result = append(
                 engine,
                 texts,
                 (INF, INF, threshold, INF),
@@ -263,19 +218,19 @@ class TestSteps:
     def test_of_groups_are_joined_across_prompts_of_any_length(self) -> None:
         engine = engine_of()
         texts = {engine.add_sequence(): tokens_of(n, n) for n in (3, 40)}
-        single = run(engine, texts, record_similarities=True).similarities
+        single = append(engine, texts, record_similarities=True).similarities
         assert single is not None
         means = [of.mean() for of in single[1].split([3, 40])]
         between = float(sum(means) / 2)
         for sequence in texts:
             engine.truncate(sequence, 0)
         groups = {"mean_groups": [0] * 3 + [1] * 40}
-        apart = run(engine, texts, (INF, INF, between, INF), **groups).exit_layers
+        apart = append(engine, texts, (INF, INF, between, INF), **groups).exit_layers
         assert set(apart.tolist()) == {2, LAYERS}
         for sequence in texts:
             engine.truncate(sequence, 0)
         groups["minimum_groups"] = [0] * 43
-        together = run(engine, texts, (INF, INF, between, INF), **groups).exit_layers
+        together = append(engine, texts, (INF, INF, between, INF), **groups).exit_layers
         assert set(together.tolist()) == {LAYERS}
 
     @pytest.mark.parametrize(
@@ -305,11 +260,11 @@ class TestSteps:
     def test_a_full_context_is_an_error_that_changes_nothing(self) -> None:
         engine = engine_of(max_position_embeddings=64)
         a, b = engine.add_sequence(), engine.add_sequence()
-        run(engine, {a: tokens_of(63), b: [5]})
+        append(engine, {a: tokens_of(63), b: [5]})
         with pytest.raises(ContextFullError, match="65 tokens don't fit the model's context of 64"):
-            run(engine, {a: [5, 6], b: [5]})
+            append(engine, {a: [5, 6], b: [5]})
         assert (engine.length(a), engine.length(b)) == (63, 1)
-        run(engine, {a: [7], b: tokens_of(40)})  # the fillers behind a's last token don't count
+        append(engine, {a: [7], b: tokens_of(40)})  # the fillers behind a's last token don't count
 
     def test_numbers_of_sequences_are_given_again(self) -> None:
         engine = engine_of()
@@ -322,64 +277,33 @@ class TestSteps:
                 use(5)
 
 
-class TestErrors:
-    @both_widths
-    @pytest.mark.parametrize("layer", range(LAYERS))
-    @pytest.mark.parametrize("filled", [0, 5])
-    def test_in_a_pass_leave_the_cache_as_it_was(
-        self, layer: int, filled: int, kv_bits: int
-    ) -> None:
-        engine = engine_of(kv_bits=kv_bits)
-        a, b = engine.add_sequence(), engine.add_sequence()
-        if filled:
-            run(engine, {a: tokens_of(filled), b: tokens_of(filled + 2)})
-        rest = {a: tokens_of(3, 1), b: tokens_of(40, 2)}  # in two passes
-        part = engine.model.model.layers[layer].self_attn.o_proj
-        for after in (0, 1):  # whole passes
-            left = iter([None] * after)
-            handle = part.register_forward_hook(
-                lambda *call, left=left: None if next(left, 1) is None else interrupt()
-            )
-            with pytest.raises(KeyboardInterrupt):
-                run(engine, rest)
-            handle.remove()
-            assert engine.length(a) == filled
-            assert engine.length(b) == filled + 2 * (filled > 0)
-        found = run(engine, rest)
-        other = engine_of(kv_bits=kv_bits)
-        for _ in range(2):
-            other.add_sequence()
-        if filled:
-            run(other, {a: tokens_of(filled), b: tokens_of(filled + 2)})
-        torch.testing.assert_close(found.logits, run(other, rest).logits, **CLOSE[16])
-
-    def test_of_one_sequence_never_reach_another(self) -> None:
-        engine = engine_of(tie_word_embeddings=False)
-        broken, sane, alone = (engine.add_sequence() for _ in range(3))
-        engine.model.get_input_embeddings().weight.data[50] = math.nan
-        text = tokens_of(30)
-        text = [token if token != 50 else 51 for token in text]
-        half = (INF, INF, 0.5, -INF)
-        minima = {"minimum_groups": [0] * 6}
-        run(engine, {broken: [5]}, half)
-        result = run(engine, {broken: [5, 50, 6], sane: text[:3]}, half, **minima)
-        assert result.best_tokens.tolist()[1:3] == [NO_TOKEN] * 2
-        expected = [run(engine, {alone: text[:3]}, half, minimum_groups=[0] * 3)]
-        found = [StepResult(result.logits[3:], result.exit_layers[3:])]
-        engine.truncate(broken, 1)  # shorter than the other, so that it is padded from here on
-        for place in range(3, 12, 3):
-            result = run(engine, {broken: [50], sane: text[place : place + 3]}, half)
-            found.append(StepResult(result.logits[1:], result.exit_layers[1:]))
-            expected.append(run(engine, {alone: text[place : place + 3]}, half))
-            engine.truncate(broken, 1)
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one.exit_layers, other.exit_layers)
-            torch.testing.assert_close(one.logits, other.logits, **CLOSE[16])
-        again = run(engine, {broken: text[:3]}, half).logits
-        assert again.isfinite().all()
-        fresh = engine.add_sequence()
-        run(engine, {fresh: [5]}, half)
-        torch.testing.assert_close(again, run(engine, {fresh: text[:3]}, half).logits, **CLOSE[16])
+def test_errors_of_one_sequence_never_reach_another() -> None:
+    engine = engine_of(tie_word_embeddings=False)
+    broken, sane, alone = (engine.add_sequence() for _ in range(3))
+    engine.model.get_input_embeddings().weight.data[50] = math.nan
+    text = tokens_of(30)
+    text = [token if token != 50 else 51 for token in text]
+    half = (INF, INF, 0.5, -INF)
+    minima = {"minimum_groups": [0] * 6}
+    append(engine, {broken: [5]}, half)
+    result = append(engine, {broken: [5, 50, 6], sane: text[:3]}, half, **minima)
+    assert result.best_tokens.tolist()[1:3] == [NO_TOKEN] * 2
+    expected = [append(engine, {alone: text[:3]}, half, minimum_groups=[0] * 3)]
+    found = [StepResult(result.logits[3:], result.exit_layers[3:])]
+    engine.truncate(broken, 1)  # shorter than the other, so that it is padded from here on
+    for place in range(3, 12, 3):
+        result = append(engine, {broken: [50], sane: text[place : place + 3]}, half)
+        found.append(StepResult(result.logits[1:], result.exit_layers[1:]))
+        expected.append(append(engine, {alone: text[place : place + 3]}, half))
+        engine.truncate(broken, 1)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.exit_layers, other.exit_layers)
+        torch.testing.assert_close(one.logits, other.logits, **CLOSE[16])
+    again = append(engine, {broken: text[:3]}, half).logits
+    assert again.isfinite().all()
+    fresh = engine.add_sequence()
+    append(engine, {fresh: [5]}, half)
+    torch.testing.assert_close(again, append(engine, {fresh: text[:3]}, half).logits, **CLOSE[16])
 
 
 ROPE = {
@@ -413,14 +337,14 @@ class TestRopeBoundary:
         engine, other = self.engine(kind), self.engine(kind)
         lengths = (3, 14, 20, 30)
         sequences = [engine.add_sequence() for _ in lengths]
-        first = run(engine, {s: tokens_of(lengths[s], s) for s in sequences})
-        found = [run(engine, {s: [5 + s + step] for s in sequences}) for step in range(6)]
+        first = append(engine, {s: tokens_of(lengths[s], s) for s in sequences})
+        found = [append(engine, {s: [5 + s + step] for s in sequences}) for step in range(6)]
         for s, logits in zip(sequences, first.logits.split(lengths), strict=True):
             alone = other.add_sequence()
-            expected = run(other, {alone: tokens_of(lengths[s], s)}).logits
+            expected = append(other, {alone: tokens_of(lengths[s], s)}).logits
             torch.testing.assert_close(logits, expected, **CLOSE[16])
             for step in range(6):
-                expected = run(other, {alone: [5 + s + step]}).logits[0]
+                expected = append(other, {alone: [5 + s + step]}).logits[0]
                 torch.testing.assert_close(found[step].logits[s], expected, **CLOSE[16])
 
     def test_is_that_of_transformers(self, kind: str) -> None:
@@ -429,109 +353,16 @@ class TestRopeBoundary:
         with torch.no_grad():
             expected = engine.model(torch.tensor([text])).logits[0]
         a, b = engine.add_sequence(), engine.add_sequence()
-        found = run(engine, {a: text, b: tokens_of(5)}).logits[:26]
+        found = append(engine, {a: text, b: tokens_of(5)}).logits[:26]
         torch.testing.assert_close(found, expected, **CLOSE[16])
 
     def test_counts_for_a_prompt_in_parts_from_the_first_on(self, kind: str) -> None:
         engine = self.engine(kind)
         text = tokens_of(25)
         whole, parts, neighbour = (engine.add_sequence(n) for n in (0, 25, 0))
-        expected = run(engine, {whole: text}).logits
+        expected = append(engine, {whole: text}).logits
         found = [
-            run(engine, {parts: text[start : start + 10], neighbour: [9]}).logits[:-1]
+            append(engine, {parts: text[start : start + 10], neighbour: [9]}).logits[:-1]
             for start in (0, 10, 20)
         ]
         torch.testing.assert_close(torch.cat(found), expected, **CLOSE[16])
-
-
-class TestCacheAccess:
-    @both_widths
-    @pytest.mark.parametrize("length", [1, 17, 40])
-    def test_gives_what_it_takes(self, kv_bits: int, length: int) -> None:
-        engine, other = engine_of(kv_bits=kv_bits), engine_of(kv_bits=kv_bits)
-        long, short = engine.add_sequence(), engine.add_sequence()
-        run(engine, {short: tokens_of(40, 1), long: tokens_of(60)})
-        tensors = engine.read_cache(short, length)
-        taker = other.add_sequence()
-        run(other, {taker: tokens_of(9), other.add_sequence(): tokens_of(20)})
-        other.write_cache(taker, tensors, length)
-        tensors = {name: part.zero_() for name, part in tensors.items()}  # they were copied
-        assert other.length(taker) == length
-        engine.truncate(short, length)
-        for _ in range(3):
-            found, expected = run(other, {taker: [9, 8]}), run(engine, {short: [9, 8]})
-            torch.testing.assert_close(found.logits, expected.logits, **CLOSE[kv_bits])
-
-    @both_widths
-    def test_refuses_what_is_of_another_form(self, kv_bits: int) -> None:
-        engine, other = engine_of(kv_bits=kv_bits), engine_of(kv_bits=24 - kv_bits)
-        for one in (engine, other):
-            run(one, {one.add_sequence(): tokens_of(30)})
-        good = engine.read_cache(0, 30)
-        name = next(iter(good))
-        wrong = [
-            {},
-            {**good, "more": good[name]},
-            {key: part for key, part in good.items() if key != name},
-            {**good, name: good[name][..., :-1, :]},
-            other.read_cache(0, 30),
-        ]
-        for tensors in wrong:
-            with pytest.raises(RiverError, match="no KV cache of the torch engine"):
-                engine.write_cache(0, tensors, 30)
-            assert engine.length(0) == 0
-            engine.write_cache(0, good, 30)
-        with pytest.raises(ContextFullError, match="don't fit"):
-            engine.write_cache(0, good, 129)
-        for length in (0, 31):
-            with pytest.raises(RiverError, match=f"has no {length} tokens"):
-                engine.read_cache(0, length)
-        assert engine.length(0) == 30
-
-    def test_identity_names_what_decides(self) -> None:
-        base = engine_of().cache_identity([5, 6])
-        assert base == engine_of().cache_identity([6, 5, 5])
-        assert engine_of(kv_bits=8).cache_identity([5, 6]) != base
-        other = engine_of()
-        other.model.model.layers[3].mlp.up_proj.weight.data[0, 0] += 1
-        assert other.cache_identity([5, 6])["model"] != base["model"]
-        other = engine_of()
-        other.model.get_input_embeddings().weight.data[7] += 1
-        assert other.cache_identity([5, 6]) == base
-        assert other.cache_identity([5, 7]) != engine_of().cache_identity([5, 7])
-        limited = engine_of()
-        limited.depth_limit = 2
-        assert limited.cache_identity([5, 6])["depth limit"] == "2"
-
-
-def test_a_depth_limit_caps_real_tokens_alone() -> None:
-    engine = engine_of()
-    a, b = engine.add_sequence(), engine.add_sequence()
-    engine.depth_limit = 2
-    result = run(engine, {a: tokens_of(3), b: tokens_of(7)}, fixed(3))
-    assert result.exit_layers.unique().tolist() == [2]
-    assert engine.offload_statistics.depth_capped == 10
-    run(engine, {a: [5]}, fixed(1))
-    assert engine.offload_statistics.depth_capped == 10
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_no_cache_slot_is_unwritten(attention: str) -> None:
-    """Memory that holds NaN before it is written gives the same."""
-    engine = engine_of()
-    engine.model.set_attn_implementation(attention)
-    new_empty = torch.Tensor.new_empty
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.Tensor,
-            "new_empty",
-            lambda self, *shape, **kw: new_empty(self, *shape, **kw).fill_(
-                math.nan if self.is_floating_point() else 0
-            ),
-        )
-        a, b = engine.add_sequence(), engine.add_sequence()
-        for rows in ({a: 5, b: 1}, {b: 3}, {a: 1, b: 2}, {a: 20, b: 18}, {a: 1, b: 1}):
-            thresholds = torch.tensor([fixed(row % 5) for row in range(sum(rows.values()))])
-            texts = {s: tokens_of(n, s) for s, n in rows.items()}
-            assert run(engine, texts, thresholds).logits.isfinite().all()
-            engine.truncate(b, engine.length(b) - 1)

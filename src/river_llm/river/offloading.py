@@ -9,7 +9,6 @@ compute a layer for a few tokens that to overlap the two would gain little.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections import deque
@@ -38,8 +37,7 @@ _TIMES_KEPT = 1024  # of copies that need not have ended yet
 class FileStore:
     """Weights of layers in a temporary file without a name, which is gone with the process.
 
-    The file is read, not mapped: where a mapped file is cut short, the system kills the process;
-    here that is an error.
+    The file is read, not mapped: where a mapped file is cut short, the system kills the process.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -59,7 +57,6 @@ class FileStore:
             raise self._no_room(error) from error
         self._layers: dict[int, tuple[int, list[Tensor]]] = {}  # where each is, and like what
         self._end = 0
-        self._state = self._state_now()
 
     def put(self, index: int, weights: Sequence[Tensor]) -> None:
         """Keep a layer's weights, once for all times.
@@ -70,7 +67,7 @@ class FileStore:
         if index in self._layers:
             return
         like = [torch.empty_like(weight, device="meta") for weight in weights]
-        block = torch.empty(_block_bytes(like), dtype=torch.uint8)
+        block = torch.empty(sum(map(_aligned_bytes, like)), dtype=torch.uint8)
         for part, weight in zip(_parts(block, like), weights, strict=True):
             part.copy_(weight)
         rest = block.numpy().data
@@ -78,11 +75,9 @@ class FileStore:
             self._file.seek(self._end)
             while rest:
                 rest = rest[self._file.write(rest) :]
-            self._state = self._state_now()
         except OSError as error:
-            with suppress(OSError):  # else reading says so
+            with suppress(OSError):
                 self._file.truncate(self._end)
-                self._state = self._state_now()
             raise self._no_room(error) from error
         self._layers[index] = self._end, like
         self._end += len(block)
@@ -91,33 +86,25 @@ class FileStore:
         """A layer's weights, in memory of their own.
 
         Raises:
-            RiverError: the file was changed, or can't be read.
+            RiverError: the file can't be read, or was cut short.
         """
         began = time.perf_counter()
         start, like = self._layers[index]
-        block = own_block(_block_bytes(like))
+        block = own_block(sum(map(_aligned_bytes, like)))
         rest = block.numpy().data
         try:
             self._file.seek(start)
             while rest and (count := self._file.readinto(rest)):
                 rest = rest[count:]
-            is_changed = bool(rest) or self._state_now() != self._state
+            if rest:
+                raise OSError("the file was cut short")
         except OSError as error:
             raise RiverError(
                 f"evicted layers can't be read from {self.directory} ({error}); "
                 "load the model again"
             ) from error
-        if is_changed:
-            raise RiverError(
-                f"the file of evicted layers in {self.directory} was cut short or changed by "
-                "something else; load the model again"
-            )
         self.seconds_waited += time.perf_counter() - began
         return _parts(block, like)
-
-    def _state_now(self) -> tuple[int, int]:
-        state = os.fstat(self._file.fileno())
-        return state.st_size, state.st_mtime_ns
 
     def _no_room(self, error: OSError) -> RiverError:
         return RiverError(
@@ -177,17 +164,11 @@ class HostStore:
 
 @dataclass(frozen=True, slots=True)
 class _EvictedWeight:
-    """The weight of one linear layer that was taken out of it.
+    """The weight of one linear layer that was taken out of it."""
 
-    Attributes:
-        module: the linear layer.
-        parameter: its own, which goes back in the end; without values until then.
-        placeholder: what stands there meanwhile: shape and dtype, and no memory.
-    """
-
-    module: nn.Module
-    parameter: nn.Parameter
-    placeholder: nn.Parameter
+    module: nn.Module  # the linear layer
+    parameter: nn.Parameter  # its own, without values until it goes back
+    placeholder: nn.Parameter  # what stands there meanwhile: shape and dtype, and no memory
 
 
 class EvictedLayers:
@@ -277,8 +258,14 @@ class EvictedLayers:
 
     def _evict(self, index: int) -> None:
         weights = []
-        for module in self._evictable(index):
-            parameter = module.get_parameter("weight")
+        layer = self._layers[index]
+        for name, module in layer.linears.items():
+            parameter = module._parameters.get("weight")
+            if parameter is None or parameter.device != self._device:
+                raise RiverError(
+                    f"{layer.name}.{name} has no weight of its own on {self._device}, "
+                    "so the layer can't be evicted; run without offloading"
+                )
             empty = torch.empty_like(parameter, device="meta")
             placeholder = nn.Parameter(empty, requires_grad=False)
             weights.append(_EvictedWeight(module, parameter, placeholder))
@@ -297,22 +284,6 @@ class EvictedLayers:
             evicted.module.weight = evicted.parameter
         del self._evicted[index]
 
-    def _evictable(self, index: int) -> list[nn.Module]:
-        """The linear layers of a layer.
-
-        Raises:
-            RiverError: one of them has no weight of its own there.
-        """
-        layer = self._layers[index]
-        for name, linear in layer.linears.items():
-            weight = linear._parameters.get("weight")
-            if weight is None or weight.device != self._device:
-                raise RiverError(
-                    f"{layer.name}.{name} has no weight of its own on {self._device}, "
-                    "so the layer can't be evicted; run without offloading"
-                )
-        return list(layer.linears.values())
-
     def _take_into_memory(self) -> None:
         """Let nothing that stays be in pages of a mapped file."""
         if self._device.type == "cpu":
@@ -323,10 +294,6 @@ class EvictedLayers:
 
 
 def _make_store(device: torch.device) -> FileStore | HostStore:
-    """
-    Raises:
-        RiverError: there is none for the device, or no place for it.
-    """
     if device.type == "cpu":
         return FileStore(cache_directory())
     if device.type == "cuda":
@@ -336,11 +303,6 @@ def _make_store(device: torch.device) -> FileStore | HostStore:
 
 def _aligned_bytes(weight: Tensor) -> int:
     return math.ceil(weight.nbytes / _ALIGNMENT) * _ALIGNMENT
-
-
-def _block_bytes(like: Sequence[Tensor]) -> int:
-    """Of a block that holds such tensors."""
-    return sum(map(_aligned_bytes, like))
 
 
 def _parts(block: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
