@@ -46,15 +46,12 @@ class RiverConfig(Settings):
     has to divide the input width of every linear layer.
     """
 
-    bits: int = setting(4, "Bits of a river's weight.", one_of(*BITS), advanced=True)
-    group_size: int = setting(
-        64, "Weights that share a scale and a zero.", one_of(*GROUP_SIZES), advanced=True
-    )
+    bits: int = setting(4, "Bits of a river's weight.", one_of(*BITS))
+    group_size: int = setting(64, "Weights that share a scale and a zero.", one_of(*GROUP_SIZES))
     quantizer: Quantizer = setting(
         "hqq",
         "How weights are quantised: hqq, or rtn (round to nearest).",
         one_of(*get_args(Quantizer)),
-        advanced=True,
     )
 
 
@@ -66,51 +63,44 @@ class EngineConfig(Settings):
         "auto",
         "What computes: the native engine (cpu), or PyTorch (torch), for every model and device.",
         one_of(*get_args(EngineChoice)),
-        advanced=True,
     )
     threads: int | None = setting(
-        None, "CPU threads; by default all cores of the process.", whole(1, MOST_THREADS)
+        None,
+        "CPU threads; by default all cores of the process.",
+        whole(1, MOST_THREADS),
+        daily=True,
     )
-    device: str | None = setting(
-        None, "cpu, cuda, cuda:1 ...; by default CUDA where there is one.", advanced=True
-    )
+    device: str | None = setting(None, "cpu, cuda, cuda:1 ...; by default CUDA where there is one.")
     dtype: Dtype = setting(
         "bfloat16",
         "Of weights, activations and KV cache; the native engine has bfloat16.",
         one_of(*get_args(Dtype)),
-        advanced=True,
     )
     backbone_bits: int = setting(
         16,
         "Bits of the backbone's weights: 16, or 8 (native engine; not the exact model).",
         one_of(16, 8),
-        advanced=True,
     )
     lm_head_bits: int = setting(
         16,
         "Bits of the LM head: 16, or 8 (native engine; faster, not the exact model).",
         one_of(16, 8),
-        advanced=True,
     )
     kv_bits: int = setting(
         16,
         "Bits of the KV cache: 16 (the dtype), or 8 (half the bytes; not the exact model).",
         one_of(16, 8),
-        advanced=True,
     )
     offload: str | int | None = setting(
         None,
         "Backbone layers that stay in memory: off (all of them), auto (as many as tokens need), "
         "the first N, or as many as fit a size such as 2GiB.",
+        daily=True,
     )
     no_miss: bool = setting(
-        False,
-        "Tokens that would go deeper than the layers that stay leave after the last of them.",
-        advanced=True,
+        False, "Tokens that would go deeper than the layers that stay leave after the last of them."
     )
-    trust_remote_code: bool = setting(
-        False, "Run code that comes with the model. Read it first.", advanced=True
-    )
+    trust_remote_code: bool = setting(False, "Run code that comes with the model. Read it first.")
 
     def __post_init__(self) -> None:
         dtype = str(self.dtype).removeprefix("torch.")  # a torch.dtype too
@@ -150,23 +140,22 @@ class PolicyConfig(Settings):
         "Tokens never leave, or always at once; without a policy, --threshold and --exit-layer, "
         "answers are lossless.",
         one_of(*get_args(PolicyName)),
-        advanced=True,
     )
     threshold: float | None = setting(
         None,
         "Leave after the first layer whose similarity exceeds this.",
         number(lambda value: -1 <= value <= 1, "a cosine, in [-1, 1]"),
+        daily=True,
     )
-    exit_layer: int | None = setting(None, "Every token leaves after this many layers.", whole(0))
-    first_layer: int = setting(
-        1, "First layer after which --threshold counts.", whole(1), advanced=True
+    exit_layer: int | None = setting(
+        None, "Every token leaves after this many layers.", whole(0), daily=True
     )
+    first_layer: int = setting(1, "First layer after which --threshold counts.", whole(1))
     prefill: Prefill | None = setting(
         None,
         "How the prompt runs in river mode: backbone, river, or sequence (the paper's: it leaves "
         "as a whole); by default backbone, with --policy always river.",
         one_of(*get_args(Prefill)),
-        advanced=True,
     )
 
     def __post_init__(self) -> None:
@@ -210,7 +199,11 @@ class SamplingConfig(Settings):
     """
 
     max_new_tokens: int = setting(
-        256, "Tokens of the answer at most.", whole(1), option=("--max-new-tokens", "-n")
+        256,
+        "Tokens of the answer at most.",
+        whole(1),
+        option=("--max-new-tokens", "-n"),
+        daily=True,
     )
     temperature: float = setting(
         0.0,
@@ -219,34 +212,30 @@ class SamplingConfig(Settings):
             lambda value: value == 0 or MIN_TEMPERATURE <= value < math.inf,
             f"0 (greedy), or a number, {MIN_TEMPERATURE} or more",
         ),
+        daily=True,
     )
-    top_k: int = setting(
-        0,
-        "Sample among so many most probable tokens; 0 takes all.",
-        whole(0),
-        advanced=True,
-    )
+    top_k: int = setting(0, "Sample among so many most probable tokens; 0 takes all.", whole(0))
     top_p: float = setting(
         1.0,
         "Sample among the most probable tokens that hold this share.",
         number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        daily=True,
     )
     min_p: float = setting(
         0.0,
         "Leave out tokens less probable than this share of the most probable one.",
         number(lambda value: 0 <= value <= 1, "between 0 and 1"),
-        advanced=True,
     )
     repetition_penalty: float = setting(
         1.0,
         "Above 1 makes tokens of the text less probable.",
         number(lambda value: 0 < value < math.inf, "above 0 and finite"),
-        advanced=True,
     )
     seed: int | None = setting(
         None,
         "Of the random numbers, which the texts of a batch don't share. By default a new one.",
         whole(0, 2**63 - 1),
+        daily=True,
     )
     stop: tuple[str, ...] | str | None = setting(
         (),
@@ -257,6 +246,7 @@ class SamplingConfig(Settings):
             ),
             "a string or several, no empty string",
         ),
+        daily=True,
     )
     processors: tuple[LogitsFunction, ...] = setting(
         (),
@@ -292,24 +282,18 @@ class DraftConfig(Settings):
         None,
         "Tokens of every draft; by default up to 6, fewer where the river is unsure.",
         whole(1, MOST_DRAFT_TOKENS),
-        advanced=True,
         option=("--draft-tokens",),
     )
     exit_layer: int = setting(
-        0,
-        "Backbone layers that a drafted token runs.",
-        whole(0),
-        advanced=True,
-        option=("--draft-exit-layer",),
+        0, "Backbone layers that a drafted token runs.", whole(0), option=("--draft-exit-layer",)
     )
     lm_head_bits: int | None = setting(
         None,
         "Bits of the LM head that drafts; by default 8 on the native engine, 16 elsewhere.",
         one_of(16, 8, 4),
-        advanced=True,
         option=("--draft-lm-head-bits",),
     )
-    ngram: bool = setting(True, "Draft out of the text itself where it repeats.", advanced=True)
+    ngram: bool = setting(True, "Draft out of the text itself where it repeats.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,12 +309,9 @@ class ChatConfig(Settings):
         "Further variables of the chat template, as a JSON object such as "
         """'{"enable_thinking": false}'.""",
         Allowed(lambda value: isinstance(value, Mapping), "an object with variables"),
-        advanced=True,
     )
     allow_control_tokens: bool = setting(
-        False,
-        "What spells a control token in a message is one; by default it is text.",
-        advanced=True,
+        False, "What spells a control token in a message is one; by default it is text."
     )
 
 
@@ -346,7 +327,6 @@ class PromptConfig(ChatConfig):
         False,
         "Give the prompt to the model as it is, without chat template; what spells a control token "
         "in it is one.",
-        advanced=True,
     )
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ def setting(
     help: str,
     allowed: Allowed | None = None,
     *,
-    advanced: bool = False,
+    daily: bool = False,
     option: tuple[str, ...] = (),
 ) -> _T:
     """A field of a settings class.
@@ -68,10 +68,10 @@ def setting(
     Args:
         help: one sentence, which the command line shows.
         allowed: what it may be beside None, where that is the default; None: anything.
-        advanced: the command line lists it under "Advanced".
+        daily: the command line doesn't list it under "Advanced".
         option: its names on the command line, if not its own; an empty string: it has none there.
     """
-    metadata = {"help": help, "allowed": allowed, "advanced": advanced, "option": option}
+    metadata = {"help": help, "allowed": allowed, "advanced": not daily, "option": option}
     return field(default=default, metadata=metadata)
 
 
