@@ -111,7 +111,7 @@ class Speculation:
     def prepare(self, config: DraftConfig) -> None:
         """Make what such drafts need, whose time would be taken for theirs."""
         if isinstance(self._engine, Drafting):
-            self._engine.prepare_drafts(_head_bits(self._engine, config))
+            self._engine.prepare_drafts(config.lm_head_bits or self._engine.draft_head_bits[0])
 
     # ---- draft ----
 
@@ -170,9 +170,7 @@ class Speculation:
         return max(0, min(most, request.tokens_left - 1))
 
     def _budget(self, kind: _Kind) -> Budget:
-        if kind not in self._budgets:
-            self._budgets[kind] = Budget(_TOKEN_COSTS[kind.source])
-        return self._budgets[kind]
+        return self._budgets.setdefault(kind, Budget(_TOKEN_COSTS[kind.source]))
 
     # ---- learn ----
 
@@ -205,10 +203,6 @@ def _kind(source: Source, request: Request, together: int) -> _Kind:
     return _Kind(source, request.drafts, request.sampler.takes_argmax, together)
 
 
-def _head_bits(engine: Drafting, config: DraftConfig) -> int:
-    return config.lm_head_bits or engine.draft_head_bits[0]
-
-
 def _draft(
     engine: Engine, config: DraftConfig, requests: Sequence[Request], most: Sequence[int]
 ) -> list[Draft]:
@@ -230,7 +224,7 @@ def _draft(
         stop_tokens=frozenset().union(*(request.stop_tokens for request in requests)),
     )
     if isinstance(engine, Drafting):
-        rule = replace(rule, lm_head_bits=_head_bits(engine, config))
+        rule = replace(rule, lm_head_bits=config.lm_head_bits or engine.draft_head_bits[0])
         return engine.draft(sequences, tokens, most, rule, None if takes_argmax else choose)
     thresholds = torch.tensor(ExitPolicy.fixed(rule.exit_layer).thresholds(engine.num_layers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -69,7 +70,7 @@ class Request:
         self.error: Exception | None = None
         self.may_draft = True
         self._most = sampling.max_new_tokens
-        self._room: int | None = None
+        self._room = sys.maxsize  # of the context, for the answer
         self._decoder = IncrementalDecoder(tokenizer, sampling.stop or ())
 
     @property
@@ -85,8 +86,7 @@ class Request:
     @property
     def tokens_left(self) -> int:
         """How many tokens the answer may still take."""
-        most = self._most if self._room is None else min(self._most, self._room)
-        return most - len(self.exit_layers)
+        return min(self._most, self._room) - len(self.exit_layers)
 
     def fit(self, context_length: int | None) -> None:
         """End the answer where the context ends; None: there is no limit."""
