@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from byte_models import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<think>", "</think>"]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-class _ByteTokenizer(PreTrainedTokenizer):
-    """A tokenizer in Python, with a token for each byte."""
-
-    vocab_size = 256
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(byte): byte for byte in range(256)} | self.added_tokens_encoder
-
-    def _tokenize(self, text: str, **_: Any) -> list[str]:
-        return list(text.encode().decode("latin-1"))
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return ord(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return chr(index)
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens).encode("latin-1").decode()
-
-
-def _python() -> PreTrainedTokenizerBase:
-    tokenizer = _ByteTokenizer(eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return tokenizer
 
 
 def _sentencepiece() -> PreTrainedTokenizerBase:
@@ -90,5 +62,4 @@ TOKENIZERS = {
     "bytes": _made(byte_tokenizer),
     "sentencepiece": _made(_sentencepiece),
     "unigram": _made(_unigram),
-    "python": _made(_python),
 }

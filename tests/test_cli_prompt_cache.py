@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -87,26 +86,11 @@ class TestPromptCache:
         outcome = run(*command, stdin=f"{DOCUMENT}\nAnd?\n")
         assert "prompt tokens come from" in outcome.stderr
 
-    @pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"{}"])
-    def test_a_damaged_file_is_refused_and_left_alone(
-        self, model: str, path: Path, damage: object
-    ) -> None:
-        generate(model, DOCUMENT, path)
-        content = damage(path.read_bytes())  # type: ignore[operator]
-        path.write_bytes(content)
-        generate(model, DOCUMENT, path).check_fails(1, str(path))
-        assert path.read_bytes() == content
-
     def test_a_file_of_another_model_is_refused(
         self, model: str, other_model: str, path: Path
     ) -> None:
         generate(other_model, "Hi", path)
         generate(model, "Hi", path).check_fails(1, str(path))
-
-    @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
-    def test_a_place_that_cannot_be_written_is_told(self, model: str, tmp_path: Path) -> None:
-        tmp_path.chmod(0o500)
-        generate(model, DOCUMENT, tmp_path / "file").check_fails(1, "file")
 
     def test_a_folder_that_is_not_there_is_told(self, model: str, tmp_path: Path) -> None:
         generate(model, DOCUMENT, tmp_path / "none" / "file").check_fails(1, "none")
@@ -144,24 +128,6 @@ class TestPrompt:
         command = ("generate", "a", "-m", speaker, *OPTIONS, option)
         run(*command, '{"levels": 1}').check_fails(1, "reads no 'levels'; it reads level")
         run(*command, "[1]").check_fails(2, "is no JSON object")
-
-    def test_a_system_prompt_without_a_place_is_told_once(
-        self, speaker: str, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        stdin = "Hi\nHo\n/clear\nHi\n"
-        outcome = run("chat", "-m", speaker, *OPTIONS, "-n", 3, "--system", "Hm", stdin=stdin)
-        assert outcome.exit_code == 0
-        assert caplog.text.count("takes no system message") == 1
-
-    @pytest.mark.parametrize("mode", [(), ("--policy", "never")], ids=["lossless", "river"])
-    def test_a_stop_string_may_spell_a_special_token(
-        self, speaker: str, mode: tuple[str, ...]
-    ) -> None:
-        options = (*OPTIONS, *mode, "--raw", "--stop")
-        stopped = answer(speaker, *options, "<|turn|>", prompt="Hi", length=3)
-        assert (stopped["tokens"], stopped["finish_reason"]) == ([SPOKEN], "stop")
-        going_on = answer(speaker, *options, "<|answer|>", prompt="Hi", length=3)
-        assert going_on["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from byte_models import byte_lm, byte_model, byte_tokenizer, save_folder
 from lossless_lm import lm_on
 from steps import append, begin
 from tiny_lm import character_tokenizer
@@ -52,15 +50,3 @@ def test_come_from_a_tokenizer_that_is_larger_than_the_embedding(engine: Any) ->
     with pytest.raises(RiverError, match=ABOVE):
         lm.generate("Hi <|user|> there", raw=True, max_new_tokens=3)
     assert len(lm.generate("Hi there", raw=True, max_new_tokens=3).tokens) == 3
-
-
-@pytest.mark.parametrize(("extra", "is_told"), [("<|user|>", True), ("<image_soft_token>", False)])
-def test_a_tokenizer_with_more_tokens_than_rows_is_told_when_it_is_loaded(
-    extra: str, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = save_folder(tmp_path / "model", byte_model(vocab_size=259), byte_tokenizer([extra]))
-    for _ in range(2):  # from its files, then from its repacked weights
-        caplog.clear()
-        byte_lm(folder)
-        messages = [record.getMessage() for record in caplog.records]
-        assert [extra in message for message in messages] == [True] * is_told

@@ -30,7 +30,7 @@ from river_llm.river.policy import ExitPolicy, check_is_policy
 from river_llm.river.residency import ResidencyPlan
 from river_llm.river.river import Progress
 from river_llm.settings import split_settings
-from river_llm.text.prompt import Message, Prompt, encode_prompt, warn_of_unusable_tokens
+from river_llm.text.prompt import Message, Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,6 @@ class RiverLM:
         fallback_reason: str | None = None,
         residency: ResidencyPlan | None = None,
     ) -> None:
-        warn_of_unusable_tokens(tokenizer, engine.vocab_size)
         self.engine = engine
         self.tokenizer = tokenizer
         self.river_config = river_config

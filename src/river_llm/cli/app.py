@@ -87,7 +87,8 @@ def main() -> None:
     except Exception as error:
         usage_message = getattr(error, "format_message", None)
         if usage_message is not None:  # the parser's own: an unknown option, a missing argument
-            _fail(" ".join(usage_message().split()) + f" ({_usage_hint(error)})", code=2)
+            message = " ".join(usage_message().split())
+            _fail(f"{message} (--help shows what there is)", code=2)
         if isinstance(error, OSError) and _is_of_stdout(error):
             _drop_stdout()
             _fail(f"can't write the answer: {error.strerror or error}")
@@ -107,15 +108,6 @@ def _drop_stdout() -> None:
     """Keep Python from writing to stdout at its end."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _usage_hint(error: Exception) -> str:
-    hint = "--help shows what there is"
-    option = getattr(error, "option_name", None)
-    context = getattr(error, "ctx", None)
-    if option is None or context is None or context.command.name != "generate":
-        return hint
-    return f"{hint}; -- goes before a prompt that begins with -"
 
 
 def _explain(error: Exception) -> str:

@@ -116,7 +116,6 @@ def _reply(lm: RiverLM, cache: PromptCache | None, conversation: Conversation, t
     render.stdout.print()
     if responses:
         result = GenerationResult.of(lm.engine, responses, responses[-1].prompt_tokens, lm.policy)
-        for line in render.statistics_lines(result, with_depths=False):
-            render.stderr.print(line, style="dim")
+        render.print_statistics(result)
         if cache is not None:
             cache.keep(result.prompt_tokens)

@@ -132,8 +132,7 @@ def _answer(
     result = GenerationResult.of(lm.engine, responses, len(token_ids), lm.policy)
     if not json_output:
         render.stdout.print()
-        for line in render.statistics_lines(result):
-            render.stderr.print(line)
+        render.print_statistics(result)
     if cache is not None and responses:
         cache.keep(len(token_ids))
     variants = None

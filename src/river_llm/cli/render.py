@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -79,14 +79,11 @@ def lossless_line(statistics: LosslessStatistics) -> str:
     )
 
 
-def statistics_lines(result: GenerationResult, with_depths: bool = True) -> list[RenderableType]:
-    """What came of an answer: of drafting or of the exits, and of the whole."""
-    lines: list[RenderableType] = []
+def print_statistics(result: GenerationResult) -> None:
+    """What came of an answer, on stderr: of drafting, and of the whole."""
     if result.lossless is not None:
-        lines.append(lossless_line(result.lossless))
-    elif result.tokens and with_depths:
-        lines.append(exit_depth_table(result.exit_layers, result.num_layers))
-    return [*lines, statistics_line(result)]
+        stderr.print(lossless_line(result.lossless), style="dim")
+    stderr.print(statistics_line(result), style="dim")
 
 
 def statistics_line(result: GenerationResult) -> str:

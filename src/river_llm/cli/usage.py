@@ -13,30 +13,21 @@ def usage_error(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def given_options(context: typer.Context) -> set[str]:
-    """The options on the command line, as `--help` names them."""
-    return {
-        option.opts[0]
-        for option in context.command.params
-        if option.opts[0].startswith("-")
-        and option.name is not None
-        and _is_on_command_line(context, option.name)
-    }
-
-
 def refuse_idle(context: typer.Context, reason: str, idle: set[str]) -> None:
     """Validate that none of these options is on the command line, where they would say nothing.
 
     Raises:
         typer.Exit: some are.
     """
-    if given := sorted(given_options(context) & idle):
-        raise usage_error(f"{reason}; leave {', '.join(given)} out")
-
-
-def _is_on_command_line(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.opts[0] in idle
+        and (source := context.get_parameter_source(option.name or ""))
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise usage_error(f"{reason}; leave {', '.join(sorted(given))} out")
 
 
 def is_text(text: str) -> bool:

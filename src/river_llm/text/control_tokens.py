@@ -88,33 +88,22 @@ class ControlTokens:
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rendering: str, mark: str) -> list[int]:
         """The tokens of a rendering, without those that the tokenizer puts around a text. Control
-        tokens with a mark in them, or behind their only character, are text."""
+        tokens with a mark in them, or behind their only character, are text.
+
+        Raises:
+            ConfigError: the tokenizer is one in Python, which has no such copy.
+        """
         own = re.compile(f"({self._any.pattern})(?!{mark}|{re.escape(_escaped(mark))})")
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            return self._encode_parts(tokenizer, own.split(rendering), mark)
+            raise ConfigError(
+                "a text spells a control token, and a tokenizer in Python can't take it for text; "
+                "leave it out, or set allow_control_tokens"
+            )
         if self._copy is None:
             self._copy = _respelled(backend, self._spellings)
         text = own.sub(lambda found: self._spellings[found.group()], rendering)
         return list(self._copy.encode(without_mark(text, mark), add_special_tokens=False).ids)
-
-    def _encode_parts(
-        self, tokenizer: PreTrainedTokenizerBase, parts: list[str], mark: str
-    ) -> list[int]:
-        """The tokens of texts with control tokens between them, one by one as tokenizers in Python
-        encode them too."""
-        token_ids: list[int] = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                token_ids.append(tokenizer.convert_tokens_to_ids(part))
-            elif part:
-                text = without_mark(part, mark)
-                token_ids += tokenizer.encode(
-                    text,
-                    add_special_tokens=False,
-                    split_special_tokens=self._any.search(text) is not None,
-                )
-        return token_ids
 
 
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ControlTokens]] = WeakKeyDictionary()

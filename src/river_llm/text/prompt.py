@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from river_llm.errors import ConfigError
-from river_llm.settings import is_whole_number
 from river_llm.text.chat_template import Message, check_encodable, encode_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Message", "Prompt", "encode_prompt", "encode_text", "warn_of_unusable_tokens"]
+__all__ = ["Message", "Prompt", "encode_prompt", "encode_text"]
 
 Prompt = str | Sequence[Message]
-
-_OF_OTHER_INPUTS = re.compile(r"image|img|vision|video|audio|speech", re.IGNORECASE)
-
-_log = logging.getLogger(__name__)
 
 
 def encode_prompt(
@@ -46,7 +39,11 @@ def encode_prompt(
             which are no text; there are messages but no chat template, or it can't take them; it
             doesn't read an argument, or a raw prompt has some.
     """
-    _check_is_prompt(prompt)
+    if not isinstance(prompt, str | list | tuple):
+        raise ConfigError(
+            f"the prompt is of type {type(prompt).__name__}; give a string, or a list of messages "
+            '{"role": ..., "content": ...}'
+        )
     if not prompt or (isinstance(prompt, str) and not prompt.strip() and not raw):
         raise ConfigError("the prompt is empty; give some text")
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
@@ -79,34 +76,3 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     starts = range(len(whole) - len(own) + 1)
     start = next((i for i in starts if whole[i : i + len(own)] == own), 0)
     return own if own[:start] == whole[:start] else [*whole[:start], *own]
-
-
-def _check_is_prompt(prompt: object) -> None:
-    if not isinstance(prompt, str | list | tuple):
-        raise ConfigError(
-            f"the prompt is of type {type(prompt).__name__}; give a string, or a list of messages "
-            '{"role": ..., "content": ...}'
-        )
-    if prompt and not isinstance(prompt, str) and all(map(is_whole_number, prompt)):
-        raise ConfigError(
-            "the prompt is a list of token ids; give its text, or give them to stream_tokens"
-        )
-
-
-def warn_of_unusable_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Say in one line that a tokenizer has tokens which the model has no embedding for; those that
-    stand for images and sounds are none of a text's."""
-    if len(tokenizer) <= vocab_size:
-        return
-    added = sorted(tokenizer.get_added_vocab().items(), key=lambda token: token[1])
-    beyond = [token for token, index in added if index >= vocab_size]
-    if beyond and all(map(_OF_OTHER_INPUTS.search, beyond)):
-        return
-    _log.warning(
-        "the tokenizer has %d tokens and the model's embedding %d rows: a text with one of the "
-        "others%s can't be read; take the model's own tokenizer, or resize the embedding "
-        "(resize_token_embeddings)",
-        len(tokenizer),
-        vocab_size,
-        f" ({beyond[0]})" if beyond else "",
-    )
