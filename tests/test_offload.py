@@ -161,7 +161,7 @@ class TestCommand:
             "never",
         )
         assert outcome.exit_code == 0
-        assert "offloading: layers 1 to 1 of 4 stay" in outcome.stderr
+        assert "offloading: 1 of 4 layers stay" in outcome.stderr
         assert "1 layers in memory" in outcome.stderr
         assert "tokens capped" in outcome.stderr
 

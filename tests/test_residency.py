@@ -48,8 +48,6 @@ class TestOffloadConfig:
         self, offload: Any, config: OffloadConfig | None
     ) -> None:
         assert OffloadConfig.of(offload) == config
-        if isinstance(offload, str):
-            assert OffloadConfig.parse(offload) == config
 
     @pytest.mark.parametrize(
         "offload", [2.5, True, [2], b"2", "", "-1", "2.5", "GiB", "2 GiBs", "all", "1e9", "٣GB B"]
@@ -92,7 +90,7 @@ class TestPlan:
     def test_says_a_budget_that_is_enough(self, fixed_bytes: int) -> None:
         with pytest.raises(ConfigError, match=r"^a memory budget of 1 B; .*alone take") as caught:
             ResidencyPlan(budget(1), [1], 1 + fixed_bytes, SIMILARITY)
-        config = OffloadConfig.parse(str(caught.value).rpartition(" ")[2])
+        config = OffloadConfig.of(str(caught.value).rpartition(" ")[2])
         assert config is not None
         assert ResidencyPlan(config, [1], 1 + fixed_bytes, SIMILARITY).resident in (0, 1)
 
@@ -123,6 +121,7 @@ class TestPlan:
         fixed = plan_of(layers(2))
         assert not fixed.note([5] * 100)
         assert fixed.resident == 2
+        assert fixed.describe() == "2 of 6 layers stay"
 
     @given(st.lists(st.integers(0, LAYERS), min_size=32, max_size=200))
     def test_of_auto_lets_one_token_in_a_hundred_miss(self, depths: list[int]) -> None:
@@ -132,10 +131,6 @@ class TestPlan:
         plan.note(rest)
         missed = sum(depth > plan.resident for depth in depths + rest)
         assert missed <= 0.01 * len(depths + rest)
-
-    def test_says_what_stays(self) -> None:
-        words = [plan_of(layers(n)).describe() for n in (0, 2, LAYERS)]
-        assert words == ["none of 6 layers stays", "layers 1 to 2 of 6 stay", "all 6 layers stay"]
 
 
 def test_statistics_of_one_answer_are_a_difference() -> None:

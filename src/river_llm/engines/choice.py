@@ -41,21 +41,15 @@ def why_not_native(model: PreTrainedModel, kv_bits: int = 16) -> str | None:
     return None
 
 
+@cache
 def check_threads(threads: int | None) -> None:
     """Warn, once in a process, of more threads than cores; None: as many as there are."""
-    if threads is not None:
-        _warn_of_many(threads, usable_threads())
-
-
-@cache
-def _warn_of_many(threads: int, usable: int) -> None:
-    if threads > usable:
-        cores = f"{usable} core{'s' * (usable > 1)}"
+    usable = usable_threads()
+    if threads is not None and threads > usable:
         _log.warning(
-            "%d threads share the %s that this process may use, and wait for each other; "
+            "%d threads wait for each other on the cores that this process may use; "
             "leave the threads out, or take %d at most",
             threads,
-            cores,
             usable,
         )
 

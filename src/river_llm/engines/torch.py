@@ -196,13 +196,9 @@ class TorchEngine(NotCopiedEngine):
                 inputs["position_ids"] = positions.to(self.device)
         wanted = torch.isin(places.rows, torch.tensor(step.logit_rows))
         sequences, columns = places.sequences[wanted], places.columns[wanted]
-        num_tokens = tokens.shape[1]
-        kept = columns.unique()  # type: ignore[no-untyped-call]
-        if not self._takes_logit_columns or len(kept) == num_tokens:
-            kept = torch.arange(num_tokens)
-        elif len(kept) == 0 or kept.tolist() == [num_tokens - 1]:
-            kept, inputs["logits_to_keep"] = torch.tensor([num_tokens - 1]), 1
-        else:
+        kept = torch.arange(tokens.shape[1])
+        if self._takes_logit_columns:
+            kept = columns.unique() if len(columns) else kept[-1:]  # type: ignore[no-untyped-call]
             inputs["logits_to_keep"] = kept.to(self.device)
         self._reset_angles()
         with self.attached.routed_by(_rule(step, places)):

@@ -9,8 +9,9 @@ that `attach_river` makes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,29 +188,22 @@ def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> N
     """
     num_tokens = 3
     order: list[str] = []
-    rows: dict[str, list[int]] = {
-        f"{layer.name}.{name}": [] for layer in layers for name in layer.linears
-    }
+    rows: dict[str, list[int]] = defaultdict(list)
 
-    def layer_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden_states = output[0] if isinstance(output, tuple) else output
-            plain = hidden_states.ndim == 3 and hidden_states.shape[:2] == (1, num_tokens)
-            order.append(name if plain else f"{name} with hidden states {hidden_states.shape}")
+    def after_layer(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        plain = hidden_states.ndim == 3 and hidden_states.shape[:2] == (1, num_tokens)
+        order.append(name if plain else f"{name} with hidden states {hidden_states.shape}")
 
-        return hook
+    def before_linear(name: str, module: nn.Module, args: Any) -> None:
+        rows[name].append(args[0].shape[:-1].numel())
 
-    def linear_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            rows[name].append(args[0].shape[:-1].numel())
-
-        return hook
-
-    handles = [layer.module.register_forward_hook(layer_hook(layer.name)) for layer in layers]
+    handles = []
     for layer in layers:
+        handles.append(layer.module.register_forward_hook(partial(after_layer, layer.name)))
         for name, linear in layer.linears.items():
-            full_name = f"{layer.name}.{name}"
-            handles.append(linear.register_forward_pre_hook(linear_hook(full_name)))
+            hook = partial(before_linear, f"{layer.name}.{name}")
+            handles.append(linear.register_forward_pre_hook(hook))
     try:
         device = model.get_input_embeddings().weight.device
         token_ids = torch.arange(num_tokens, device=device).unsqueeze(0)
@@ -231,7 +225,8 @@ def check_plain_decoder(model: PreTrainedModel, layers: list[DecoderLayer]) -> N
             "one was left out",
         )
         raise UnsupportedModelError(f"{refusal}its layers don't run once and in order ({odd})")
-    for name, calls in rows.items():
+    for name in (f"{layer.name}.{linear}" for layer in layers for linear in layer.linears):
+        calls = rows[name]
         if calls != [num_tokens]:
             raise UnsupportedModelError(
                 f"{refusal}{name} is called for {calls} rows where {num_tokens} tokens run, "

@@ -22,18 +22,8 @@ from river_llm.sizes import format_bytes
 OffloadKind = Literal["auto", "layers", "budget"]
 
 _MEBI = 2**20
-_UNITS = {
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 _CHOICES = "give off, auto, a number of layers that stay, or a size such as 2GiB"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt])(i?)b", re.IGNORECASE)
 _MISSED_SHARE = 0.01  # of tokens, that `auto` lets go deeper than the layers that stay
 _FIRST_LOOK, _LOOK_EVERY = 32, 16  # tokens
 _MEMORY = 512  # tokens that exit depths are remembered for, about
@@ -81,29 +71,23 @@ class OffloadConfig:
     def of(
         cls, offload: OffloadConfig | str | int | None, no_miss: bool = False
     ) -> OffloadConfig | None:
-        """From what `RiverLM.from_pretrained` takes: text as of `parse`, or a number of layers.
+        """From ``off``, ``auto``, a number of layers, or a size such as ``2GiB`` or ``800MB``.
 
         Raises:
             ConfigError: it is none of them, or there is nothing that `no_miss` could go with.
         """
-        if offload is None or isinstance(offload, str):
-            offload = cls.parse("off" if offload is None else offload, no_miss)
+        if isinstance(offload, str):
+            offload = cls._parse(offload.strip(), no_miss)
         elif is_whole_number(offload):
             offload = cls("layers", layers=offload, no_miss=no_miss)
-        elif not isinstance(offload, OffloadConfig):
+        elif offload is not None and not isinstance(offload, OffloadConfig):
             raise ConfigError(f"offload is {offload!r}; {_CHOICES}")
         if no_miss and (offload is None or not offload.no_miss):
             raise ConfigError("no_miss goes with offload: a number of layers that stay, or a size")
         return offload
 
     @classmethod
-    def parse(cls, text: str, no_miss: bool = False) -> OffloadConfig | None:
-        """``off``, ``auto``, a number of layers, or a size such as ``2GiB`` or ``800MB``.
-
-        Raises:
-            ConfigError: it is none of them.
-        """
-        text = text.strip()
+    def _parse(cls, text: str, no_miss: bool) -> OffloadConfig | None:
         if text.lower() == "off":
             return None
         if text.lower() == "auto":
@@ -111,9 +95,10 @@ class OffloadConfig:
         if text.isdecimal():
             return cls("layers", layers=int(text), no_miss=no_miss)
         size = _SIZE.fullmatch(text)
-        if size is None or size[2].lower() not in _UNITS:
+        if size is None:
             raise ConfigError(f"offload is {text!r}; {_CHOICES}")
-        max_bytes = int(float(size[1]) * _UNITS[size[2].lower()])
+        power = 1 + "kmgt".index(size[2].lower())
+        max_bytes = int(float(size[1]) * (1024 if size[3] else 1000) ** power)
         return cls("budget", max_bytes=max_bytes, no_miss=no_miss)
 
 
@@ -172,12 +157,8 @@ class ResidencyPlan:
         return changed
 
     def describe(self) -> str:
-        """A few words: ``layers 1 to 3 of 16 stay``."""
-        if self.resident == self.num_layers:
-            return f"all {self.num_layers} layers stay"
-        if self.resident == 0:
-            return f"none of {self.num_layers} layers stays"
-        return f"layers 1 to {self.resident} of {self.num_layers} stay"
+        """A few words: ``3 of 16 layers stay``."""
+        return f"{self.resident} of {self.num_layers} layers stay"
 
     def _at_first(self, policy: ExitPolicy) -> int:
         config = self.config
