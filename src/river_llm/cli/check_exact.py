@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,14 +22,13 @@ from river_llm.config import (
     RiverConfig,
     SamplingConfig,
 )
-from river_llm.errors import DataError
+from river_llm.errors import DataError, InterruptedRunError
 from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
     from river_llm.lm import RiverLM
-    from river_llm.measure.exactness import Difference, Exactness
+    from river_llm.measure.exactness import Exactness
     from river_llm.text.prompt import Prompt
-
 
 _SAMPLING = SamplingConfig(max_new_tokens=128, seed=0)
 
@@ -65,36 +64,31 @@ def check_exact(
     built = saved_or_new(river, config)
     lm = load(model, built, None, engine, drafts)
     from river_llm.cli.progress import LoadingProgress
-    from river_llm.measure.exactness import InterruptedCheckError, check_exactness
+    from river_llm.measure.exactness import check_exactness
 
-    cut_short: InterruptedCheckError | None = None
-    try:
-        with LoadingProgress("answering") as progress:
-            found = check_exactness(
-                lm,
-                texts,
-                drafts=drafts,
-                batch_size=batch_size,
-                progress=progress.steps_done,
-                **form.to_dict(),
-                **sampling.to_dict(),
-            )
-    except InterruptedCheckError as error:
-        cut_short, found = error, error.found
+    with LoadingProgress("answering") as progress:
+        found = check_exactness(
+            lm,
+            texts,
+            drafts=drafts,
+            batch_size=batch_size,
+            progress=progress.steps_done,
+            **form.to_dict(),
+            **sampling.to_dict(),
+        )
     if json_output:
         output = {
             **describe_loaded(model, built, engine, lm),
             "drafts": drafts.to_dict(),
             "batch_size": batch_size,
             "sampling": sampling.to_dict(),
-            "interrupted": cut_short is not None,
             **asdict(found),
         }
         print_json(output)
-    elif found.prompts:
+    else:
         _print(lm, found)
-    if cut_short is not None:
-        raise cut_short
+    if found.interrupted:
+        raise InterruptedRunError(f"interrupted after {found.prompts} of {len(texts)} prompts")
     if found.differences:
         raise typer.Exit(1)
 
@@ -118,23 +112,14 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _prompt(line: str, name: str) -> Prompt:
     try:
-        return _prompt_of(json.loads(line))
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise usage_error(f"{name} is no prompt; give it messages, turns or prompt") from error
-
-
-def _prompt_of(entry: dict[str, Any]) -> Prompt:
-    if "messages" in entry:
-        messages = [
-            {"role": _text(message["role"]), "content": _text(message["content"])}
-            for message in entry["messages"]
-        ]
-        if not messages:
-            raise ValueError("no message")
-        return messages
-    if "turns" in entry and not isinstance(entry["turns"], list):
-        raise TypeError("turns are a list")
-    return _text(entry["turns"][0] if "turns" in entry else entry["prompt"])
+        match json.loads(line):
+            case {"messages": [_, *_] as messages}:
+                return [{key: _text(one[key]) for key in ("role", "content")} for one in messages]
+            case {"turns": [text, *_]} | {"prompt": text}:
+                return _text(text)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise usage_error(f"{name} is no prompt; give it messages, turns or prompt")
 
 
 def _text(value: object) -> str:
@@ -144,33 +129,29 @@ def _text(value: object) -> str:
 
 
 def _print(lm: RiverLM, found: Exactness) -> None:
-    from river_llm.cli import render
+    from river_llm.cli.render import stdout
 
-    for difference in found.differences:
-        render.stdout.print(_line(lm, difference))
+    def shown(token: int | None) -> str:
+        return "the end" if token is None else repr(lm.tokenizer.decode([token]))
+
+    for one in found.differences:
+        best = zip(one.top_tokens, one.top_logits, strict=True)
+        logits = ", ".join(f"{shown(token)} {logit:.4f}" for token, logit in best)
+        stdout.print(
+            f"prompt {one.prompt + 1}, token {one.place + 1}: the backbone has "
+            f"{shown(one.backbone)}, lossless mode {shown(one.lossless)}"
+            + (f"; argmax there: {logits}" if logits else "")
+        )
     same = found.prompts - len(found.differences)
     quartiles = found.speed_up_quartiles
     spread = f", quartiles {quartiles[0]:.2f} to {quartiles[-1]:.2f}" if quartiles else ""
-    render.stdout.print(
+    stdout.print(
         f"{same} of {found.prompts} prompts have the backbone's own tokens ({found.tokens} in all)"
     )
-    render.stdout.print(
+    stdout.print(
         f"backbone {found.backbone_tokens_per_second:.1f} tokens/s, lossless "
         f"{found.lossless_tokens_per_second:.1f}: {found.speed_up:.2f}x{spread}; "
         f"{found.tokens_per_verification:.2f} tokens a verification, {found.draft_share:.0%} "
         f"drafted ({found.ngram_share:.0%} by the text itself), {found.draft_time_share:.0%} of "
         "the time in drafting"
     )
-
-
-def _line(lm: RiverLM, difference: Difference) -> str:
-    def shown(token: int | None) -> str:
-        return "the end" if token is None else repr(lm.tokenizer.decode([token]))
-
-    line = (
-        f"prompt {difference.prompt + 1}, token {difference.place + 1}: the backbone has "
-        f"{shown(difference.backbone)}, lossless mode {shown(difference.lossless)}"
-    )
-    pairs = zip(difference.top_tokens, difference.top_logits, strict=True)
-    best = ", ".join(f"{shown(token)} {logit:.4f}" for token, logit in pairs)
-    return f"{line}; argmax there: {best}" if best else line

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from river_llm.config import DraftConfig, PromptConfig, SamplingConfig
-from river_llm.errors import ConfigError, ContextFullError, InterruptedRunError
+from river_llm.errors import ConfigError, ContextFullError
 from river_llm.generate import GenerationResult, check_prompt
 from river_llm.generate.rows import new_sequence, prefill
 from river_llm.lm import RiverLM
 from river_llm.river.policy import ExitPolicy
 from river_llm.settings import split_settings
 from river_llm.text.prompt import Prompt
+
+_Both = tuple[list[GenerationResult], list[GenerationResult]]  # the backbone's, lossless mode's
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Exactness:
         speed_up_quartiles: of the ratios of single prompts or batches.
         tokens_per_verification, draft_share, ngram_share: over all answers; shares of the tokens.
         draft_time_share: of lossless mode's time, in drafting.
+        interrupted: whether Ctrl-C came before all prompts were answered.
     """
 
     prompts: int
@@ -63,18 +67,7 @@ class Exactness:
     draft_share: float
     ngram_share: float
     draft_time_share: float
-
-
-class InterruptedCheckError(InterruptedRunError):
-    """Ctrl-C came before all prompts were answered.
-
-    Attributes:
-        found: of those that were.
-    """
-
-    def __init__(self, found: Exactness, prompts: int) -> None:
-        super().__init__(f"interrupted after {found.prompts} of {prompts} prompts")
-        self.found = found
+    interrupted: bool
 
 
 def check_exactness(
@@ -96,7 +89,7 @@ def check_exactness(
     Raises:
         ConfigError: there is no prompt, sampling has no seed, and what `generate` raises.
         ContextFullError: a prompt doesn't fit the model's context; the message has its number.
-        InterruptedCheckError: Ctrl-C came; it has what was found so far.
+        KeyboardInterrupt: before the first answers.
     """
     if not prompts or batch_size < 1:
         raise ConfigError("give one prompt or more, in batches of one or more")
@@ -104,34 +97,34 @@ def check_exactness(
     if sampling.temperature > 0 and sampling.seed is None:
         raise ConfigError("sampled answers are comparable with a seed only; give one")
     encoded = [_encode(lm, number, prompt, form) for number, prompt in enumerate(prompts, 1)]
-    pairs: list[_Pair] = []
-
-    def answer(batch: Sequence[Prompt], policy: ExitPolicy | None) -> list[GenerationResult]:
-        of_mode = drafts if policy is None else None
-        return lm.generate_batch(batch, policy=policy, drafts=of_mode, **settings)
-
+    answers: list[_Both] = []
+    differences: list[Difference] = []
+    is_whole = False
+    modes = (ExitPolicy.never(), None), (None, ExitPolicy.never())
     try:
-        for number, first in enumerate(range(0, len(prompts), batch_size)):
-            batch = prompts[first : first + batch_size]
-            if number % 2:  # neither always comes first
-                backbone = answer(batch, ExitPolicy.never())
-                lossless = answer(batch, None)
-            else:
-                lossless = answer(batch, None)
-                backbone = answer(batch, ExitPolicy.never())
-            pair = _Pair(backbone, lossless)
-            for i, (exact, other) in enumerate(zip(backbone, lossless, strict=True)):
+        for first in range(0, len(prompts), batch_size):
+            found = {
+                policy: lm.generate_batch(
+                    prompts[first : first + batch_size],
+                    policy=policy,
+                    drafts=drafts if policy is None else None,
+                    **settings,
+                )
+                for policy in modes[len(answers) % 2]  # neither always comes first
+            }
+            both = found[ExitPolicy.never()], found[None]
+            for number, (exact, other) in enumerate(zip(*both, strict=True), first):
                 if exact.tokens != other.tokens:
-                    text = encoded[first + i]
-                    pair.differences.append(
-                        _difference(lm, first + i, text, exact.tokens, other.tokens)
-                    )
-            pairs.append(pair)
+                    tokens = exact.tokens, other.tokens
+                    differences.append(_difference(lm, number, encoded[number], *tokens))
+            answers.append(both)
             if progress:
                 progress(min(first + batch_size, len(prompts)), len(prompts))
+        is_whole = True
     except KeyboardInterrupt:
-        raise InterruptedCheckError(_exactness(pairs), len(prompts)) from None
-    return _exactness(pairs)
+        if not answers:
+            raise
+    return _summarise(answers, differences, not is_whole)
 
 
 def _encode(lm: RiverLM, number: int, prompt: Prompt, form: PromptConfig) -> list[int]:
@@ -146,86 +139,58 @@ def _encode(lm: RiverLM, number: int, prompt: Prompt, form: PromptConfig) -> lis
 def _difference(
     lm: RiverLM, number: int, prompt: list[int], backbone: list[int], lossless: list[int]
 ) -> Difference:
-    places = zip(backbone, lossless, strict=False)
-    shorter = min(len(backbone), len(lossless))
-    place = next((i for i, (a, b) in enumerate(places) if a != b), shorter)
-    tokens: tuple[int, ...] = ()
-    logits: tuple[float, ...] = ()
-    if place < len(backbone):
-        text = [*prompt, *backbone[:place]]
-        with new_sequence(lm.engine, len(text)) as sequence:
-            top = prefill(lm.engine, sequence, text, None).logits[0].float().topk(2)
-        tokens, logits = tuple(top.indices.tolist()), tuple(top.values.tolist())
+    pairs = zip_longest(backbone, lossless)
+    place, tokens = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    if place == len(backbone):
+        return Difference(number, place, *tokens, (), ())
+    text = [*prompt, *backbone[:place]]
+    with new_sequence(lm.engine, len(text)) as sequence:
+        top = prefill(lm.engine, sequence, text, None).logits[0].float().topk(2)
     return Difference(
-        number,
-        place,
-        backbone[place] if place < len(backbone) else None,
-        lossless[place] if place < len(lossless) else None,
-        tokens,
-        logits,
+        number, place, *tokens, tuple(top.indices.tolist()), tuple(top.values.tolist())
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """The answers of one batch, both ways, and where they differ."""
-
-    backbone: list[GenerationResult]
-    lossless: list[GenerationResult]
-    differences: list[Difference] = field(default_factory=list)
-
-
-def _exactness(pairs: Sequence[_Pair]) -> Exactness:
-    """Of all batches."""
-    backbone, lossless = _Speed(), _Speed()
-    ratios = []
-    for pair in pairs:
-        speeds = backbone.add(pair.backbone), lossless.add(pair.lossless)
-        if all(speeds):
-            ratios.append(speeds[1] / speeds[0])
-    found = [result.lossless for pair in pairs for result in pair.lossless if result.lossless]
+def _summarise(
+    answers: Sequence[_Both], differences: list[Difference], interrupted: bool
+) -> Exactness:
+    times = [(_decoded(backbone), _decoded(lossless)) for backbone, lossless in answers]
+    ratios = [_speed(*lossless) / _speed(*exact) for exact, lossless in times if exact[0]]
+    backbone, lossless = (
+        tuple(map(sum, zip(*one, strict=True))) for one in zip(*times, strict=True)
+    )
+    of_batches = [[r.lossless for r in batch if r.lossless] for _, batch in answers]
+    found = [one for batch in of_batches for one in batch]
     # times are of all that ran together
-    longest = [
-        max((r.lossless for r in pair.lossless if r.lossless), key=lambda one: one.verify_seconds)
-        for pair in pairs
-    ]
+    longest = [max(batch, key=lambda one: one.verify_seconds) for batch in of_batches]
     draft_seconds = sum(one.draft_seconds for one in longest)
     seconds = draft_seconds + sum(one.verify_seconds for one in longest)
-    decoded = max(1, lossless.tokens)
-    quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios
+    decoded = max(1, lossless[0])
+    speeds = _speed(*backbone), _speed(*lossless)
     return Exactness(
-        prompts=sum(len(pair.backbone) for pair in pairs),
-        tokens=sum(len(result.tokens) for pair in pairs for result in pair.backbone),
-        differences=[difference for pair in pairs for difference in pair.differences],
-        backbone_tokens_per_second=backbone.tokens_per_second,
-        lossless_tokens_per_second=lossless.tokens_per_second,
-        speed_up=lossless.tokens_per_second / backbone.tokens_per_second
-        if backbone.tokens_per_second
-        else 0.0,
-        speed_up_quartiles=tuple(quartiles),
-        tokens_per_verification=lossless.tokens / max(1, sum(one.verifications for one in found)),
+        prompts=sum(len(exact) for exact, _ in answers),
+        tokens=sum(len(result.tokens) for exact, _ in answers for result in exact),
+        differences=differences,
+        backbone_tokens_per_second=speeds[0],
+        lossless_tokens_per_second=speeds[1],
+        speed_up=speeds[1] / speeds[0] if speeds[0] else 0.0,
+        speed_up_quartiles=tuple(
+            statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios
+        ),
+        tokens_per_verification=lossless[0] / max(1, sum(one.verifications for one in found)),
         draft_share=sum(one.accepted_tokens for one in found) / decoded,
         ngram_share=sum(one.ngram_tokens for one in found) / decoded,
         draft_time_share=draft_seconds / seconds if seconds else 0.0,
+        interrupted=interrupted,
     )
 
 
-@dataclass(slots=True)
-class _Speed:
-    """Decoded tokens, and the seconds that they took."""
+def _decoded(batch: Sequence[GenerationResult]) -> tuple[int, float]:
+    """Tokens after the first of answers that ran together, and the seconds that they took."""
+    counts = [(len(result.tokens) - 1, result.decode_tokens_per_second) for result in batch]
+    seconds = max((count / speed for count, speed in counts if speed), default=0.0)
+    return sum(count for count, _ in counts), seconds
 
-    tokens: int = 0
-    seconds: float = 0.0
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def add(self, batch: Sequence[GenerationResult]) -> float:
-        """Answers that ran together; their tokens per second."""
-        tokens = sum(len(result.tokens) - 1 for result in batch)
-        speeds = [(len(result.tokens) - 1, result.decode_tokens_per_second) for result in batch]
-        seconds = max((count / speed for count, speed in speeds if speed), default=0.0)
-        self.tokens += tokens
-        self.seconds += seconds
-        return tokens / seconds if seconds else 0.0
+def _speed(tokens: float, seconds: float) -> float:
+    return tokens / seconds if seconds else 0.0
