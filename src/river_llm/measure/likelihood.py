@@ -8,7 +8,7 @@ with a question in full precision it would be the backbone's own whatever the po
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from river_llm.engines import Engine, Step
 from river_llm.engines.step import check_logits
 from river_llm.errors import LogitsError
+from river_llm.generate.cached_text import common_prefix
 from river_llm.river.policy import ExitPolicy
 
 _LOGIT_ROWS = 256  # whose logits are held at a time
@@ -33,14 +34,8 @@ class Candidate:
     token_ids: tuple[int, ...]
     start: int
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.start < len(self.token_ids):
-            raise ValueError(
-                f"a text of {len(self.token_ids)} tokens can't count from {self.start}"
-            )
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CandidateScore:
     """What an engine says of a candidate.
 
@@ -50,132 +45,96 @@ class CandidateScore:
         is_greedy: whether each of them is the argmax, so that greedy decoding gives them.
     """
 
-    log_likelihood: float
-    exit_layers: list[int]
-    is_greedy: bool
+    log_likelihood: float = 0.0
+    exit_layers: list[int] = field(default_factory=list)
+    is_greedy: bool = True
 
 
 class LikelihoodScorer:
-    """Scores candidates that share a prefix, which runs once.
+    """Scores candidates, of which those with the same question run it once.
 
-    Each of the items that run side by side has a sequence of the engine; a prefix that the item
-    before had too, as examples in front of each question are, isn't run again. `close` drops them.
-
-    Attributes:
-        tokens_run: how many tokens the engine has run so far.
+    Each of the items that run side by side has a sequence of the engine; what its question begins
+    with as the one before did, as examples in front of each question are, isn't run again. `close`
+    drops the sequences.
     """
 
     def __init__(self, engine: Engine, policy: ExitPolicy | None = None) -> None:
         """`policy` says when tokens leave the backbone; None: never."""
-        self.tokens_run = 0
         self._engine = engine
         thresholds = (policy or ExitPolicy.never()).thresholds(engine.num_layers)
         self._thresholds = torch.tensor(thresholds)
-        self._slots: list[_Slot] = []
+        self._held: dict[int, tuple[int, ...]] = {}  # sequence -> the first tokens in it
 
     def close(self) -> None:
         """Let go of the engine's sequences."""
-        for slot in self._slots:
-            self._engine.drop_sequence(slot.sequence)
-        self._slots = []
+        while self._held:
+            self._engine.drop_sequence(self._held.popitem()[0])
 
     def score(self, items: Sequence[Sequence[Candidate]]) -> list[list[CandidateScore]]:
-        """The score of every candidate of every item, the items side by side.
+        """The score of every candidate of every item, the items side by side. The candidates of an
+        item have the same question.
 
         Raises:
             ContextFullError: a candidate doesn't fit the model's context.
             LogitsError: see `check_likelihoods`.
         """
-        while len(self._slots) < len(items):
-            self._slots.append(_Slot(self._engine.add_sequence(), []))
-        slots = self._slots[: len(items)]
-        prefixes = [candidates[0].token_ids[: _shared_tokens(candidates)] for candidates in items]
-        self._run_prefixes(slots, prefixes)
+        while len(self._held) < len(items):
+            self._held[self._engine.add_sequence()] = ()
+        sequences = list(self._held)[: len(items)]
+        # the last token of a question predicts the answer's first
+        questions = [candidates[0].token_ids[: candidates[0].start - 1] for candidates in items]
+        self._run_questions(dict(zip(sequences, questions, strict=True)))
         scores: list[list[CandidateScore]] = [[] for _ in items]
         for place in range(max(map(len, items))):
             going = [i for i, candidates in enumerate(items) if place < len(candidates)]
-            found = self._score_rests([slots[i] for i in going], [items[i][place] for i in going])
+            found = self._score_answers({sequences[i]: items[i][place] for i in going})
             for i, score in zip(going, found, strict=True):
                 scores[i].append(score)
         return scores
 
-    def _run_prefixes(self, slots: Sequence[_Slot], prefixes: Sequence[tuple[int, ...]]) -> None:
-        """Have these in the slots' sequences; what they hold of them stays."""
+    def _run_questions(self, questions: dict[int, tuple[int, ...]]) -> None:
+        """Have these in the sequences; what they hold of them stays."""
         rows: list[tuple[int, int]] = []
-        for slot, prefix in zip(slots, prefixes, strict=True):
-            common = _common_length(prefix, slot.tokens)
-            self._truncate(slot, common)
-            rows += [(slot.sequence, token) for token in prefix[common:]]
+        for sequence, question in questions.items():
+            common = common_prefix(question, self._held[sequence])
+            self._engine.truncate(sequence, common)
+            self._held[sequence] = question[:common]
+            rows += [(sequence, token) for token in question[common:]]
         width = self._engine.prefill_rows or len(rows)
         for first in range(0, len(rows), max(1, width)):
-            sequences, tokens = zip(*rows[first : first + width], strict=True)
-            self._engine.forward(Step(tokens, sequences, self._thresholds, ()))
-            self.tokens_run += len(tokens)
-        for slot, prefix in zip(slots, prefixes, strict=True):
-            slot.tokens = list(prefix)
+            owners, tokens = zip(*rows[first : first + width], strict=True)
+            self._engine.forward(Step(tokens, owners, self._thresholds, ()))
+        self._held |= questions
 
-    def _score_rests(
-        self, slots: Sequence[_Slot], candidates: Sequence[Candidate]
-    ) -> list[CandidateScore]:
-        """Score what follows the prefixes in the slots, and leave them with those."""
-        tallies = [_Tally() for _ in slots]
-        begins = [len(slot.tokens) for slot in slots]
-        rests = [c.token_ids[n:-1] for c, n in zip(candidates, begins, strict=True)]
-        width = max(1, _LOGIT_ROWS // len(slots))
-        try:
-            for first in range(0, max(map(len, rests)), width):
-                parts = [rest[first : first + width] for rest in rests]  # each predicts the next
-                tokens = [token for part in parts for token in part]
-                sequences = [
-                    slot.sequence for slot, part in zip(slots, parts, strict=True) for _ in part
-                ]
-                step = Step(tokens, sequences, self._thresholds, range(len(tokens)))
-                result = self._engine.forward(step)
-                self.tokens_run += len(tokens)
-                row = 0
-                for i, part in enumerate(parts):
-                    predicted = begins[i] + first + 1  # by the first of these tokens
-                    skipped = max(0, candidates[i].start - predicted)
-                    targets = candidates[i].token_ids[predicted + skipped : predicted + len(part)]
-                    rows = slice(row + skipped, row + len(part))
-                    row += len(part)
-                    if targets:
-                        tallies[i].note(result.logits[rows], result.exit_layers[rows], targets)
-        finally:
-            for slot, begin in zip(slots, begins, strict=True):
-                self._truncate(slot, begin)
-        return [tally.score() for tally in tallies]
-
-    def _truncate(self, slot: _Slot, length: int) -> None:
-        self._engine.truncate(slot.sequence, length)
-        del slot.tokens[length:]
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A sequence of the engine, and the tokens in it."""
-
-    sequence: int
-    tokens: list[int]
-
-
-class _Tally:
-    """What is counted of a candidate."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._layers: list[int] = []
-        self._is_greedy = True
-
-    def note(self, logits: Tensor, exit_layers: Tensor, targets: Sequence[int]) -> None:
-        """Logits `[tokens, vocabulary]` predict these targets."""
-        self._sum += float(log_likelihoods(logits, targets).double().sum())
-        self._is_greedy &= logits.argmax(-1).tolist() == list(targets)
-        self._layers += exit_layers.tolist()
-
-    def score(self) -> CandidateScore:
-        """Of all that was noted."""
-        return CandidateScore(self._sum, self._layers, self._is_greedy)
+    def _score_answers(self, candidates: dict[int, Candidate]) -> list[CandidateScore]:
+        """Score one candidate in each sequence, behind its question."""
+        scores = [CandidateScore() for _ in candidates]
+        for sequence in candidates:
+            self._engine.truncate(sequence, len(self._held[sequence]))
+        width = max(1, _LOGIT_ROWS // len(candidates))
+        longest = max(len(one.token_ids) - one.start for one in candidates.values())
+        for first in range(0, longest, width):
+            parts = []  # each token predicts the next
+            for candidate in candidates.values():
+                begin = candidate.start - 1 + first
+                parts.append(candidate.token_ids[begin : begin + width + 1])
+            rows = [
+                (sequence, token)
+                for sequence, part in zip(candidates, parts, strict=True)
+                for token in part[:-1]
+            ]
+            owners, tokens = zip(*rows, strict=True)
+            result = self._engine.forward(Step(tokens, owners, self._thresholds, range(len(rows))))
+            row = 0
+            for score, part in zip(scores, parts, strict=True):
+                if targets := part[1:]:
+                    of_part = slice(row, row + len(targets))
+                    row += len(targets)
+                    logits = result.logits[of_part]
+                    score.log_likelihood += float(log_likelihoods(logits, targets).double().sum())
+                    score.is_greedy &= logits.argmax(-1).tolist() == list(targets)
+                    score.exit_layers += result.exit_layers[of_part].tolist()
+        return scores
 
 
 def score_candidates(
@@ -227,15 +186,3 @@ def check_likelihoods(values: Tensor, *logits: Tensor) -> None:
         for each in logits:
             check_logits(each)
         raise LogitsError("the model gives a token of the text no probability at all")
-
-
-def _shared_tokens(candidates: Sequence[Candidate]) -> int:
-    """How many first tokens all candidates share that predict nothing which counts."""
-    first = candidates[0].token_ids
-    longest = min(candidate.start for candidate in candidates) - 1
-    return min([longest, *(_common_length(first, c.token_ids) for c in candidates[1:])])
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
