@@ -62,18 +62,6 @@ def test_tells_shapes_and_bytes(
     assert inspect(model, "--river", tmp_path / "river") == output
 
 
-def test_shows_what_offloading_keeps(model: str) -> None:
-    output = inspect(model, "--offload", 1)
-    plan = output["offload"]
-    assert plan["resident_layers"] == 1
-    assert plan["all_bytes"] - plan["resident_bytes"] == output["backbone_linear_bytes"] * 3 // 4
-    assert plan["all_bytes"] == output["model_bytes"] + output["river_bytes"]
-    assert "1 of 4 layers stay" in run("inspect", model, "--offload", "1").stdout
-    auto = inspect(model, "--offload", "auto", "--text", "a long text " * 20, "--exit-layer", 2)
-    assert auto["offload"]["resident_layers"] == 2
-    run("inspect", model, "--offload", 9).check_fails(1, "the model has 4")
-
-
 def test_measures_are_those_of_the_library(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     output = inspect(model, "--text", TEXT, "--threshold", 0.85)
     policy = ExitPolicy.similarity(0.85)
@@ -104,16 +92,6 @@ def test_a_text_comes_from_a_file_or_stdin_as_far_as_it_fits(
     for name in ("tokens", "exit_layers"):
         assert cut[name] == expected[name][:5]
     assert len(inspect(other_model, "--text", "river " * 200)["tokens"]) == 96
-
-
-def test_tokens_leave_by_the_policy(model: str) -> None:
-    for options, exit_layer in (
-        (("--policy", "never"), 4),
-        (("--policy", "always"), 0),
-        (("--exit-layer", 3), 3),
-        (("--threshold", -1, "--first-layer", 2), 2),
-    ):
-        assert set(inspect(model, "--text", TEXT, *options)["exit_layers"]) == {exit_layer}
 
 
 def test_in_words(model: str) -> None:

@@ -63,8 +63,6 @@ def test_figures_are_those_of_the_untouched_model_and_its_quantised_copy(
     shortest = inspect_text(attached, TOKENS[:2])
     assert torch.equal(shortest.exit_layers, found.exit_layers[:2])
     assert bool(shortest.key_cosine.isfinite().all())
-    last = pairs[-1][1].mean(0)  # over heads
-    torch.testing.assert_close(found.final_value_cosine.double(), last, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.describe())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import load_attached, saved_or_new
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
-from river_llm.cli.usage import check_text, usage_error
+from river_llm.cli.usage import check_text, refuse_idle, usage_error
 from river_llm.config import (
     DEFAULT_MODEL,
     DEFAULT_THRESHOLD,
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from river_llm.measure.inspection import TextInspection
     from river_llm.river.attach import AttachedRiver
-    from river_llm.river.residency import OffloadConfig, ResidencyPlan
 
 
 @with_settings
 def inspect(
+    context: typer.Context,
     policy: PolicyConfig,
     config: RiverConfig,
     engine: EngineConfig,
@@ -53,11 +54,11 @@ def inspect(
     json_output: options.Json = False,
 ) -> None:
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
+    from river_llm.cli.progress import LoadingProgress
     from river_llm.river.policy import ExitPolicy
-    from river_llm.river.residency import OffloadConfig
 
+    refuse_idle(context, "nothing is evicted here", {"--offload", "--no-miss"})
     chosen = policy.exit_policy() or ExitPolicy.similarity(DEFAULT_THRESHOLD)
-    offloading = OffloadConfig.of(engine.offload)
     text = _read_text(text, text_file)
     if plot is not None:
         if text is None:
@@ -65,12 +66,6 @@ def inspect(
         _check_plot(plot)
     attached, tokenizer = load_attached(model, saved_or_new(river, config), chosen, engine)
     output = {"model": model, **_describe(attached)}
-    plan = None
-    if offloading is not None:
-        plan = _plan(attached, offloading, output)
-    inspection = None
-    from river_llm.cli.progress import LoadingProgress
-
     if text is not None:
         with LoadingProgress("reading the text"):
             inspection, pieces = _inspect(attached, tokenizer, text, max_tokens)
@@ -83,25 +78,17 @@ def inspect(
             "mean_exit_layer": float(inspection.exit_layers.float().mean()),
             "policy": attached.policy.to_dict(),
         }
-        if plan is not None:
-            plan.note(output["exit_layers"])
         if plot is not None:
             from river_llm.measure.plots import plot_inspection
 
             command = shlex.join(["river-llm", *sys.argv[1:]])
             plot_inspection(inspection, attached.policy, command, plot)
-    if plan is not None:
-        output["offload"] = {
-            "resident_layers": plan.resident,
-            "resident_bytes": plan.resident_bytes,
-            "all_bytes": plan.fixed_bytes + sum(plan.layer_bytes),
-        }
     if json_output:
         print_json(output)
-    else:
-        _show(output, inspection)
-        if plan is not None:
-            _show_plan(plan)
+        return
+    _show_model(output)
+    if text is not None:
+        _show_text(output)
 
 
 def _read_text(text: str | None, text_file: Path | None) -> str | None:
@@ -122,13 +109,13 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
 
 
 def _check_plot(plot: Path) -> None:
-    from river_llm.measure.plots import PLOT_SUFFIXES, has_matplotlib
+    from river_llm.measure.plots import PLOT_SUFFIXES
 
     if plot.suffix.lower() not in PLOT_SUFFIXES:
         raise usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
     if not plot.parent.is_dir():
         raise usage_error(f"--plot: there is no directory {plot.parent}")
-    if not has_matplotlib():
+    if find_spec("matplotlib") is None:
         raise usage_error("--plot needs matplotlib: pip install 'river-llm[plot]'")
 
 
@@ -154,31 +141,6 @@ def _describe(attached: AttachedRiver) -> dict[str, Any]:
     }
 
 
-def _plan(
-    attached: AttachedRiver, config: OffloadConfig, described: dict[str, Any]
-) -> ResidencyPlan:
-    """Which layers stay in memory by the policy, before a token was decoded."""
-    from river_llm.river.backbone import decoder_layers, linear_weight
-    from river_llm.river.residency import ResidencyPlan
-
-    layer_bytes = [
-        sum(linear_weight(linear).nbytes for linear in layer.linears.values())
-        for layer in decoder_layers(attached.model)
-    ]
-    rest = described["model_bytes"] - sum(layer_bytes) + described["river_bytes"]
-    return ResidencyPlan(config, layer_bytes, rest, attached.policy)
-
-
-def _show_plan(plan: ResidencyPlan) -> None:
-    from river_llm.cli.render import stdout
-
-    everything = plan.fixed_bytes + sum(plan.layer_bytes)
-    stdout.print(
-        f"offloading: {plan.describe()}, {format_bytes(plan.resident_bytes)} of weights instead of "
-        f"{format_bytes(everything)}"
-    )
-
-
 def _inspect(
     attached: AttachedRiver, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
 ) -> tuple[TextInspection, list[str]]:
@@ -193,15 +155,15 @@ def _inspect(
     return inspect_text(attached, token_ids), [tokenizer.decode([t]) for t in token_ids]
 
 
-def _show(output: dict[str, Any], inspection: TextInspection | None) -> None:
+def _show_model(output: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from river_llm.cli.render import exit_depth_table, print_token, stdout
+    from river_llm.cli.render import stdout
 
-    num_layers = output["num_layers"]
     river = output["river"]
     stdout.print(
-        f"{output['architecture']}, {num_layers} decoder layers, each with the linear layers"
+        f"{output['architecture']}, {output['num_layers']} decoder layers, each with the linear "
+        "layers"
     )
     shapes = Table("linear layer", "outputs x inputs", box=None)
     for name, (rows, columns) in output["linears"].items():
@@ -217,24 +179,25 @@ def _show(output: dict[str, Any], inspection: TextInspection | None) -> None:
         f"{river['group_size']} ({river['quantizer']}), {output['bits_per_weight']:.2f} bits a "
         f"weight, {100 * ratio:.0f} % of those weights"
     )
-    if inspection is None:
-        return
+
+
+def _show_text(output: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from river_llm.cli.render import exit_depth_table, print_token, stdout
+
+    num_layers, exit_layers = output["num_layers"], output["exit_layers"]
     stdout.print()
     table = Table(title=f"on {len(output['tokens'])} tokens")
     for heading in ("layer", "similarity", "key cosine", "value cosine", "tokens that leave here"):
         table.add_column(heading, justify="right")
-    leaving = inspection.exit_layers.bincount(minlength=num_layers + 1).tolist()
-    for layer in range(num_layers):
-        table.add_row(
-            str(layer + 1),
-            f"{output['similarity'][layer]:.4f}",
-            f"{output['key_cosine'][layer]:.4f}",
-            f"{output['value_cosine'][layer]:.4f}",
-            str(leaving[layer + 1] if layer + 1 < num_layers else f"{leaving[-1]} (stay)"),
-        )
+    measures = zip(output["similarity"], output["key_cosine"], output["value_cosine"], strict=True)
+    for layer, numbers in enumerate(measures, 1):
+        leaving = f"{exit_layers.count(layer)}{' (stay)' * (layer == num_layers)}"
+        table.add_row(str(layer), *(f"{number:.4f}" for number in numbers), leaving)
     stdout.print(table)
-    for piece, exit_layer in zip(output["tokens"], output["exit_layers"], strict=True):
+    for piece, exit_layer in zip(output["tokens"], exit_layers, strict=True):
         print_token(piece, exit_layer, num_layers)
     stdout.print("\n")
-    stdout.print(exit_depth_table(output["exit_layers"], num_layers))
+    stdout.print(exit_depth_table(exit_layers, num_layers))
     stdout.print(f"mean exit depth {output['mean_exit_layer']:.1f} of {num_layers}")

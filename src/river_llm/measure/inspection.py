@@ -22,15 +22,12 @@ class TextInspection:
         similarities: float32 `[L, T]`, state transition similarity of each backbone layer.
         key_cosine, value_cosine: float32 `[L]`, cosine between the keys (values) that the river
             alone and the backbone alone write, mean over heads and tokens.
-        final_value_cosine: float32 `[T-1]`, the same of the last layer's values for each token but
-            the first, mean over heads.
         exit_layers: int64 `[T]`, where each token leaves the backbone by the policy.
     """
 
     similarities: Tensor
     key_cosine: Tensor
     value_cosine: Tensor
-    final_value_cosine: Tensor
     exit_layers: Tensor
 
 
@@ -61,9 +58,8 @@ def inspect_text(attached: AttachedRiver, token_ids: Sequence[int]) -> TextInspe
     pairs = list(zip(river_cache.layers, backbone_cache.layers, strict=True))
     return TextInspection(
         similarities=similarities,
-        key_cosine=torch.stack([_cosine(a.keys, b.keys).mean() for a, b in pairs]),
-        value_cosine=torch.stack([_cosine(a.values, b.values).mean() for a, b in pairs]),
-        final_value_cosine=_cosine(pairs[-1][0].values, pairs[-1][1].values).mean((0, 1)).cpu(),
+        key_cosine=torch.stack([_cosine(a.keys, b.keys) for a, b in pairs]),
+        value_cosine=torch.stack([_cosine(a.values, b.values) for a, b in pairs]),
         exit_layers=exit_layers,
     )
 
@@ -77,6 +73,5 @@ def _run(attached: AttachedRiver, tokens: Tensor, policy: ExitPolicy) -> Dynamic
 
 
 def _cosine(river: Tensor, backbone: Tensor) -> Tensor:
-    """Cosine of each head and token but the first, `[1, heads, tokens]`, of keys or values
-    `[1, heads, tokens, head_dim]`."""
-    return F.cosine_similarity(river[:, :, 1:].float(), backbone[:, :, 1:].float(), dim=-1)
+    """Mean over heads and tokens but the first; each `[1, heads, tokens, head_dim]`."""
+    return F.cosine_similarity(river[:, :, 1:].float(), backbone[:, :, 1:].float(), dim=-1).mean()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 import warnings
 from pathlib import Path
@@ -17,11 +16,6 @@ if TYPE_CHECKING:
     from river_llm.measure.inspection import TextInspection
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def has_matplotlib() -> bool:
-    """Whether the extra `plot` is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_inspection(
