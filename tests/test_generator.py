@@ -117,11 +117,6 @@ class TestRequests:
             assert request.exit_layers == alone.exit_layers
             assert request.finish_reason == alone.finish_reason
 
-    def test_of_one_seed_have_random_numbers_of_their_own(self) -> None:
-        requests = [make(index=index, temperature=2.0) for index in range(3)]
-        run(Generator(ToyEngine()), requests)
-        assert len({tuple(answer(request)) for request in requests}) == 3
-
     def test_that_are_cancelled_leave_the_engine(self) -> None:
         generator = Generator(ToyEngine(prefill_rows=4))
         prompt, decoding = make(range(3, 20)), make()
@@ -207,15 +202,6 @@ class TestPrompts:
         assert prompt.minimum_groups == [0, 1, 2, 1, 2, *[3] * 5, 4, 5]
         assert prompt.mean_groups == [0, 1, 2, 3, 4, 5, 5, 6, 6, 6, 7, 8]
         assert decoded.minimum_groups == [0, 0, 1, 1, 2]
-
-    def test_have_thresholds_for_each_row_where_they_differ(self) -> None:
-        generator = Generator(ToyEngine())
-        run(generator, [make(policy=ExitPolicy.fixed(1)), make(policy=None)])
-        assert generator.engine.steps[0].thresholds.shape == (NUM_LAYERS,)
-        assert generator.engine.steps[1].thresholds.tolist() == [
-            [math.inf] + [-math.inf] * 3,
-            [math.inf] * 4,
-        ]
 
 
 class TestEnds:

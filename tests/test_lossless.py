@@ -30,7 +30,6 @@ from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor
 
 from river_llm import ConfigError, Conversation, DraftConfig, ExitPolicy, RiverLM
-from river_llm.engines import CpuEngine
 from river_llm.errors import LogitsError
 
 TEXT = "".join(chr(code) for code in range(ord(" "), ord("~")))
@@ -215,10 +214,3 @@ def test_a_conversation_keeps_what_the_backbone_wrote(lm: RiverLM, rows: list[in
         ).tokens
         assert answered == expected
         rows.clear()
-
-
-def test_a_smaller_head_drafts_by_default() -> None:
-    lm = lm_on("cpu")
-    assert isinstance(lm.engine, CpuEngine)
-    lossless(lm, PROMPTS[0], max_new_tokens=12)
-    assert lm.engine._draft_head_bits == lm.engine.draft_head_bits[0] == 8

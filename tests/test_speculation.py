@@ -12,7 +12,6 @@ from toy_engine import NUM_LAYERS, Clock, DraftingEngine
 
 from river_llm import DraftConfig
 from river_llm.generate import Generator, Recorder
-from river_llm.generate.budget import Budget
 from river_llm.generate.ngrams import LONGEST_MATCH, NgramIndex
 
 NO_NGRAMS = DraftConfig(ngram=False)
@@ -127,21 +126,6 @@ class TestDraftsOfTheText:
         for _ in range(most):
             whole.append(whole[place + len(whole) - len(text)])
         assert tokens == whole[len(text) :]
-
-
-class TestBudget:
-    def test_bounds_what_drafts_may_lose(self) -> None:
-        budget = Budget(0.5)
-        lost = drafts = 0.0
-        for _ in range(1000):
-            most = budget.affords(6)
-            drafts += most > 0
-            lost += 0.5 * most
-            if most:
-                budget.settle(most, 0, 0.5 * most)
-            budget.pay_in(1)
-        assert drafts > 10
-        assert lost < 3 + 0.02 * 1000
 
 
 class _Repeating:
