@@ -246,23 +246,6 @@ class TestAttaching:
                 exits.append(attached.last_exit_layers[mask.bool()])
             assert torch.equal(*exits)
 
-    def test_by_the_minimum_all_rows_leave_together(self) -> None:
-        attached = attach_river(tiny_model("Llama"), CONFIG)
-        thresholds = median_thresholds(attached, PROMPT)
-        depths: dict[str, list[Tensor]] = {"sequence": [], "minimum": []}
-        for rule, steps in depths.items():
-            attached.policy = ExitPolicy.per_layer(thresholds, batch=rule)
-            cache = DynamicCache()
-            logits_of(attached.model, PROMPT, past_key_values=cache)
-            for token in range(10, 30):
-                logits_of(
-                    attached.model, torch.tensor([[token], [token + 1]]), past_key_values=cache
-                )
-                steps.append(attached.last_exit_layers[:, 0])
-        assert any(len(step.unique()) > 1 for step in depths["sequence"])
-        assert all(len(step.unique()) == 1 for step in depths["minimum"])
-        assert int(depths["minimum"][0][0]) >= int(depths["sequence"][0].max())
-
 
 def test_weights_are_saved_as_ever(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     expected = {name: weight.clone() for name, weight in tiny_llama.state_dict().items()}

@@ -125,16 +125,6 @@ def test_kernels_agree_in_bfloat16_on_narrow_codes(bits: int, mean: float) -> No
     assert _relative_error(DequantizeKernel(matrix, CPU)(inputs), exact) < BFLOAT16_TOLERANCE
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_row_is_the_same_alone_and_among_others(bits: int) -> None:
-    matrix = _random_matrix(bits, 64, 40, 4)
-    inputs = _inputs(24, 256)
-    kernel = PackedInt4Kernel(matrix, CPU, torch.float32)
-    together = kernel(inputs)
-    for row in range(24):
-        torch.testing.assert_close(kernel(inputs[row : row + 1])[0], together[row])
-
-
 @pytest.mark.parametrize(
     ("dtype", "packed"),
     [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)],

@@ -147,13 +147,6 @@ class TestLayers:
         assert len(old) == len(kind.parts)
         assert all(reference() is None for reference in old)
 
-    @pytest.mark.parametrize("bits", [16, 8])
-    def test_of_a_saved_cache_go_on(self, bits: int) -> None:
-        layer, other = layer_class(bits)(), layer_class(bits)()
-        layer.update(*states(20, 0))
-        other.restore({name: getattr(layer, name).clone() for name in layer.parts}, torch.float32)
-        assert all(map(torch.equal, other.update(*states(3, 1)), layer.update(*states(3, 1))))
-
 
 class TestCodes:
     def test_are_those_of_plain_rounding(self) -> None:

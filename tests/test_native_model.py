@@ -141,35 +141,6 @@ class TestAngles:
 
         check()
 
-    def test_change_beyond_the_boundary_alone(self) -> None:
-        (table,), (unchanging,) = (
-            describe(model_of(case)).rotary for case in ("phi3, longrope", "llama")
-        )
-        for short, long in zip(table.angles(1, 16), table.angles(1, 16, True), strict=True):
-            assert not torch.equal(short, long)
-        for short, long in zip(unchanging.angles(0, 9), unchanging.angles(0, 9, True), strict=True):
-            assert torch.equal(short, long)
-
-    def test_of_gemma3_differ_by_the_kind_of_layer(self) -> None:
-        described = describe(model_of("gemma3_text"))
-        first, second = (table.angles(1, 9)[0] for table in described.rotary)
-        assert not torch.equal(first, second)
-        model = model_of("gemma3_text")
-        kinds = layer_types_of(model)
-        for parts, kind in zip(described.layers, model.config.layer_types, strict=True):
-            assert kinds[parts["rope"]] == kind
-
-    def test_take_part_of_a_head_where_the_model_does(self) -> None:
-        assert describe(model_of("llama")).shape["rotary_dim"] == 16
-        assert describe(model_of("phi3, partial rotary")).shape["rotary_dim"] == 8
-
-    def test_are_left_out_where_the_model_leaves_them_out(self) -> None:
-        model = model_of("smollm3")
-        without = [not layer.self_attn.use_rope for layer in model.model.layers]
-        assert any(without)
-        assert not all(without)
-        assert [parts["rope"] == -1 for parts in describe(model).layers] == without
-
 
 class TestDescribe:
     @every_model
@@ -310,9 +281,3 @@ def test_query_scales_are_those_of_transformers(first: int, count: int) -> None:
     positions = torch.arange(first, first + count)
     assert torch.equal(scales, get_llama_4_attn_scale(positions.unsqueeze(0), 0.3, 16).flatten())
     assert torch.equal(scales > 1, positions >= 16)
-
-
-def test_other_models_have_no_query_scales() -> None:
-    for case in CASES:
-        if "ministral3" not in case:
-            assert len(describe(model_of(case)).query_scales(0, 9)) == 0
