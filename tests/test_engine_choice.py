@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from command_line import run
 from steps import append, begin
-from stored_models import PROMPT, save_model, start_without_cache
+from stored_models import PROMPT, save_model
 from tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
@@ -210,15 +208,6 @@ def test_what_the_engine_cannot_run_is_refused_before_a_river_is_built(
         RiverLM.from_pretrained("relu", CONFIG, POLICY, **settings)
 
 
-def test_without_a_compiler_pytorch_answers(model: Path, request: pytest.FixtureRequest) -> None:
-    native = start_without_cache(model, CONFIG)
-    assert (native.engine.name, native.fallback_reason) == ("cpu", None)
-    request.getfixturevalue("not_built")
-    lm = start_without_cache(model, CONFIG)
-    assert (lm.engine.name, lm.fallback_reason) == ("torch", NOT_BUILT)
-    assert len(lm.generate(PROMPT, max_new_tokens=3).tokens) == 3
-
-
 class TestCommandLine:
     """`river-llm generate` says on stderr, in one line, that PyTorch serves in place of it."""
 
@@ -238,12 +227,3 @@ class TestCommandLine:
         assert self.notes("-m", model) == [NOTE + NOT_BUILT]
         outcome = run("generate", PROMPT, "-m", model, "--engine", "cpu")
         outcome.check_fails(1, "g++ 12", "take --engine torch")
-
-    def test_of_an_unsupported_model(self, model: Path, tmp_path: Path) -> None:
-        odd = shutil.copytree(model, tmp_path / "odd")
-        config = json.loads((odd / "config.json").read_text())
-        (odd / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
-        reason = "the native engine has no activation 'relu'"
-        assert self.notes("-m", odd) == [NOTE + reason]
-        outcome = run("generate", PROMPT, "-m", odd, "--engine", "cpu")
-        outcome.check_fails(1, f"{reason}; take --engine torch")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -119,15 +118,14 @@ class TorchEngine(NotCopiedEngine):
         lengths = {s: self.length(s) + len(of) for s, of in rows.items()}
         self._cache.lengths.update(lengths)  # not before all passes have come to their ends
         if len(passes) == 1:
-            one = passes[0]
-            return StepResult(one.logits, one.exit_layers, similarities=one.similarities)
-        rows_of_passes = torch.cat([one.rows for one in passes])
+            return passes[0][1]
+        rows_of_passes = torch.cat([of_pass for of_pass, _ in passes])
         order = rows_of_passes.argsort()
         wanted = torch.isin(rows_of_passes, torch.tensor(step.logit_rows))
-        similarities = [one.similarities for one in passes if one.similarities is not None]
+        similarities = [one.similarities for _, one in passes if one.similarities is not None]
         return StepResult(
-            torch.cat([one.logits for one in passes])[rows_of_passes[wanted].argsort()],
-            torch.cat([one.exit_layers for one in passes])[order],
+            torch.cat([one.logits for _, one in passes])[rows_of_passes[wanted].argsort()],
+            torch.cat([one.exit_layers for _, one in passes])[order],
             similarities=torch.cat(similarities, 1)[:, order] if similarities else None,
         )
 
@@ -177,8 +175,9 @@ class TorchEngine(NotCopiedEngine):
             return 0
         return length if boundary.keep_changing else boundary.positions + 1
 
-    def _run(self, step: Step, rows: Mapping[int, Sequence[int]]) -> _Pass:
-        """One pass of the model over the rows of some sequences."""
+    def _run(self, step: Step, rows: Mapping[int, Sequence[int]]) -> tuple[Tensor, StepResult]:
+        """One pass of the model over the rows of some sequences: these rows, ascending, and what
+        came of them."""
         batch, past = self._cache.aligned(list(rows), apart_from=set(step.sequences) - set(rows))
         text_length = max(self._text_length(s, len(of)) for s, of in rows.items())
         end = max(self.length(s) + len(of) for s, of in rows.items())
@@ -205,11 +204,11 @@ class TorchEngine(NotCopiedEngine):
             output = self.model(past_key_values=batch.cache, use_cache=True, **inputs)
         router = self.attached.router
         at = places.sequences, places.columns
-        return _Pass(
-            places.rows,
+        similarities = router.similarities
+        return places.rows, StepResult(
             output.logits[sequences, torch.searchsorted(kept, columns)],
             router.exit_layers[at],
-            None if router.similarities is None else router.similarities[:, at[0], at[1]],
+            similarities=None if similarities is None else similarities[:, at[0], at[1]],
         )
 
     def _reset_angles(self) -> None:
@@ -238,16 +237,6 @@ class TorchEngine(NotCopiedEngine):
         check_room(length, self.context_length)
         like = next(self.model.parameters())
         self._cache.write(self._known(sequence), tensors, length, like)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What came of a pass over some `rows` of a step, ascending; see `StepResult`."""
-
-    rows: Tensor
-    logits: Tensor
-    exit_layers: Tensor
-    similarities: Tensor | None
 
 
 def _rule(step: Step, places: RowPlaces) -> RoutingRule:

@@ -29,10 +29,10 @@ from river_llm.river.backbone import (
     text_decoder,
 )
 from river_llm.river.checked_generate import (
+    MIXED_PASS,
     checked_batching,
     checked_generate,
     marked_prefill,
-    refuse_mixed_pass,
 )
 from river_llm.river.kernels import KernelChoice, make_kernel
 from river_llm.river.offloading import EvictedLayers
@@ -265,7 +265,7 @@ class AttachedRiver(NotCopied):
         if num_tokens == 1:
             return "decode"
         if self._generates and not self._treats_alike():
-            refuse_mixed_pass()
+            raise RiverError(MIXED_PASS)
         return "prefill"
 
     def _before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:

@@ -25,6 +25,13 @@ _WAY_OUT = (
 )
 
 
+# Of a mode that isn't known by name.
+MIXED_PASS = (
+    "this mode of generate() runs several tokens at once behind those in the KV cache, of "
+    f"which the river can't know whether they are a prompt's; {_WAY_OUT}"
+)
+
+
 def checked_generate(
     model: PreTrainedModel,
     treats_alike: Callable[[], bool],
@@ -96,18 +103,6 @@ def _check_settings(settings: dict[str, Any], *configs: Any) -> None:
             "generate(use_cache=False) runs the whole text again for every token, so that none "
             f"leaves as an answer's tokens do; take use_cache=True, or {_WAY_OUT}"
         )
-
-
-def refuse_mixed_pass() -> None:
-    """Refuse a pass over several tokens after a prompt, of a mode that isn't known by name.
-
-    Raises:
-        RiverError: always.
-    """
-    raise RiverError(
-        "this mode of generate() runs several tokens at once behind those in the KV cache, of "
-        f"which the river can't know whether they are a prompt's; {_WAY_OUT}"
-    )
 
 
 def marked_prefill(
