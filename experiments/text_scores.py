@@ -6,7 +6,6 @@ of each is context, every token after it is predicted and counts.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class WindowScores:
         self.exit_layers += exit_layers[first:]
 
     def summarise(self) -> dict[str, Any]:
-        """See `TextScore`; and the mean divergence of each window."""
+        """See `divergence.summarise`; and the mean divergence of each window."""
         nll, kld, same = (torch.cat(part) for part in zip(*self._parts, strict=True))
         score = summarise(nll, kld, same, torch.tensor(self.exit_layers).float())
-        return {**asdict(score), "kld_of_windows": [float(kld.mean()) for _, kld, _ in self._parts]}
+        return {**score, "kld_of_windows": [float(kld.mean()) for _, kld, _ in self._parts]}

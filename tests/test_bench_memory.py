@@ -65,7 +65,7 @@ def test_the_kv_cache_has_the_width_that_is_asked_for(tmp_path: Path) -> None:
         engine.write_zeros(engine.add_sequence(), context)
     keep_weights(engines[16], tmp_path)
     (result,) = measure_memory(tmp_path, [MemoryVariant("full", 0, 0)], [context], 1, 1, 8)
-    assert result.expected_bytes == engines[8].rest_bytes + engines[8].cache_bytes
+    assert result["expected_bytes"] == engines[8].rest_bytes + engines[8].cache_bytes
     assert engines[8].cache_bytes < engines[16].cache_bytes
 
 

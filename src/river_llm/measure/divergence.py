@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,32 +10,6 @@ from torch import Tensor
 from river_llm.measure.likelihood import check_likelihoods
 
 _CHUNK_TOKENS = 128  # tokens whose distributions are held in float32 at a time
-
-
-@dataclass(frozen=True, slots=True)
-class TextScore:
-    """One variant's score over all predicted tokens, beside the backbone.
-
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood, with its standard error.
-        mean_kld: mean KL divergence from the backbone's distribution to this variant's, in nats,
-            with its standard error; then the median, 99 %, 99.9 % and the maximum.
-        same_top: share of tokens where both have the same argmax.
-        mean_exit_layer: mean number of backbone layers per token.
-        num_tokens: predicted tokens.
-    """
-
-    perplexity: float
-    perplexity_error: float
-    mean_kld: float
-    mean_kld_error: float
-    median_kld: float
-    kld_99: float
-    kld_999: float
-    max_kld: float
-    same_top: float
-    mean_exit_layer: float
-    num_tokens: int
 
 
 def compare_logits(
@@ -66,23 +39,25 @@ def compare_logits(
     return nll, kld, same
 
 
-def summarise(nll: Tensor, kld: Tensor, same: Tensor, exit_layers: Tensor) -> TextScore:
-    """Of predicted tokens, each `[tokens]`: see `compare_logits`."""
+def summarise(nll: Tensor, kld: Tensor, same: Tensor, exit_layers: Tensor) -> dict[str, float]:
+    """Of predicted tokens, each `[tokens]`, see `compare_logits`: perplexity and mean KL divergence
+    with their standard errors, quantiles of the latter, the share of tokens with the same argmax,
+    and the mean number of backbone layers."""
     perplexity = math.exp(float(nll.mean()))
-    quantiles = kld.quantile(torch.tensor([0.5, 0.99, 0.999])).tolist()
-    return TextScore(
-        perplexity=perplexity,
-        perplexity_error=perplexity * _standard_error(nll),
-        mean_kld=float(kld.mean()),
-        mean_kld_error=_standard_error(kld),
-        median_kld=quantiles[0],
-        kld_99=quantiles[1],
-        kld_999=quantiles[2],
-        max_kld=float(kld.max()),
-        same_top=float(same.mean()),
-        mean_exit_layer=float(exit_layers.mean()),
-        num_tokens=len(nll),
-    )
+    median, kld_99, kld_999 = kld.quantile(torch.tensor([0.5, 0.99, 0.999])).tolist()
+    return {
+        "perplexity": perplexity,
+        "perplexity_error": perplexity * _standard_error(nll),
+        "mean_kld": float(kld.mean()),
+        "mean_kld_error": _standard_error(kld),
+        "median_kld": median,
+        "kld_99": kld_99,
+        "kld_999": kld_999,
+        "max_kld": float(kld.max()),
+        "same_top": float(same.mean()),
+        "mean_exit_layer": float(exit_layers.mean()),
+        "num_tokens": len(nll),
+    }
 
 
 def _standard_error(values: Tensor) -> float:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,30 +51,6 @@ class MemoryVariant:
     with_river: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryResult:
-    """What one variant took at one length of context.
-
-    Attributes:
-        context: tokens.
-        tokens_per_second: of decoding at that length.
-        steady_bytes: resident memory of the process after some tokens at that length.
-        peak_bytes: the most since the process began.
-        base_bytes: resident memory before it held anything of the model: Python, its libraries.
-        expected_bytes: weights, keys and values that it should hold, by arithmetic.
-        misses: layers that had to be read back meanwhile.
-    """
-
-    variant: str
-    context: int
-    tokens_per_second: float
-    steady_bytes: int
-    peak_bytes: int
-    base_bytes: int
-    expected_bytes: int
-    misses: int
-
-
 def memory_variants(num_layers: int, exit_layers: Sequence[int], bits: int) -> list[MemoryVariant]:
     """Backbone, full quantisation, and River at fixed depths without and with offloading; at last
     the whole backbone with the layers behind the first depth read back for every token."""
@@ -110,7 +86,8 @@ def bench_memory(
             goes.
 
     Returns:
-        plain JSON values: the run, and a `MemoryResult` for each variant and context.
+        plain JSON values: the run, and the results of each variant at each context (see
+        `measure_memory`).
 
     Raises:
         ConfigError: the model has fewer layers, or a shorter context.
@@ -128,9 +105,10 @@ def bench_memory(
         results = measure_memory(
             Path(name), variants, contexts, rounds, threads, engine.kv_bits, progress
         )
-    full = {x.context: x.steady_bytes for x in results if x.variant == variants[1].name}
-    rows = [{**asdict(x), "times_full": x.steady_bytes / full[x.context]} for x in results]
-    return {**describe_run(), "rounds": rounds, "results": rows}
+    full = {x["context"]: x["steady_bytes"] for x in results if x["variant"] == variants[1].name}
+    for result in results:
+        result["times_full"] = result["steady_bytes"] / full[result["context"]]
+    return {**describe_run(), "rounds": rounds, "results": results}
 
 
 def keep_weights(engine: CpuEngine, directory: Path) -> None:
@@ -147,7 +125,7 @@ def measure_memory(
     threads: int | None = None,
     kv_bits: int = 16,
     progress: Progress | None = None,
-) -> list[MemoryResult]:
+) -> list[dict[str, Any]]:
     """Run the variants in interleaved rounds at each length, one process at a time.
 
     Args:
@@ -155,12 +133,22 @@ def measure_memory(
         contexts: tokens in the cache.
         rounds: at each length; the speed is their median, memory the largest.
 
+    Returns:
+        plain JSON values of each variant at each length:
+        ``tokens_per_second`` of decoding,
+        ``steady_bytes``, resident memory of the process after some tokens at that length,
+        ``peak_bytes``, the most since the process began,
+        ``base_bytes``, before it held anything of the model: Python, its libraries,
+        ``expected_bytes``, weights, keys and values that it should hold, by arithmetic,
+        ``misses``, layers that had to be read back meanwhile.
+
     Raises:
         RiverError: a process failed, for want of memory for example.
     """
-    steps, done, results = len(contexts) * rounds * len(variants), 0, []
+    steps, done = len(contexts) * rounds * len(variants), 0
+    results: list[dict[str, Any]] = []
     for context in contexts:
-        seen: dict[str, list[MemoryResult]] = {variant.name: [] for variant in variants}
+        seen: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         for order in interleaved(variants, rounds):
             for variant in order:
                 task = (str(directory), asdict(variant), context, threads, kv_bits)
@@ -169,24 +157,25 @@ def measure_memory(
                 if progress:
                     progress(done, steps)
         for found in seen.values():
-            speed = median(result.tokens_per_second for result in found)
-            largest = max(found, key=lambda result: result.steady_bytes)
-            results.append(replace(largest, tokens_per_second=speed))
+            speed = median(result["tokens_per_second"] for result in found)
+            largest = max(found, key=lambda result: result["steady_bytes"])
+            results.append(largest | {"tokens_per_second": speed})
     return results
 
 
-def _in_own_process(task: tuple[object, ...], name: str) -> MemoryResult:
+def _in_own_process(task: tuple[object, ...], name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, json.dumps(task)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         last = process.stderr.strip().rsplit("\n", 1)[-1] or f"status {process.returncode}"
         raise RiverError(f"{name} tokens could not be measured: {last}")
-    return MemoryResult(**json.loads(process.stdout))
+    result: dict[str, Any] = json.loads(process.stdout)
+    return result
 
 
 def _run(
     directory: str, variant: MemoryVariant, context: int, threads: int | None, kv_bits: int
-) -> MemoryResult:
+) -> dict[str, Any]:
     """In the variant's own process."""
     folder, resident = Path(directory), variant.resident_layers
     base = resident_memory_bytes()
@@ -213,18 +202,18 @@ def _run(
         step = Step(tokens, [sequence], thresholds, [0])
         tokens = engine.forward(step).best_tokens.tolist()
     seconds = time.perf_counter() - start
-    return MemoryResult(
-        variant=variant.name,
-        context=context,
-        tokens_per_second=NEW_TOKENS / seconds,
-        steady_bytes=resident_memory_bytes(),
-        peak_bytes=peak_memory_bytes(),
-        base_bytes=base,
-        expected_bytes=weights + engine.cache_bytes,
-        misses=engine.offload_statistics.misses,
-    )
+    return {
+        "variant": variant.name,
+        "context": context,
+        "tokens_per_second": NEW_TOKENS / seconds,
+        "steady_bytes": resident_memory_bytes(),
+        "peak_bytes": peak_memory_bytes(),
+        "base_bytes": base,
+        "expected_bytes": weights + engine.cache_bytes,
+        "misses": engine.offload_statistics.misses,
+    }
 
 
 if __name__ == "__main__":
     directory, variant, *numbers = json.loads(sys.argv[1])
-    print(json.dumps(asdict(_run(directory, MemoryVariant(**variant), *numbers))))
+    print(json.dumps(_run(directory, MemoryVariant(**variant), *numbers)))
