@@ -48,7 +48,9 @@ def print_token(text: str, exit_layer: int, num_layers: int, origin: Origin = "b
     mode of what guessed it, and without control characters; to a file as it is."""
     if stdout.is_terminal:
         text = text.translate(_WITHOUT_OBEYED)
-        style = _style(exit_layer, num_layers, origin)
+        style = exit_layer_style(0 if origin == "river" else exit_layer, num_layers)
+        if origin == "ngram":
+            style = _NGRAM_STYLE
         stdout.print(Text(text, style, tab_size=8), end="")
     else:
         stdout.file.write(text)
@@ -58,12 +60,6 @@ def print_token(text: str, exit_layer: int, num_layers: int, origin: Origin = "b
 def print_response(response: GenerationResponse, num_layers: int) -> None:
     """The same, of a stream's next piece."""
     print_token(response.text, response.exit_layer, num_layers, response.origin)
-
-
-def _style(exit_layer: int, num_layers: int, origin: Origin) -> str:
-    if origin == "ngram":
-        return _NGRAM_STYLE
-    return exit_layer_style(0 if origin == "river" else exit_layer, num_layers)
 
 
 def lossless_line(statistics: LosslessStatistics) -> str:

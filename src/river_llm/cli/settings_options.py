@@ -45,8 +45,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         for name, (kind, options) in of_settings.items():
             values = {field: given.pop(option) for field, option in options.items()}
+            for field, value in values.items():
+                if isinstance(value, list):
+                    values[field] = tuple(value)
             try:
-                given[name] = kind.of({field: _value(value) for field, value in values.items()})
+                given[name] = kind.of(values)
             except ConfigError as error:
                 raise usage_error(_as_options(str(error), options)) from error
         command(**given)
@@ -71,7 +74,7 @@ def option_parameter(one: Field[Any], hint: Any, base: Settings | None) -> inspe
             hint, default = list[str], [*(default or ())]  # type: ignore[misc]
         elif any(kind is str for kind in kinds):
             hint = str | None
-        elif any(_is_mapping(kind) for kind in kinds):
+        elif any(get_origin(kind) is Mapping for kind in kinds):
             hint, parse = str | None, _json_object(names[0])
     details = {
         "help": one.metadata["help"].replace("[", "\\["),
@@ -95,10 +98,6 @@ def _settable(kind: type[Settings]) -> list[tuple[Field[Any], Any]]:
     return [(one, hints[one.name]) for one in settable]
 
 
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -112,11 +111,6 @@ def _as_options(message: str, options: Mapping[str, str]) -> str:
         else word
         for i, word in enumerate(words)
     )
-
-
-def _is_mapping(kind: Any) -> bool:
-    origin = get_origin(kind)
-    return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def _json_object(option: str) -> Callable[[str | None], Any]:

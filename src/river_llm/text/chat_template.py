@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 
-WANTED_MESSAGES = 'messages must be a list of {"role": ..., "content": ...}, both of them strings'
+_WANTED = (
+    'messages must be a list of {"role": ..., "content": ...}; a role is a string, a content too, '
+    'or a list of {"type": "text", "text": ...}'
+)
 _OWN_VARIABLES = {"messages", "add_generation_prompt"}
 _Rank = tuple[bool, bool, bool]
 # (the system's text goes in front of the first user message, contents are lists of one part)
@@ -213,18 +216,10 @@ def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) 
     try:
         template: str = tokenizer.get_chat_template(None, arguments.get("tools"))
         _compile_jinja_template(template)
-    except TemplateError as error:
-        where = getattr(error, "lineno", None)
+    except (TemplateError, ValueError) as error:  # it is broken, or none of several is the default
         raise ConfigError(
-            f"the model's chat template is broken ({' '.join(str(error).split())}"
-            f"{'' if where is None else f', line {where}'}); get the model's own "
-            "chat_template.jinja, or give the prompt raw"
-        ) from error
-    except ValueError as error:
-        names = ", ".join(sorted(tokenizer.chat_template))
-        raise ConfigError(
-            f"the model has several chat templates, and none is named default ({names}); set "
-            "tokenizer.chat_template to one of them"
+            f"the model's chat template can't be used ({' '.join(str(error).split())}); get the "
+            "model's own chat_template.jinja, or give the prompt raw"
         ) from error
     return template
 
@@ -258,7 +253,7 @@ def _checked(message: object) -> Message:
         ConfigError: it is no message, or has something else than text.
     """
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ConfigError(WANTED_MESSAGES)
+        raise ConfigError(_WANTED)
     checked: Message = dict(message)
     if has_calls(checked):
         checked = checked_calls(checked)
@@ -269,13 +264,10 @@ def _checked(message: object) -> Message:
         for part in content:
             is_text = isinstance(part, dict) and part.get("type") == "text"
             if not is_text or not isinstance(part.get("text"), str):
-                raise ConfigError(
-                    "the content of a message has a part that is no text; the parts of a content "
-                    'are {"type": "text", "text": ...}, or the content is one string'
-                )
+                raise ConfigError(_WANTED)
         checked["content"] = list(content)
     elif not isinstance(content, str):
-        raise ConfigError(WANTED_MESSAGES)
+        raise ConfigError(_WANTED)
     check_encodable(_text(checked))
     return checked
 
