@@ -41,11 +41,7 @@ class TorchEngine(NotCopiedEngine):
     prefill_rows: int | None = None
 
     def __init__(self, attached: AttachedRiver, kv_bits: int = 16) -> None:
-        """`kv_bits` are those of the KV cache: 16, whatever the model's dtype is, or 8.
-
-        Raises:
-            ConfigError: there is no cache of so many bits.
-        """
+        """`kv_bits` are those of the KV cache: 16, whatever the model's dtype is, or 8."""
         check_kv_bits(kv_bits)
         self.kv_bits = kv_bits
         self.attached = attached
@@ -135,11 +131,7 @@ class TorchEngine(NotCopiedEngine):
         return sequence
 
     def _rows(self, step: Step) -> dict[int, list[int]]:
-        """The rows of each sequence of a step.
-
-        Raises:
-            ContextFullError, RiverError: see `Engine.forward`.
-        """
+        """The rows of each sequence of a step, which is validated."""
         check_tokens(step.tokens, self.vocab_size)
         rows: dict[int, list[int]] = {}
         for row, sequence in enumerate(step.sequences):

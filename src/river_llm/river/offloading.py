@@ -41,11 +41,7 @@ class FileStore:
     """
 
     def __init__(self, directory: Path | None) -> None:
-        """`directory` is where the file is; None: where the system has its temporary files.
-
-        Raises:
-            RiverError: no file can be made there.
-        """
+        """`directory` is where the file is; None: where the system has its temporary files."""
         self.directory = directory or Path(tempfile.gettempdir())
         self.seconds_waited = 0.0
         try:
@@ -59,11 +55,7 @@ class FileStore:
         self._end = 0
 
     def put(self, index: int, weights: Sequence[Tensor]) -> None:
-        """Keep a layer's weights, once for all times.
-
-        Raises:
-            RiverError: there is no room.
-        """
+        """Keep a layer's weights, once for all times; a RiverError where there is no room."""
         if index in self._layers:
             return
         like = [torch.empty_like(weight, device="meta") for weight in weights]
@@ -129,11 +121,7 @@ class HostStore:
         return self._seconds
 
     def put(self, index: int, weights: Sequence[Tensor]) -> None:
-        """Keep a layer's weights, once for all times.
-
-        Raises:
-            RiverError: there is no room.
-        """
+        """Keep a layer's weights, once for all times; a RiverError where there is no room."""
         if index in self._layers:
             return
         try:
