@@ -311,15 +311,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "exit_code", "part"),
         [
-            (("--threads", "0"), 2, "--threads"),
             (("--batch", "1,x"), 2, "--batch takes numbers of 1 or more"),
             (("--depth", ""), 2, "--depth takes numbers of 0 or more"),
             (("--threshold", "1.5"), 2, "--threshold takes numbers from -1 to 1"),
             (("--threshold", "nan"), 2, "--threshold takes numbers from -1 to 1"),
-            (("--exit-layer", "-1"), 2, "--exit-layer takes numbers of 0 or more"),
             (("--prompt-tokens", 0, "--new-tokens", 0), 2, "nothing to time"),
             (("--exit-layer", 5), 1, "the model has 4 layers"),
-            (("--engine", "torch", "--lm-head-bits", 8), 2, "--engine cpu"),
             (("--offload", 1), 2, "leave --offload out"),
             (("--depth", 99_999), 1, "pp512 @ d99999 needs 100511 tokens"),
         ],

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _WORDS = ("engine", "variant", "test")  # columns; the others are numbers
 _WIDEST = 400
 _ENGINE = EngineConfig(device="cpu")
+_Row = dict[str, str]  # of a table: heading -> cell
 
 
 def _test(words: str, *names: str, **more: Any) -> Any:
@@ -164,9 +165,7 @@ def _numbers(
     return list(dict.fromkeys(values))
 
 
-def _print(
-    output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], dict[str, str]]
-) -> None:
+def _print(output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], _Row]) -> None:
     """A table, wide enough that no figure is cut off."""
     from rich.console import Console
     from rich.table import Table
@@ -186,7 +185,7 @@ def _print(
     Console(width=_WIDEST, highlight=False, markup=False).print(table)
 
 
-def _speed_row(result: Mapping[str, Any]) -> dict[str, str]:
+def _speed_row(result: Mapping[str, Any]) -> _Row:
     from river_llm.measure.rounds import Spread
 
     depth, read = result["mean_exit_layer"], result["bytes_per_token"]
@@ -202,7 +201,7 @@ def _speed_row(result: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _memory_row(result: Mapping[str, Any]) -> dict[str, str]:
+def _memory_row(result: Mapping[str, Any]) -> _Row:
     sizes = ("steady", "peak", "expected", "base")
     return {
         "variant": result["variant"],

@@ -78,9 +78,8 @@ def compare_variants(
     for name, policy in variants.items():
         speeds, depths, agreements = zip(*passes[name], strict=True)
         words = "lossless" if policy is None else policy.describe()
-        compared.append(
-            Compared(name, words, Spread.of(speeds), median(depths), median(agreements))
-        )
+        figures = Spread.of(speeds), median(depths), median(agreements)
+        compared.append(Compared(name, words, *figures))
     return compared
 
 

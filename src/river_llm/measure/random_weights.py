@@ -3,7 +3,7 @@ nothing else."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from typing import Any
 
 import torch
@@ -82,18 +82,7 @@ def random_river(model: PreTrainedModel, config: RiverConfig) -> River:
     layers = decoder_layers(model)
     linears = layers[0].linears.items()
     first = {name: quantize(linear_weight(linear), config) for name, linear in linears}
-    exit_layers = [
-        {
-            name: replace(
-                matrix,
-                packed=matrix.packed.clone(),
-                scales=matrix.scales.clone(),
-                zeros=matrix.zeros.clone(),
-            )
-            for name, matrix in first.items()
-        }
-        for _ in layers
-    ]
+    exit_layers = [copy.deepcopy(first) for _ in layers]
     return River(config, exit_layers, fingerprint(layers), model.config.model_type)
 
 

@@ -114,12 +114,7 @@ class Timing:
 
 
 class Variant(Protocol):
-    """One way to run the model.
-
-    Attributes:
-        name: in tables.
-        engine: what computes: ``cpu``, ``torch``, ``transformers``, ``llama.cpp``.
-    """
+    """One way to run the model; `engine` is what computes, as ``cpu`` or ``llama.cpp``."""
 
     name: str
     engine: str
