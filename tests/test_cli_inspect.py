@@ -120,7 +120,7 @@ def test_in_words(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("suffix", "magic"),
-    [("png", b"\x89PNG\r\n\x1a\n"), ("PNG", b"\x89PNG"), ("pdf", b"%PDF-"), ("svg", b"<?xml")],
+    [("PNG", b"\x89PNG"), ("pdf", b"%PDF-")],
 )
 def test_a_plot_is_written(model: str, tmp_path: Path, suffix: str, magic: bytes) -> None:
     path = tmp_path / f"figure.{suffix}"
