@@ -107,13 +107,8 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
     Raises:
         ConfigError: the group size doesn't divide `in_features`, or a weight is not finite.
     """
+    check_group_size(weight, config.group_size)
     rows, columns = weight.shape
-    if columns % config.group_size:
-        fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
-        fix = f"choose {' or '.join(fitting)}" if fitting else "no group size does"
-        raise ConfigError(
-            f"group size {config.group_size} does not divide the input width {columns}; {fix}"
-        )
     num_groups = columns // config.group_size
     block_rows = max(1, _BLOCK_ELEMENTS // columns)
     packed = torch.empty(rows, columns * config.bits // 8, dtype=torch.uint8, device=weight.device)
@@ -132,6 +127,19 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
         scales[block] = block_scales.view(-1, num_groups)
         zeros[block] = block_zeros.view(-1, num_groups)
     return QuantizedMatrix(packed, scales, zeros, config.bits, config.group_size)
+
+
+def check_group_size(weight: Tensor, group_size: int) -> None:
+    """Validate that groups fill the rows of a weight `[out_features, in_features]`.
+
+    Raises:
+        ConfigError: they don't.
+    """
+    columns = weight.shape[1]
+    if columns % group_size:
+        fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+        fix = f"choose {' or '.join(fitting)}" if fitting else "no group size does"
+        raise ConfigError(f"group size {group_size} does not divide the input width {columns}; {fix}")
 
 
 def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
