@@ -31,7 +31,7 @@ REFUSED: list[tuple[type[Settings], dict[str, Any], str]] = [
     (RiverConfig, {"bits": 7}, "bits is 7; it must be one of 2, 3, 4, 5, 6, 8"),
     (RiverConfig, {"bits": 4.0}, "bits is 4.0"),
     (RiverConfig, {"group_size": True}, "group_size is True"),
-    (RiverConfig, {"quantizer": "gguf"}, "one of hqq, rtn"),
+    (RiverConfig, {"quantizer": "gguf"}, "one of hqq, gptq, rtn"),
     (EngineConfig, {"engine": "tpu"}, "one of auto, cpu, torch"),
     (EngineConfig, {"threads": 0}, "threads is 0; it must be a whole number from 1 to 1024"),
     (EngineConfig, {"threads": 2.5}, "a whole number"),

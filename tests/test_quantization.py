@@ -247,7 +247,7 @@ def _hqq_slowly(
         ({"bits": 4.0}, "bits is 4.0; it must be one of"),
         ({"group_size": 48}, "group_size is 48; it must be one of 32, 64, 128"),
         ({"group_size": 64.0}, "group_size is 64.0; it must be one of"),
-        ({"quantizer": "gptq"}, "quantizer is 'gptq'; it must be one of hqq, rtn"),
+        ({"quantizer": "awq"}, "quantizer is 'awq'; it must be one of hqq, gptq, rtn"),
     ],
 )
 def test_settings_that_no_quantiser_has_are_refused(fields: dict[str, Any], message: str) -> None:

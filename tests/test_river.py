@@ -314,7 +314,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a manifest that is a list": (manifest_of(b"[1]"), f"{MANIFEST_NAME} is cut short"),
     "a manifest of nothing": (manifest_of(b"{}"), f"{MANIFEST_NAME} is cut short"),
     "a later format": (manifest(format_version=3), "format version 3, this release reads 2"),
-    "an unknown setting": (manifest(config={"axis": 1}), "damaged .*no river setting 'axis'"),
+    "an unknown setting": (manifest(config={"axis": 1}), "damaged .*there is no setting 'axis'"),
     "odd bits": (manifest(config={"bits": 7}), "damaged .*bits is 7; it must be one of 2, 3, 4"),
     "no config": (manifest(config=None), "damaged"),
     "other bits": (manifest(config={"bits": 2}), "holds other bits or groups"),

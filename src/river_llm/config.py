@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 
-Quantizer = Literal["hqq", "rtn"]
+Quantizer = Literal["hqq", "gptq", "rtn"]
 EngineChoice = Literal["auto", "cpu", "torch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 PolicyName = Literal["never", "always"]
@@ -42,15 +42,16 @@ MIN_TEMPERATURE = 1e-4  # besides 0: below it logits would leave the range of fl
 class RiverConfig(Settings):
     """How every linear weight of an exit layer is quantised. Activations stay in 16 bits (W4A16).
 
-    HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. The group size
-    has to divide the input width of every linear layer.
+    HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. GPTQ (Frantar et
+    al. 2022) fits the weights to calibration text and loses a third as much. The group size has to
+    divide the input width of every linear layer.
     """
 
     bits: int = setting(4, "Bits of a river's weight.", one_of(*BITS))
     group_size: int = setting(64, "Weights that share a scale and a zero.", one_of(*GROUP_SIZES))
     quantizer: Quantizer = setting(
         "hqq",
-        "How weights are quantised: hqq, or rtn (round to nearest).",
+        "How weights are quantised: hqq, gptq (better, slower), or rtn (round to nearest).",
         one_of(*get_args(Quantizer)),
     )
 

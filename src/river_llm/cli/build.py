@@ -11,6 +11,7 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import prepare_torch
 from river_llm.cli.settings_options import with_settings
+from river_llm.cli.usage import usage_error
 from river_llm.config import EngineConfig, RiverConfig
 from river_llm.sizes import format_bytes
 
@@ -22,23 +23,36 @@ def build(
         Path, typer.Option("--output", "-o", help="The folder to write the river to.")
     ],
     config: RiverConfig,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Text for gptq; by default the model writes one.", show_default=False),
+    ] = None,
+    *,
     engine: EngineConfig,
 ) -> None:
     """Build a model's exit river and write it to a folder."""
     from river_llm.cli.progress import LoadingProgress
     from river_llm.cli.render import stderr
 
+    if calibrate is not None and config.quantizer != "gptq":
+        raise usage_error("--calibrate goes with --quantizer gptq")
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
         from river_llm.load.model import load_backbone
+        from river_llm.river.calibration_text import read_text, written_text
         from river_llm.river.river import River
 
         River.check_place(output)
-        backbone, _ = load_backbone(
+        backbone, tokenizer = load_backbone(
             model, engine.torch_dtype, engine.device or "cpu", engine.trust_remote_code
         )
         start = time.perf_counter()
-        river = River.build(backbone, config, progress.layers_built)
+        text = None
+        if calibrate is not None:
+            text = read_text(calibrate, backbone, tokenizer)
+        elif config.quantizer == "gptq":
+            text = written_text(backbone, tokenizer, progress.text_written)
+        river = River.build(backbone, config, progress.layers_built, text)
         seconds = time.perf_counter() - start
         river.save(output)
     stderr.print(

@@ -42,6 +42,11 @@ class LoadingProgress:
         self._description = "building the exit river"
         self.steps_done(done, total)
 
+    def text_written(self, done: int, total: int) -> None:
+        """The model has written `done` of `total` tokens of each sequence to calibrate on."""
+        self._description = "writing calibration text"
+        self.steps_done(done, total)
+
     def steps_done(self, done: int, total: int) -> None:
         """`done` of `total` steps of the work."""
         self._steps = f" {done} of {total}"

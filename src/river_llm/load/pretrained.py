@@ -24,6 +24,7 @@ from river_llm.load.repacked_weights import (
     read_packed,
 )
 from river_llm.river.attach import AttachedRiver, attach_river, check_is_river
+from river_llm.river.calibration_text import written_text
 from river_llm.river.policy import ExitPolicy, check_is_policy
 from river_llm.river.residency import OffloadConfig, ResidencyPlan
 from river_llm.river.river import Progress, River
@@ -144,7 +145,9 @@ def _load(
     if check is not None:
         check(model)
     if not isinstance(river, River):
-        river = River.build(model, river, progress)
+        is_calibrated = river is not None and river.quantizer == "gptq"
+        text = written_text(model, tokenizer) if is_calibrated else None
+        river = River.build(model, river, progress, text)
     return model, tokenizer, river
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ class LayerInputs:
 
     def _record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         kwargs = dict(kwargs)
-        hidden_states = args[0] if args else kwargs.pop("hidden_states")
+        hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
         self._calls.setdefault(index, []).append((args[1:], kwargs))
         if index == 0:
             self.hidden_states.append(hidden_states)
@@ -76,7 +77,7 @@ def _recorded(
         return forward
 
     for index, layer in enumerate(layers):
-        layer.module.forward = replaced(index, layer.module)  # type: ignore[method-assign]
+        layer.module.forward = replaced(index, layer.module)
     try:
         yield
     finally:
@@ -101,32 +102,50 @@ def calibrated_exit_layers(
     Raises:
         ConfigError: the group size doesn't divide an input width, or something isn't finite.
     """
-    batches = list(token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1])))
+    batches = list(torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1])))
     inputs = LayerInputs(model, layers, batches)
     hidden_states = inputs.hidden_states
     for index, layer in enumerate(layers):
-        name = ""
-        quantized: dict[str, QuantizedMatrix] = {}
-        originals = {name: linear.weight.data for name, linear in layer.linears.items()}
+        run = partial(inputs.run, index, layer.module, hidden_states)
+        with _weights_restored(layer):
+            exit_layer = _quantized_layer(layer, run, config)
+            hidden_states = list(run())
+        yield exit_layer
+
+
+def _quantized_layer(
+    layer: DecoderLayer, run: Callable[[], Iterator[Tensor]], config: RiverConfig
+) -> dict[str, QuantizedMatrix]:
+    """Quantise a layer's linear weights, and put the quantised in their places.
+
+    Args:
+        run: runs the layer on the calibration text, batch by batch.
+    """
+    quantized: dict[str, QuantizedMatrix] = {}
+    for names, hessian in _hessians(layer, run):
+        weights = [linear_weight(layer.linears[name]) for name in names]
         try:
-            hessians = _hessians(layer, lambda: inputs.run(index, layer.module, hidden_states))
-            for names, hessian in hessians:
-                name = names[0]
-                weights = [linear_weight(layer.linears[name]) for name in names]
-                check_group_size(weights[0], config.group_size)
-                matrix = gptq(torch.cat(weights), hessian, config.bits, config.group_size)
-                for name, part in zip(names, _row_blocks(matrix, weights), strict=True):
-                    quantized[name] = part
-                    linear = layer.linears[name]
-                    dense = part.dequantize(linear.weight.dtype)
-                    linear.weight.data = dense.T if isinstance(linear, Conv1D) else dense
-            hidden_states = list(inputs.run(index, layer.module, hidden_states))
+            check_group_size(weights[0], config.group_size)
+            matrix = gptq(torch.cat(weights), hessian, config.bits, config.group_size)
         except ConfigError as error:
-            raise ConfigError(f"{layer.name}.{name}: {error}") from error
-        finally:
-            for name, linear in layer.linears.items():
-                linear.weight.data = originals[name]
-        yield {name: quantized[name] for name in layer.linears}
+            raise ConfigError(f"{layer.name}.{names[0]}: {error}") from error
+        blocks = _row_blocks(matrix, weights)
+        for name, weight, block in zip(names, weights, blocks, strict=True):
+            quantized[name] = block
+            dense = block.dequantize(weight.dtype)
+            linear = layer.linears[name]
+            linear.weight.data = dense.T if isinstance(linear, Conv1D) else dense
+    return {name: quantized[name] for name in layer.linears}
+
+
+@contextmanager
+def _weights_restored(layer: DecoderLayer) -> Iterator[None]:
+    originals = {name: linear.weight.data for name, linear in layer.linears.items()}
+    try:
+        yield
+    finally:
+        for name, linear in layer.linears.items():
+            linear.weight.data = originals[name]
 
 
 def _hessians(

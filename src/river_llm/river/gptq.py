@@ -42,11 +42,11 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantiz
     weight = weight.detach().float().clone()
     rows, columns = weight.shape
     diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError("the weight holds values that are not finite; check the model's file")
     if not bool(torch.isfinite(diagonal).all()):
         raise ConfigError("the inputs that it was calibrated on are not finite")
     scales, zeros = _searched_grids(weight, diagonal.clone(), bits, group_size)
-    if not bool(torch.isfinite(zeros).all()):
-        raise ConfigError("the weight holds values that are not finite; check the model's file")
     middle, largest = 2 ** (bits - 1), 2**bits - 1
     factor = _inverse_factor(hessian)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
@@ -73,7 +73,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += _DAMPING * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _searched_grids(
@@ -91,7 +92,9 @@ def _searched_grids(
         groups = weight[block].view(-1, num_groups, group_size)
         scale, zero_point = _searched_grid(groups, importance, bits)
         scales[block] = scale.squeeze(-1)
-        zeros[block] = ((2 ** (bits - 1) - zero_point) * scales[block].float().unsqueeze(-1)).squeeze(-1)
+        zeros[block] = (
+            (2 ** (bits - 1) - zero_point) * scales[block].float().unsqueeze(-1)
+        ).squeeze(-1)
     return scales, zeros
 
 

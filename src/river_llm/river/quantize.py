@@ -1,4 +1,5 @@
-"""A weight matrix to a `QuantizedMatrix`: HQQ, and round-to-nearest as the plain reference.
+"""A weight matrix to a `QuantizedMatrix` without data: HQQ, and round-to-nearest as the plain
+reference. (`gptq` is for weights whose inputs are known.)
 
 Every group of `group_size` consecutive inputs of an output row has a scale and a zero:
 
@@ -105,8 +106,11 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
     """Quantise a weight `[out_features, in_features]`; it is neither changed nor kept.
 
     Raises:
-        ConfigError: the group size doesn't divide `in_features`, or a weight is not finite.
+        ConfigError: the group size doesn't divide `in_features`, a weight is not finite, or the
+            quantizer needs inputs.
     """
+    if config.quantizer == "gptq":
+        raise ConfigError("gptq needs a layer's inputs; choose hqq or rtn for a weight alone")
     check_group_size(weight, config.group_size)
     rows, columns = weight.shape
     num_groups = columns // config.group_size
@@ -139,7 +143,9 @@ def check_group_size(weight: Tensor, group_size: int) -> None:
     if columns % group_size:
         fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
         fix = f"choose {' or '.join(fitting)}" if fitting else "no group size does"
-        raise ConfigError(f"group size {group_size} does not divide the input width {columns}; {fix}")
+        raise ConfigError(
+            f"group size {group_size} does not divide the input width {columns}; {fix}"
+        )
 
 
 def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
@@ -31,6 +32,7 @@ from river_llm.river.backbone import (
     fingerprint,
     linear_weight,
 )
+from river_llm.river.calibration import calibrated_exit_layers
 from river_llm.river.quantize import QuantizedMatrix, quantize
 from river_llm.store import STAGING_PREFIX, atomic_write, file_digest, file_state
 
@@ -73,24 +75,38 @@ class River:
         model: PreTrainedModel,
         config: RiverConfig | None = None,
         progress: Progress | None = None,
+        calibration: Tensor | None = None,
     ) -> River:
         """Quantise a copy of every decoder layer of `model`, which stays as it is.
 
         Args:
+            calibration: the token ids `[sequences, tokens]` that GPTQ calibrates on; see
+                `calibration_text`.
             progress: called after each layer with (layers done, layers in all).
 
         Raises:
             UnsupportedModelError: a layer is no plain decoder layer.
             RiverError: layers are evicted.
-            ConfigError: the group size doesn't divide the input width of some linear layer.
+            ConfigError: the group size doesn't divide the input width of some linear layer, or
+                GPTQ has no calibration text.
         """
         config = config or RiverConfig()
+        if config.quantizer == "gptq" and calibration is None:
+            raise ConfigError(
+                "gptq needs calibration text: river-llm build --quantizer gptq, or River.build "
+                "with calibration=written_text(model, tokenizer)"
+            )
         layers = decoder_layers(model)
         check_in_memory(layers)
         check_plain_decoder(model, layers)
+        made: Iterable[dict[str, QuantizedMatrix]]
+        if calibration is None or config.quantizer != "gptq":
+            made = (_quantize_layer(layer, config) for layer in layers)
+        else:
+            made = calibrated_exit_layers(model, layers, config, calibration)
         exit_layers = []
-        for done, layer in enumerate(layers, start=1):
-            exit_layers.append(_quantize_layer(layer, config))
+        for done, exit_layer in enumerate(made, start=1):
+            exit_layers.append(exit_layer)
             if progress:
                 progress(done, len(layers))
         return cls(config, exit_layers, fingerprint(layers), model.config.model_type)

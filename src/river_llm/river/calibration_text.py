@@ -1,0 +1,96 @@
+"""Text that exit layers are calibrated on: what the model itself writes, or a file's.
+
+A model's own text needs no data, and is in its languages and forms by construction. Each sequence
+begins with a token drawn evenly from the vocabulary, so that they differ, and goes on with samples
+from the model's whole distribution (as in Liu et al. 2023, "LLM-QAT").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from river_llm.errors import ConfigError, LogitsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUM_SEQUENCES = 48
+NUM_TOKENS = 256  # of a sequence
+_LEAST_SEQUENCES = 16  # below it the inputs of a layer have too few directions
+
+
+@torch.no_grad()
+def written_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Let the model write: token ids `[48, 256]`, or shorter where its context is.
+
+    Args:
+        progress: called after each token of the sequences with (tokens done, tokens in all).
+
+    Raises:
+        LogitsError: the model's logits are no numbers.
+    """
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (NUM_SEQUENCES, 1)
+    first = torch.randint(model.get_input_embeddings().weight.shape[0], size, generator=generator,
+                          device=device)  # fmt: skip
+    token_ids = torch.cat([_prefix(tokenizer).to(device).expand(NUM_SEQUENCES, -1), first], dim=1)
+    length = _sequence_length(model)
+    cache, new = None, token_ids
+    while token_ids.shape[1] < length:
+        output = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        if not bool(torch.isfinite(logits.logsumexp(-1)).all()):
+            raise LogitsError("the model's logits are no numbers, so it can't write a text")
+        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        token_ids = torch.cat([token_ids, new], dim=1)
+        if progress:
+            progress(token_ids.shape[1], length)
+    return token_ids
+
+
+def read_text(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids `[sequences, tokens]` from all over a file of UTF-8 text, at most `[48, 256]`.
+
+    Raises:
+        ConfigError: it can't be read, or is too short.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the calibration text {path} can't be read ({error})") from error
+    prefix = _prefix(tokenizer)
+    token_ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    length = _sequence_length(model) - len(prefix)
+    num_sequences = len(token_ids) // length
+    if num_sequences < _LEAST_SEQUENCES:
+        raise ConfigError(
+            f"the calibration text {path} has {len(token_ids)} tokens; give one of "
+            f"{NUM_SEQUENCES * length} ({_LEAST_SEQUENCES * length} at least), or leave it out, "
+            "and the model writes one"
+        )
+    sequences = token_ids[: num_sequences * length].view(num_sequences, length)
+    taken = torch.linspace(0, num_sequences - 1, min(NUM_SEQUENCES, num_sequences)).long()
+    sequences = sequences[taken]
+    whole = torch.cat([prefix.expand(len(sequences), -1), sequences], dim=1)
+    return whole.to(model.get_input_embeddings().weight.device)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """What the tokenizer puts before every text, as a BOS token: `[tokens]`."""
+    return torch.tensor(tokenizer("").input_ids, dtype=torch.long)
+
+
+def _sequence_length(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    return min(NUM_TOKENS, getattr(config, "max_position_embeddings", None) or NUM_TOKENS)
