@@ -279,7 +279,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a tokenizer's settings": (without("tokenizer.json"), "holds no tokenizer"),
     "a template in UTF-16": (
         written("chat_template.jinja", "Grüße".encode("utf-16")),
-        r"chat_template\.jinja is UTF-16 text",
+        r"chat_template\.jinja has NUL bytes, as UTF-16 has",
     ),
     "a template in Latin-1": (
         written("chat_template.jinja", "Grüße".encode("latin-1")),
