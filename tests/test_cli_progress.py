@@ -79,8 +79,8 @@ def test_every_phase_of_a_command_says_what_it_is(
 ) -> None:
     build, stream = River.build, RiverLM.stream_tokens
 
-    def slow_build(model: Any, config: Any, done: Callable[[int, int], None]) -> River:
-        return build(model, config, lambda *layers: (done(*layers), time.sleep(0.1)))
+    def slow_build(model: Any, config: Any, done: Callable[[int, int], None], text: Any) -> River:
+        return build(model, config, lambda *layers: (done(*layers), time.sleep(0.1)), text)
 
     def slow_stream(self: RiverLM, *args: Any, **options: Any) -> Iterator[Any]:
         for response in stream(self, *args, **options):
