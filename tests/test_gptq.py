@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from river_llm import River, RiverConfig, attach_river
 from river_llm.errors import ConfigError, LogitsError, RiverError
-from river_llm.river.calibration_text import NUM_SEQUENCES, read_text, written_text
+from river_llm.load.calibration_text import NUM_SEQUENCES, given_text, written_text
 from river_llm.river.gptq import gptq
 from river_llm.river.quantize import quantize
 
@@ -129,6 +129,13 @@ def test_layers_are_as_they_were_when_one_fails(tiny_llama: PreTrainedModel) -> 
     assert "forward" not in vars(tiny_llama.model.layers[0])
 
 
+def test_a_forward_that_hooks_have_replaced_stays(tiny_llama: PreTrainedModel) -> None:
+    layer = tiny_llama.model.layers[1]
+    layer.forward = hooked = layer.forward
+    River.build(tiny_llama, GPTQ, calibration=torch.arange(64).view(4, 16))
+    assert layer.forward is hooked
+
+
 def test_gptq_without_text_says_what_it_needs(tiny_llama: PreTrainedModel) -> None:
     with pytest.raises(RiverError, match="gptq needs calibration text"):
         attach_river(tiny_llama, GPTQ)
@@ -160,28 +167,17 @@ class TestText:
         with pytest.raises(LogitsError):
             written_text(tiny_llama, character_tokenizer())
 
-    def test_of_a_file_is_from_all_over_it(
-        self, tiny_llama: PreTrainedModel, tmp_path: Path
-    ) -> None:
-        path = tmp_path / "text"
-        path.write_text("a" * 64 + "b" * 64 * 98 + "c" * 64)
+    def test_given_is_from_all_over_it(self, tiny_llama: PreTrainedModel) -> None:
         tokenizer = character_tokenizer()
-        text = read_text(path, tiny_llama, tokenizer)
+        given = "a" * 64 + "b" * 64 * 98 + "c" * 64
+        text = given_text(given, tiny_llama, tokenizer)
         assert text.shape == (NUM_SEQUENCES, 64)
         firsts = tokenizer.decode(text[:, 0]).replace(" ", "")
         assert firsts == "a" + "b" * (NUM_SEQUENCES - 2) + "c"
 
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [(b"too short", "has 9 tokens; give one of 3072"), (b"\xff\xfe", "can't be read")],
-    )
-    def test_of_a_bad_file_is_refused(
-        self, content: bytes, message: str, tiny_llama: PreTrainedModel, tmp_path: Path
-    ) -> None:
-        path = tmp_path / "text"
-        path.write_bytes(content)
-        with pytest.raises(ConfigError, match=message):
-            read_text(path, tiny_llama, character_tokenizer())
+    def test_too_short_a_text_is_refused(self, tiny_llama: PreTrainedModel) -> None:
+        with pytest.raises(ConfigError, match="has 9 tokens; give one of 3072"):
+            given_text("too short", tiny_llama, character_tokenizer())
 
 
 class TestCommandLine:
@@ -199,10 +195,29 @@ class TestCommandLine:
         assert torch.equal(packed[0], packed[1])
         assert not torch.equal(packed[0], packed[2])
 
-    def test_refuses_a_text_without_gptq(self, model: str, tmp_path: Path) -> None:
-        outcome = run("build", model, "-o", tmp_path / "r", "--calibrate", "text")
-        assert outcome.exit_code == 2
-        assert "--calibrate goes with --quantizer gptq" in outcome.stderr
+    @pytest.mark.parametrize(
+        ("content", "options", "code", "message"),
+        [
+            (b"text", (), 2, "--calibrate goes with --quantizer gptq"),
+            (b"text", ("--quantizer", "gptq"), 1, "the calibration text has 1 tokens"),
+            (b"\xff\xfe", ("--quantizer", "gptq"), 1, "is no UTF-8 text"),
+            (None, ("--quantizer", "gptq"), 1, "can't be read as text"),
+        ],
+    )
+    def test_refuses_a_bad_text(
+        self,
+        content: bytes | None,
+        options: tuple[str, ...],
+        code: int,
+        message: str,
+        model: str,
+        tmp_path: Path,
+    ) -> None:
+        text = tmp_path / "text"
+        if content is not None:
+            text.write_bytes(content)
+        outcome = run("build", model, "-o", tmp_path / "r", "--calibrate", text, *options)
+        outcome.check_fails(code, message)
         assert not (tmp_path / "r").exists()
 
 

@@ -154,7 +154,7 @@ def test_the_block_size_changes_nothing(
     weight = _normal(37, 128) * torch.logspace(-3, 3, 37)[:, None]
     config = RiverConfig(4, 64, quantizer)
     expected = quantize(weight, config)
-    monkeypatch.setattr(quantization, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(quantization, "BLOCK_ELEMENTS", block_elements)
     _assert_same(quantize(weight, config), expected)
 
 

@@ -14,6 +14,7 @@ from river_llm.cli.settings_options import with_settings
 from river_llm.cli.usage import usage_error
 from river_llm.config import EngineConfig, RiverConfig
 from river_llm.sizes import format_bytes
+from river_llm.text.utf8 import read_text
 
 
 @with_settings
@@ -23,12 +24,11 @@ def build(
         Path, typer.Option("--output", "-o", help="The folder to write the river to.")
     ],
     config: RiverConfig,
+    engine: EngineConfig,
     calibrate: Annotated[
         Path | None,
         typer.Option(help="Text for gptq; by default the model writes one.", show_default=False),
     ] = None,
-    *,
-    engine: EngineConfig,
 ) -> None:
     """Build a model's exit river and write it to a folder."""
     from river_llm.cli.progress import LoadingProgress
@@ -36,10 +36,11 @@ def build(
 
     if calibrate is not None and config.quantizer != "gptq":
         raise usage_error("--calibrate goes with --quantizer gptq")
+    given = None if calibrate is None else read_text(calibrate)
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
+        from river_llm.load.calibration_text import given_text, written_text
         from river_llm.load.model import load_backbone
-        from river_llm.river.calibration_text import read_text, written_text
         from river_llm.river.river import River
 
         River.check_place(output)
@@ -48,8 +49,8 @@ def build(
         )
         start = time.perf_counter()
         text = None
-        if calibrate is not None:
-            text = read_text(calibrate, backbone, tokenizer)
+        if given is not None:
+            text = given_text(given, backbone, tokenizer)
         elif config.quantizer == "gptq":
             text = written_text(backbone, tokenizer, progress.text_written)
         river = River.build(backbone, config, progress.layers_built, text)

@@ -15,6 +15,7 @@ from river_llm.engines import CpuEngine, Engine, check_threads, choose_engine, m
 from river_llm.engines.native_core import check_built
 from river_llm.engines.step import Offloading
 from river_llm.errors import ConfigError
+from river_llm.load.calibration_text import written_text
 from river_llm.load.model import load_backbone
 from river_llm.load.repacked_weights import (
     PackedModel,
@@ -24,7 +25,6 @@ from river_llm.load.repacked_weights import (
     read_packed,
 )
 from river_llm.river.attach import AttachedRiver, attach_river, check_is_river
-from river_llm.river.calibration_text import written_text
 from river_llm.river.policy import ExitPolicy, check_is_policy
 from river_llm.river.residency import OffloadConfig, ResidencyPlan
 from river_llm.river.river import Progress, River

@@ -113,11 +113,13 @@ def check_exactness(
                 for policy in modes[len(answers) % 2]  # neither always comes first
             }
             both = found[ExitPolicy.never()], found[None]
-            for number, (exact, other) in enumerate(zip(*both, strict=True), first):
-                if exact.tokens != other.tokens:
-                    tokens = exact.tokens, other.tokens
-                    differences.append(_difference(lm, number, encoded[number], *tokens))
+            new = [  # whole before it counts: Ctrl-C may come
+                _difference(lm, number, encoded[number], exact.tokens, other.tokens)
+                for number, (exact, other) in enumerate(zip(*both, strict=True), first)
+                if exact.tokens != other.tokens
+            ]
             answers.append(both)
+            differences += new
             if progress:
                 progress(min(first + batch_size, len(prompts)), len(prompts))
         is_whole = True

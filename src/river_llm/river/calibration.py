@@ -36,7 +36,9 @@ class LayerInputs:
         hidden_states: of each batch, the first layer's input `[sequences, tokens, width]`.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[DecoderLayer], batches: list[Tensor]):
+    def __init__(
+        self, model: PreTrainedModel, layers: list[DecoderLayer], batches: list[Tensor]
+    ) -> None:
         self.hidden_states: list[Tensor] = []
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         with _recorded(layers, self._record):
@@ -76,13 +78,16 @@ def _recorded(
 
         return forward
 
+    originals = [vars(layer.module).get("forward") for layer in layers]  # as hooks have put there
     for index, layer in enumerate(layers):
         layer.module.forward = replaced(index, layer.module)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, original in zip(layers, originals, strict=True):
             del layer.module.forward
+            if original is not None:
+                layer.module.forward = original
 
 
 @torch.no_grad()
@@ -122,7 +127,9 @@ def _quantized_layer(
         run: runs the layer on the calibration text, batch by batch.
     """
     quantized: dict[str, QuantizedMatrix] = {}
-    for names, hessian in _hessians(layer, run):
+    hessians = _hessians(layer, run)
+    while hessians:
+        names, hessian = hessians.pop(0)  # each may take a gibibyte
         weights = [linear_weight(layer.linears[name]) for name in names]
         try:
             check_group_size(weights[0], config.group_size)

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from river_llm.errors import ConfigError
 from river_llm.river.bit_packing import pack_codes
-from river_llm.river.quantize import QuantizedMatrix
+from river_llm.river.quantize import BLOCK_ELEMENTS, SMALLEST_SCALE, QuantizedMatrix
 
 _DAMPING = 0.01  # of H's mean diagonal, added to it: H may be singular
 _BLOCK_COLUMNS = 64  # rounded between two updates of all columns behind them
-_BLOCK_ELEMENTS = 1 << 18  # weights whose grid is searched at a time: they stay in the CPU's cache
 _RANGES = 8  # each from a group's whole range down to half of it
 _REFITS = 2  # least-squares fits of scale and zero to the codes, for each range
-_SMALLEST_SCALE = 1e-30
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> QuantizedMatrix:
@@ -39,7 +37,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantiz
     Raises:
         ConfigError: weights or inputs are not finite.
     """
-    weight = weight.detach().float().clone()
+    weight = weight.detach().float()
     rows, columns = weight.shape
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(weight).all()):
@@ -51,7 +49,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantiz
     factor = _inverse_factor(hessian)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scale_of, zero_of = scales.float().T.contiguous(), zeros.float().T.contiguous()
-    transposed = weight.T.contiguous()  # a column is one line of memory
+    transposed = weight.T.clone(memory_format=torch.contiguous_format)  # columns are lines
     for start in range(0, columns, _BLOCK_COLUMNS):
         end = min(start + _BLOCK_COLUMNS, columns)
         block = transposed[start:end]
@@ -86,7 +84,7 @@ def _searched_grids(
     scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=weight.device)
     zeros = torch.empty_like(scales)
     importance = importance.view(1, num_groups, group_size) + 1e-12
-    block_rows = max(1, _BLOCK_ELEMENTS // columns)
+    block_rows = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, rows, block_rows):
         block = slice(start, min(start + block_rows, rows))
         groups = weight[block].view(-1, num_groups, group_size)
@@ -113,7 +111,7 @@ def _searched_grid(groups: Tensor, importance: Tensor, bits: int) -> tuple[Tenso
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for step in range(_RANGES):
         part = 1 - 0.5 * step / _RANGES
-        scale = ((high - low) * (part / largest)).clamp_(min=_SMALLEST_SCALE)
+        scale = ((high - low) * (part / largest)).clamp_(min=SMALLEST_SCALE)
         zero_point = (-low * part / scale).round_()
         for refit in range(_REFITS + 1):
             code = (groups / scale + zero_point).round_().clamp_(0, largest)
@@ -131,6 +129,6 @@ def _searched_grid(groups: Tensor, importance: Tensor, bits: int) -> tuple[Tenso
             variance = (weighted * deviation).sum(-1, keepdim=True)
             covariance = (weighted * groups).sum(-1, keepdim=True)
             slope = (covariance / variance.clamp(min=1e-30)).abs_()
-            scale = torch.where(variance > 0, slope, scale).clamp_(min=_SMALLEST_SCALE)
+            scale = torch.where(variance > 0, slope, scale).clamp_(min=SMALLEST_SCALE)
             zero_point = mean_code - mean_weight / scale
     return best_scale, best_zero

@@ -22,8 +22,8 @@ from river_llm.config import GROUP_SIZES, RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.river.bit_packing import pack_codes, unpack_codes
 
-_SMALLEST_SCALE = 1e-30  # below it a group is as good as zero, and its inverse would overflow
-_BLOCK_ELEMENTS = 1 << 18  # weights solved at a time: the working set stays in the CPU's cache
+SMALLEST_SCALE = 1e-30  # below it a group is as good as zero, and its inverse would overflow
+BLOCK_ELEMENTS = 1 << 18  # weights solved at a time: the working set stays in the CPU's cache
 
 # The solver's settings, as HQQ's authors ship them.
 _NORM = 0.7  # p of the l_p norm that the error is measured in
@@ -114,7 +114,7 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
     check_group_size(weight, config.group_size)
     rows, columns = weight.shape
     num_groups = columns // config.group_size
-    block_rows = max(1, _BLOCK_ELEMENTS // columns)
+    block_rows = max(1, BLOCK_ELEMENTS // columns)
     packed = torch.empty(rows, columns * config.bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=weight.device)
     zeros = torch.empty_like(scales)
@@ -157,7 +157,7 @@ def _min_max_grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low = groups.amin(1, keepdim=True).clamp_(max=0)
     high = groups.amax(1, keepdim=True).clamp_(min=0)
     scale = (high - low) / (2**bits - 1)
-    scale = torch.where(scale > _SMALLEST_SCALE, scale, torch.ones_like(scale))
+    scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
     return scale, -low / scale
 
 

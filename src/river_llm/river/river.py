@@ -80,8 +80,8 @@ class River:
         """Quantise a copy of every decoder layer of `model`, which stays as it is.
 
         Args:
-            calibration: the token ids `[sequences, tokens]` that GPTQ calibrates on; see
-                `calibration_text`.
+            calibration: the token ids `[sequences, tokens]` that GPTQ calibrates on, as of
+                `load.calibration_text`.
             progress: called after each layer with (layers done, layers in all).
 
         Raises:

@@ -8,13 +8,13 @@ from the model's whole distribution (as in Liu et al. 2023, "LLM-QAT").
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from river_llm.errors import ConfigError, LogitsError
+from river_llm.engines.step import check_logits
+from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,19 +39,18 @@ def written_text(
     Raises:
         LogitsError: the model's logits are no numbers.
     """
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    size = (NUM_SEQUENCES, 1)
-    first = torch.randint(model.get_input_embeddings().weight.shape[0], size, generator=generator,
-                          device=device)  # fmt: skip
-    token_ids = torch.cat([_prefix(tokenizer).to(device).expand(NUM_SEQUENCES, -1), first], dim=1)
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator(embedding.device).manual_seed(seed)
+    first = torch.empty(NUM_SEQUENCES, 1, dtype=torch.long, device=embedding.device)
+    first.random_(0, len(embedding), generator=generator)
+    prefix = _prefix(tokenizer).to(embedding.device)
+    token_ids = torch.cat([prefix.expand(NUM_SEQUENCES, -1), first], dim=1)
     length = _sequence_length(model)
     cache, new = None, token_ids
     while token_ids.shape[1] < length:
         output = model(input_ids=new, past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[:, -1].float()
-        if not bool(torch.isfinite(logits.logsumexp(-1)).all()):
-            raise LogitsError("the model's logits are no numbers, so it can't write a text")
+        check_logits(logits, "calibration text: ")
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         token_ids = torch.cat([token_ids, new], dim=1)
         if progress:
@@ -59,30 +58,25 @@ def written_text(
     return token_ids
 
 
-def read_text(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids `[sequences, tokens]` from all over a file of UTF-8 text, at most `[48, 256]`.
+def given_text(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids `[sequences, tokens]` from all over a text, at most `[48, 256]`.
 
     Raises:
-        ConfigError: it can't be read, or is too short.
+        ConfigError: it is too short.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the calibration text {path} can't be read ({error})") from error
     prefix = _prefix(tokenizer)
     token_ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     length = _sequence_length(model) - len(prefix)
     num_sequences = len(token_ids) // length
     if num_sequences < _LEAST_SEQUENCES:
         raise ConfigError(
-            f"the calibration text {path} has {len(token_ids)} tokens; give one of "
+            f"the calibration text has {len(token_ids)} tokens; give one of "
             f"{NUM_SEQUENCES * length} ({_LEAST_SEQUENCES * length} at least), or leave it out, "
             "and the model writes one"
         )
     sequences = token_ids[: num_sequences * length].view(num_sequences, length)
     taken = torch.linspace(0, num_sequences - 1, min(NUM_SEQUENCES, num_sequences)).long()
-    sequences = sequences[taken]
-    whole = torch.cat([prefix.expand(len(sequences), -1), sequences], dim=1)
+    whole = torch.cat([prefix.expand(len(taken), -1), sequences[taken]], dim=1)
     return whole.to(model.get_input_embeddings().weight.device)
 
 
