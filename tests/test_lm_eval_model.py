@@ -357,7 +357,7 @@ SAMPLED = {"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 5, "se
         ({"do_sample": True, "temperature": 0.0}, SamplingConfig()),
         (SAMPLED, SamplingConfig(temperature=0.2, top_p=0.95, top_k=5, seed=3)),
         ({"num_beams": 1, "use_cache": True}, SamplingConfig()),
-        ({"num_beams": 4}, "no sampling setting 'num_beams'"),
+        ({"num_beams": 4}, "no setting 'num_beams'"),
         ({"max_gen_toks": 0}, "max_new_tokens is 0"),
         ({"top_p": 2}, "top_p is 2"),
     ],
