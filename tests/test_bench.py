@@ -317,7 +317,7 @@ class TestCommand:
             (("--threshold", "nan"), 2, "--threshold takes numbers from -1 to 1"),
             (("--prompt-tokens", 0, "--new-tokens", 0), 2, "nothing to time"),
             (("--exit-layer", 5), 1, "the model has 4 layers"),
-            (("--offload", 1), 2, "leave --offload out"),
+            (("--offload", 1), 2, "No such option: --offload"),
             (("--depth", 99_999), 1, "pp512 @ d99999 needs 100511 tokens"),
         ],
     )

@@ -256,6 +256,7 @@ REFUSED = [  # (arguments, exit code, part of the line); M is a model, A another
     ("generate Hi --engine torch --lm-head-bits 8", 2, "take --engine cpu"),
     ("generate Hi --offload 2.5", 2, "--offload is '2.5'; give off, auto, a number of layers"),
     ("generate Hi --no-miss --threshold 0.9", 2, "--no-miss goes with"),
+    ("inspect --offload 1", 2, "No such option: --offload"),
     ("generate Hi --no-miss --offload 1", 2, "lossless mode verifies with the whole backbone"),
     ("generate Hi --offload 1 --no-miss --exit-layer 1 --compare", 2, "leave out --no-miss"),
     ("generate Hi --prompt-cache f --threshold 0.9 --prefill sequence", 2, "doesn't go with"),

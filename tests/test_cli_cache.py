@@ -98,8 +98,11 @@ def test_of_one_model_leaves_the_others(source: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "tiny")
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     kept = [keep(place) for place in (model, file, source)]
-    listed = run("cache", file, "--json").json["folders"]
-    assert [folder["source"] for folder in listed] == [str(file)]
+    for name in (file, "tiny.gguf", "smollm2"):
+        listed = run("cache", name, "--json").json["folders"]
+        assert [folder["source"] for folder in listed] == [str(file)] * (name != "smollm2")
+    for part in ("tiny.g", "a", tmp_path.parent):
+        assert run("cache", part, "--clear").stderr.startswith("0 copies")
     assert run("cache", "--clear", file).stderr.startswith("1 copies")
     source.rmdir()  # a model that is gone still has its copy
     assert run("cache", source, "--clear").exit_code == 0
@@ -127,7 +130,7 @@ def test_of_a_hub_id_has_every_snapshot_and_asks_nobody(
     snapshots[0].rmdir()  # as where the Hub has a new one
     assert run("cache", "org/name", "--clear").stderr.startswith("2 copies")
     assert [folder.is_whole() for folder in kept] == [False, False, True, True]
-    assert run("cache", "models--name").stderr.startswith("1 copies")
+    assert run("cache", "name-2").stderr.startswith("0 copies")
     assert run("cache", "org/none").stderr.startswith("0 copies")
     folder = keep(save_model(Path("org/name-2")))  # a directory of that name comes first
     assert run("cache", "org/name-2", "--clear").stderr.startswith("1 copies")

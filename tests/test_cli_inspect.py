@@ -62,10 +62,6 @@ def test_tells_shapes_and_bytes(
     assert inspect(model, "--river", tmp_path / "river") == output
 
 
-def test_nothing_is_offloaded(model: str) -> None:
-    run("inspect", model, "--offload", 1).check_fails(2, "leave --offload out")
-
-
 def test_measures_are_those_of_the_library(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     output = inspect(model, "--text", TEXT, "--threshold", 0.85)
     policy = ExitPolicy.similarity(0.85)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +41,7 @@ def _variant(words: str, *names: str) -> Any:
     return typer.Option(*names, help=words, rich_help_panel="Variants")
 
 
-@with_settings
+@partial(with_settings, without=("offload", "no_miss"))  # --memory has its own
 def bench(
     context: typer.Context,
     config: RiverConfig,
@@ -71,7 +72,6 @@ def bench(
 ) -> None:
     """Time backbone, full quantisation and River in interleaved rounds, beside the memory bandwidth
     that they could use."""
-    refuse_idle(context, "bench offloads with --memory alone", {"--offload", "--no-miss"})
     if shape is not None:
         idle = {"--model", "--river", "--threshold", "--lossless", "--dtype"}
         refuse_idle(context, "--shape is random weights: speed at a fixed depth alone", idle)

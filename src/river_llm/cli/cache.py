@@ -9,6 +9,7 @@ import typer
 
 from river_llm.cli import options
 from river_llm.cli.streams import print_json
+from river_llm.config import DEFAULT_MODEL
 from river_llm.errors import RiverError
 from river_llm.sizes import format_bytes
 
@@ -17,7 +18,7 @@ def cache(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Only what is kept of this model: its path, Hub id, or part of either.",
+            help="Only what is kept of this model: its path, the path's last name, or its Hub id.",
             show_default=False,
         ),
     ] = None,
@@ -66,9 +67,14 @@ def cache(
 
 
 def _is_of(source: Path, name: str) -> bool:
-    """Whether a model's file or folder, there still or not, is one of this name; the Hub's own
-    cache has a folder models--org--name."""
-    if Path(name).exists():
-        return Path(name).resolve() in (source, *source.parents)
-    parts = (name, f"models--{name.replace('/', '--')}/")
-    return any(part.casefold() in source.as_posix().casefold() for part in parts)
+    """Whether a model's file or folder, there still or not, has this whole path or name; a folder
+    is also that of the GGUF files in it, and the Hub's cache has folders models--org--name."""
+    if name == DEFAULT_MODEL:
+        from river_llm.load.source import smollm2_path
+
+        name = str(smollm2_path())
+    path = Path(name).expanduser().resolve()
+    is_there = path in (source, source.parent)
+    if is_there or path.exists():
+        return is_there
+    return name == source.name or f"models--{name.replace('/', '--')}" in source.parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import load_attached, saved_or_new
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
-from river_llm.cli.usage import check_text, refuse_idle, usage_error
+from river_llm.cli.usage import check_text, usage_error
 from river_llm.config import (
     DEFAULT_MODEL,
     DEFAULT_THRESHOLD,
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
     from river_llm.river.attach import AttachedRiver
 
 
-@with_settings
+@partial(with_settings, without=("offload", "no_miss"))  # nothing is evicted here
 def inspect(
-    context: typer.Context,
     policy: PolicyConfig,
     config: RiverConfig,
     engine: EngineConfig,
@@ -57,7 +57,6 @@ def inspect(
     from river_llm.cli.progress import LoadingProgress
     from river_llm.river.policy import ExitPolicy
 
-    refuse_idle(context, "nothing is evicted here", {"--offload", "--no-miss"})
     chosen = policy.exit_policy() or ExitPolicy.similarity(DEFAULT_THRESHOLD)
     text = _read_text(text, text_file)
     if plot is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, fields
 from functools import wraps
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -20,11 +20,16 @@ from river_llm.settings import Settings
 ADVANCED = "Advanced"
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(
+    command: Callable[..., None], without: Container[str] = ()
+) -> Callable[..., None]:
     """A command for typer, which gets objects where it has parameters of settings classes.
 
     What a class refuses is wrong usage: one line, exit code 2. A parameter's default is an object
     with other defaults than the class has.
+
+    Args:
+        without: fields that get no option.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -36,7 +41,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             continue
         base = None if parameter.default is inspect.Parameter.empty else parameter.default
         options = {
-            one.name: option_parameter(one, field_type, base) for one, field_type in _settable(hint)
+            one.name: option_parameter(one, field_type, base)
+            for one, field_type in _settable(hint)
+            if one.name not in without
         }
         parameters += options.values()
         of_settings[parameter.name] = hint, {name: one.name for name, one in options.items()}
