@@ -13,8 +13,9 @@ from steps import append, begin, cached_states
 from stored_models import save_model
 
 from river_llm.errors import ContextFullError, RiverError
+from river_llm.load.repacked_weights import write_engine
 from river_llm.measure import memory
-from river_llm.measure.memory import MemoryVariant, keep_weights, measure_memory
+from river_llm.measure.memory import MemoryVariant, measure_memory
 
 LAYERS, EXIT, CONTEXT = 4, 1, 100
 RIVER = f"exit after {EXIT}"
@@ -51,7 +52,7 @@ def test_variants_hold_what_their_names_say(
 
 
 def test_says_why_a_process_failed(tmp_path: Path) -> None:
-    keep_weights(subject_of("llama").engine(), tmp_path)
+    write_engine(tmp_path, subject_of("llama").engine())
     (tmp_path / "weights.bin").write_bytes(b"short")
     with pytest.raises(RiverError, match=r"backbone at 8 tokens could .* has 5 bytes"):
         measure_memory(tmp_path, [MemoryVariant("backbone", 4)], [8], 1)
@@ -63,7 +64,7 @@ def test_the_kv_cache_has_the_width_that_is_asked_for(tmp_path: Path) -> None:
     engines = {bits: subject.engine(kv_bits=bits) for bits in (16, 8)}
     for engine in engines.values():
         engine.write_zeros(engine.add_sequence(), context)
-    keep_weights(engines[16], tmp_path)
+    write_engine(tmp_path, engines[16])
     (result,) = measure_memory(tmp_path, [MemoryVariant("full", 0, 0)], [context], 1, 1, 8)
     assert result["expected_bytes"] == engines[8].rest_bytes + engines[8].cache_bytes
     assert engines[8].cache_bytes < engines[16].cache_bytes

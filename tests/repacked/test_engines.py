@@ -21,7 +21,7 @@ from river_llm import ExitPolicy, RiverConfig
 from river_llm.config import BITS
 from river_llm.engines import CpuEngine
 from river_llm.load import repacked_weights
-from river_llm.load.repacked_weights import PackedModel, keep_packed, read_packed
+from river_llm.load.repacked_weights import keep_packed, read_packed
 from river_llm.store import (
     CachedFolder,
 )
@@ -36,10 +36,11 @@ def _folder(tmp_path: Path) -> CachedFolder:
 def again(engine: CpuEngine, tmp_path: Path, **options: Any) -> CpuEngine:
     """The engine of a copy of this engine's."""
     folder = _folder(tmp_path)
-    keep_packed(folder, PackedModel(engine, character_tokenizer(), ROUNDED, frozenset()))
+    keep_packed(folder, engine, character_tokenizer(), ROUNDED, frozenset())
     packed = read_packed(folder, ExitPolicy.never(), **{"threads": 1, **options})
     assert packed is not None
     assert packed.river_config == ROUNDED
+    assert isinstance(packed.engine, CpuEngine)
     return packed.engine
 
 
@@ -107,9 +108,9 @@ class TestAnEngine:
         engine = subject_of("llama").engine()
         plain = character_tokenizer()
         foreign = Foreign(tokenizer_object=plain.backend_tokenizer, eos_token="<end>")
-        keep_packed(_folder(tmp_path), PackedModel(engine, foreign, ROUNDED, frozenset()))
+        keep_packed(_folder(tmp_path), engine, foreign, ROUNDED, frozenset())
         changed = character_tokenizer()
         changed.chat_template = "another one"
         monkeypatch.setattr(repacked_weights, "_read_tokenizer", lambda *_: changed)
-        keep_packed(_folder(tmp_path), PackedModel(engine, plain, ROUNDED, frozenset()))
+        keep_packed(_folder(tmp_path), engine, plain, ROUNDED, frozenset())
         assert list(cache.iterdir()) == []

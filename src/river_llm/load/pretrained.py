@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +17,11 @@ from river_llm.errors import ConfigError
 from river_llm.load.calibration_text import written_text
 from river_llm.load.model import load_backbone
 from river_llm.load.repacked_weights import (
-    PackedModel,
+    Pretrained,
     keep_packed,
-    offload_packed,
     packed_folder,
     read_packed,
+    weights_file,
 )
 from river_llm.river.attach import AttachedRiver, attach_river, check_is_river
 from river_llm.river.policy import ExitPolicy, check_is_policy
@@ -35,18 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RiverChoice = str | Path | River | RiverConfig | None
-
-
-@dataclass(frozen=True, slots=True)
-class Pretrained:
-    """The parts of a `RiverLM`; see there."""
-
-    engine: Engine
-    tokenizer: PreTrainedTokenizerBase
-    river_config: RiverConfig
-    stop_tokens: frozenset[int]
-    fallback_reason: str | None = None
-    residency: ResidencyPlan | None = None
 
 
 def load_pretrained(
@@ -73,13 +60,7 @@ def load_pretrained(
     if folder is not None:
         packed = read_packed(folder, policy, config.threads, offload, config.kv_bits)
         if packed is not None:
-            return Pretrained(
-                packed.engine,
-                packed.tokenizer,
-                packed.river_config,
-                packed.stop_tokens,
-                residency=packed.residency,
-            )
+            return packed
     check = partial(choose_engine, config=config)
     model, tokenizer, made = _load(name_or_path, river, config, progress, check)
     ends = stop_tokens(model, tokenizer)
@@ -87,7 +68,7 @@ def load_pretrained(
     # else files were changed while they were read
     is_same = find_packed is not None and find_packed() == folder
     if folder is not None and isinstance(engine, CpuEngine) and is_same:
-        keep_packed(folder, PackedModel(engine, tokenizer, made.config, ends))
+        keep_packed(folder, engine, tokenizer, made.config, ends)
     residency = _offload(engine, folder, offload, policy) if offload is not None else None
     return Pretrained(engine, tokenizer, made.config, ends, reason, residency)
 
@@ -115,15 +96,15 @@ def _offload(
     engine: Engine, folder: CachedFolder | None, config: OffloadConfig, policy: ExitPolicy
 ) -> ResidencyPlan:
     """Evict layers of an engine that was just made."""
+    assert isinstance(engine, Offloading)
+    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, policy)
     if isinstance(engine, CpuEngine):
         if folder is None:
             raise ConfigError(
                 "the native engine offloads to the repacked-weight cache, and "
                 "there is none: RIVER_LLM_CACHE=off, a River object, or trust_remote_code"
             )
-        return offload_packed(engine, folder, config, policy)
-    assert isinstance(engine, Offloading)
-    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, policy)
+        engine.offload_to(weights_file(folder))
     engine.keep_layers(plan.resident)
     return plan
 

@@ -3,23 +3,20 @@
 Written to the store when an engine has repacked a model's weights, and read into memory at the next
 start, which needs no model of `transformers` then, nor the river's own file. A folder of:
 
-    weights.bin       the packed weights (csrc/packing.h): backbone, river, LM head
-    embedding.bin     bfloat16, where its rows can't be read from the LM head
-    parts.safetensors norms, biases, rotary frequencies
-    packed.json       sizes, formats, the river's config, stop tokens
-    tokenizer...      as `save_pretrained` writes it
+    weights.bin    the packed weights (csrc/packing.h): backbone, river, LM head
+    embedding.bin  bfloat16, where its rows can't be read from the LM head
+    engine.pt      norms, biases, rotary frequencies, sizes, formats, the river's config
+    tokenizer...   as `save_pretrained` writes it
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
 
 import river_llm
 from river_llm.config import RiverConfig
-from river_llm.engines import CpuEngine, weight_layout
+from river_llm.engines import CpuEngine, Engine, weight_layout
 from river_llm.engines.native_core import holds_heads
 from river_llm.engines.native_model import NativeModel, RopeBoundary, RotaryTable, WeightFormats
 from river_llm.errors import RiverError
@@ -45,29 +41,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Goes up with every change of what is packed, of the quantisers and of how files are read too.
-FORMAT_VERSION = 4
-_WEIGHTS, _EMBEDDING = "weights.bin", "embedding.bin"
-_PARTS, _DESCRIPTION = "parts.safetensors", "packed.json"
+FORMAT_VERSION = 5
+_WEIGHTS, _EMBEDDING, _DESCRIPTION = "weights.bin", "embedding.bin", "engine.pt"
 _READ_BYTES = 16 << 20  # that a thread reads at a time
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedModel:
-    """What repacked weights start.
+class Pretrained:
+    """The parts of a `RiverLM`; see there.
 
     Attributes:
-        engine: with its weights in memory.
         river_config: how the river was quantised.
-        stop_tokens: ids that end an answer.
         residency: which backbone layers stay in memory; None: all.
     """
 
-    engine: CpuEngine
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     river_config: RiverConfig
     stop_tokens: frozenset[int]
+    fallback_reason: str | None = None
     residency: ResidencyPlan | None = None
 
 
@@ -122,7 +116,7 @@ def read_packed(
     threads: int | None = None,
     offload: OffloadConfig | None = None,
     kv_bits: int = 16,
-) -> PackedModel | None:
+) -> Pretrained | None:
     """Start from repacked weights, with a KV cache of so many bits; None where there are none, they
     are damaged (and removed then), or the native engine has no such cache for the model.
 
@@ -130,73 +124,86 @@ def read_packed(
         ConfigError: the model can't be offloaded so.
     """
 
-    def read(directory: Path) -> PackedModel | None:
-        description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
-        if not holds_heads(description["shape"]["head_dim"], kv_bits):
+    def read(directory: Path) -> Pretrained | None:
+        description = _read_description(directory)
+        if not holds_heads(description["model"]["shape"]["head_dim"], kv_bits):
             return None
-        tokenizer = _read_tokenizer(directory, description["tokenizer"])
+        tokenizer = _read_tokenizer(directory, *description["tokenizer"])
         source = folder.source  # as if it had been read beside the model
         tokenizer.name_or_path = str(source.parent if source.is_file() else source)
         config = RiverConfig.of(description["river_config"])
         ends = frozenset(description["stop_tokens"])
-        engine, plan = read_engine(
-            directory, description, policy, threads, offload, kv_bits=kv_bits
-        )
-        return PackedModel(engine, tokenizer, config, ends, plan)
+        engine, plan = read_engine(directory, policy, threads, offload, kv_bits=kv_bits)
+        return Pretrained(engine, tokenizer, config, ends, residency=plan)
 
-    packed: PackedModel | None = folder.read(read)
+    packed: Pretrained | None = folder.read(read)
     return packed
 
 
-def keep_packed(folder: CachedFolder, packed: PackedModel) -> None:
+def keep_packed(
+    folder: CachedFolder,
+    engine: CpuEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    river_config: RiverConfig,
+    stop_tokens: frozenset[int],
+) -> None:
     """Write it; where that can't be done, there is none."""
-    engine = packed.engine
-    num_bytes = sum(engine.layer_bytes) + engine.rest_bytes
-    folder.keep(num_bytes, partial(_write, packed=packed))
+    of_class = type(tokenizer).__module__, type(tokenizer).__qualname__
+
+    def write(directory: Path) -> None:
+        tokenizer.save_pretrained(directory)
+        again = _read_tokenizer(directory, *of_class)
+        sample = "A text with 3 lines,\n\ttabs and \N{SNOWMAN}."
+        if again(sample) != tokenizer(sample) or again.chat_template != tokenizer.chat_template:
+            raise ValueError("the tokeniser is another one when it is read again")
+        write_engine(
+            directory,
+            engine,
+            river_config=river_config.to_dict(),
+            stop_tokens=sorted(stop_tokens),
+            tokenizer=of_class,
+        )
+
+    folder.keep(sum(engine.layer_bytes) + engine.rest_bytes, write)
 
 
-def offload_packed(
-    engine: CpuEngine, folder: CachedFolder, config: OffloadConfig, policy: ExitPolicy
-) -> ResidencyPlan:
-    """Evict layers of an engine whose repacked weights were just written.
+def weights_file(folder: CachedFolder) -> Path:
+    """The packed weights of a folder that was just written.
 
     Raises:
-        ConfigError: the model can't be offloaded so.
         RiverError: they aren't there.
     """
-    plan = ResidencyPlan(config, engine.layer_bytes, engine.rest_bytes, policy)
     if not folder.is_whole():
         raise RiverError(
             f"offloading needs the repacked-weight cache in {folder.directory.parent}, which could "
             "not be written; make room on the disk, or set RIVER_LLM_CACHE"
         )
-    engine.offload_to(folder.directory / _WEIGHTS)
-    engine.keep_layers(plan.resident)
-    return plan
+    return folder.directory / _WEIGHTS
 
 
-def write_engine(directory: Path, engine: CpuEngine) -> dict[str, Any]:
-    """Write what an engine holds of its model, and return what describes it in JSON values."""
-    arrays: dict[str, Any] = {}
-    description: dict[str, Any] = _describe(asdict(engine.model), arrays)
-    save_file(arrays, directory / _PARTS)
+def write_engine(directory: Path, engine: CpuEngine, **beside: Any) -> None:
+    """Write what an engine holds of its model, and plain values beside it."""
     with (directory / _WEIGHTS).open("wb") as weights:
         for part in engine.packed_weights:
             part.tofile(weights)
     if engine.embedding is not None:
         engine.embedding.tofile(directory / _EMBEDDING)
-    return description | {
+    model = asdict(engine.model)
+    model["layers"] = [_converted(layer, np.ndarray, torch.from_numpy) for layer in model["layers"]]
+    model["final_norm"] = torch.from_numpy(model["final_norm"])
+    description = {
+        "model": model,
         "formats": asdict(engine.formats),
         "has_embedding": engine.embedding is not None,
         "layer_bytes": engine.layer_bytes,
         "rest_bytes": engine.rest_bytes,
         "head_bytes": engine.head_bytes,
     }
+    torch.save(description | beside, directory / _DESCRIPTION)
 
 
 def read_engine(
     directory: Path,
-    description: dict[str, Any],
     policy: ExitPolicy,
     threads: int | None,
     offload: OffloadConfig | None,
@@ -214,7 +221,8 @@ def read_engine(
     Raises:
         ConfigError: the model can't be offloaded so.
     """
-    model = _native_model(description, load_file(directory / _PARTS))
+    description = _read_description(directory)
+    model = _native_model(description["model"])
     layer_bytes = description["layer_bytes"]
     plan = None
     if offload is not None:
@@ -248,25 +256,29 @@ def read_engine(
     return engine, plan
 
 
-def _write(directory: Path, packed: PackedModel) -> None:
-    tokenizer = packed.tokenizer
-    tokenizer.save_pretrained(directory)
-    of_class = type(tokenizer)
-    description = write_engine(directory, packed.engine) | {
-        "river_config": packed.river_config.to_dict(),
-        "stop_tokens": sorted(packed.stop_tokens),
-        "tokenizer": [of_class.__module__, of_class.__qualname__],
+def _read_description(directory: Path) -> dict[str, Any]:
+    description: dict[str, Any] = torch.load(directory / _DESCRIPTION, weights_only=True)
+    return description
+
+
+def _native_model(parts: dict[str, Any]) -> NativeModel:
+    layers = [_converted(layer, torch.Tensor, torch.Tensor.numpy) for layer in parts["layers"]]
+    boundary = parts["rope_boundary"]
+    changed = {
+        "layers": layers,
+        "final_norm": parts["final_norm"].numpy(),
+        "rotary": [RotaryTable(**table) for table in parts["rotary"]],
+        "rope_boundary": None if boundary is None else RopeBoundary(**boundary),
     }
-    again = _read_tokenizer(directory, description["tokenizer"])
-    sample = "A text with 3 lines,\n\ttabs and \N{SNOWMAN}."
-    if again(sample) != tokenizer(sample) or again.chat_template != tokenizer.chat_template:
-        raise ValueError("the tokeniser is another one when it is read again")
-    (directory / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+    return NativeModel(**parts | changed)
 
 
-def _read_tokenizer(directory: Path, of_class: list[str]) -> PreTrainedTokenizerBase:
+def _converted(layer: dict[str, Any], kind: type, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    return {name: convert(part) if isinstance(part, kind) else part for name, part in layer.items()}
+
+
+def _read_tokenizer(directory: Path, module: str, name: str) -> PreTrainedTokenizerBase:
     """By its very class: to look for the right one takes a second."""
-    module, name = of_class
     if not module.startswith("transformers."):
         raise ValueError(f"{name} is no tokeniser of transformers")
     tokenizer: PreTrainedTokenizerBase = getattr(
@@ -296,40 +308,3 @@ def _read_into(arrays: Sequence[Any], path: Path, sizes: Sequence[int]) -> None:
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(read, pieces))
-
-
-def _describe(value: Any, arrays: dict[str, Any], name: str = "model") -> Any:
-    """JSON values of a model's parts, with the names of arrays that go into `arrays`."""
-    if isinstance(value, torch.Tensor):
-        arrays[name] = value.numpy()
-        return {"tensor": name}
-    if isinstance(value, np.ndarray):
-        arrays[name] = value
-        return {"array": name}
-    if isinstance(value, dict):
-        return {key: _describe(part, arrays, f"{name}.{key}") for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_describe(part, arrays, f"{name}.{i}") for i, part in enumerate(value)]
-    return value
-
-
-def _undescribed(value: Any, arrays: dict[str, Any]) -> Any:
-    """The inverse of `_describe`."""
-    if isinstance(value, list):
-        return [_undescribed(part, arrays) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"tensor"}:
-        return torch.from_numpy(arrays[value["tensor"]])
-    if value.keys() == {"array"}:
-        return arrays[value["array"]]
-    return {key: _undescribed(part, arrays) for key, part in value.items()}
-
-
-def _native_model(description: dict[str, Any], arrays: dict[str, Any]) -> NativeModel:
-    parts = {one.name: _undescribed(description[one.name], arrays) for one in fields(NativeModel)}
-    boundary, scaling = parts["rope_boundary"], parts["query_scaling"]
-    parts["rotary"] = [RotaryTable(**table) for table in parts["rotary"]]
-    parts["rope_boundary"] = None if boundary is None else RopeBoundary(**boundary)
-    parts["query_scaling"] = None if scaling is None else tuple(scaling)
-    return NativeModel(**parts)

@@ -32,7 +32,6 @@ from river_llm.river.residency import OffloadConfig
 _CONTEXTS = (4096, 8192, 16384, 32768, 65536)
 NEW_TOKENS = 32  # decoded at each length
 _SETTLING_TOKENS = 8  # before memory and speed are read
-_DESCRIPTION = "engine.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def bench_memory(
         ExitPolicy.fixed(depth).thresholds(engine.num_layers)
     variants = memory_variants(engine.num_layers, exit_layers or [3], bits)
     with tempfile.TemporaryDirectory() as name:
-        keep_weights(engine, Path(name))
+        write_engine(Path(name), engine)
         results = measure_memory(
             Path(name), variants, contexts, rounds, threads, engine.kv_bits, progress
         )
@@ -109,12 +108,6 @@ def bench_memory(
     for result in results:
         result["times_full"] = result["steady_bytes"] / full[result["context"]]
     return {**describe_run(), "rounds": rounds, "results": results}
-
-
-def keep_weights(engine: CpuEngine, directory: Path) -> None:
-    """Write what the variants' processes start from."""
-    description = write_engine(directory, engine)
-    (directory / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 
 
 def measure_memory(
@@ -129,7 +122,7 @@ def measure_memory(
     """Run the variants in interleaved rounds at each length, one process at a time.
 
     Args:
-        directory: where `keep_weights` wrote.
+        directory: where `write_engine` wrote.
         contexts: tokens in the cache.
         rounds: at each length; the speed is their median, memory the largest.
 
@@ -145,22 +138,19 @@ def measure_memory(
     Raises:
         RiverError: a process failed, for want of memory for example.
     """
-    steps, done = len(contexts) * rounds * len(variants), 0
-    results: list[dict[str, Any]] = []
-    for context in contexts:
-        seen: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-        for order in interleaved(variants, rounds):
-            for variant in order:
-                task = (str(directory), asdict(variant), context, threads, kv_bits)
-                seen[variant.name].append(_in_own_process(task, f"{variant.name} at {context}"))
-                done += 1
-                if progress:
-                    progress(done, steps)
-        for found in seen.values():
-            speed = median(result["tokens_per_second"] for result in found)
-            largest = max(found, key=lambda result: result["steady_bytes"])
-            results.append(largest | {"tokens_per_second": speed})
-    return results
+    seen: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    runs = [(x, context) for context in contexts for o in interleaved(variants, rounds) for x in o]
+    for done, (variant, context) in enumerate(runs, 1):
+        task = (str(directory), asdict(variant), context, threads, kv_bits)
+        result = _in_own_process(task, f"{variant.name} at {context}")
+        seen.setdefault((variant.name, context), []).append(result)
+        if progress:
+            progress(done, len(runs))
+    return [
+        max(found, key=lambda result: result["steady_bytes"])
+        | {"tokens_per_second": median(result["tokens_per_second"] for result in found)}
+        for found in seen.values()
+    ]
 
 
 def _in_own_process(task: tuple[object, ...], name: str) -> dict[str, Any]:
@@ -177,11 +167,10 @@ def _run(
     directory: str, variant: MemoryVariant, context: int, threads: int | None, kv_bits: int
 ) -> dict[str, Any]:
     """In the variant's own process."""
-    folder, resident = Path(directory), variant.resident_layers
+    resident = variant.resident_layers
     base = resident_memory_bytes()
     engine, _ = read_engine(
-        folder,
-        json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")),
+        Path(directory),
         ExitPolicy.fixed(variant.exit_layer),
         threads,
         None if resident is None else OffloadConfig("layers", layers=resident),
