@@ -120,10 +120,16 @@ def test_parts_are_one_file(tmp_path: Path) -> None:
         save("b.gguf", 1, 2, lambda name: name.startswith("blk.2.")),
     ]
     assert torch.equal(_logits(load_gguf(parts, torch.float32)[0]), _logits(model))
-    with pytest.raises(ModelLoadError, match="is one of 2 parts, and 1 were found"):
+    with pytest.raises(ModelLoadError, match=r"is one of 2 parts, and parts \[0\] were found"):
         load_gguf(parts[:1], torch.float32)
-    with pytest.raises(ModelLoadError, match="is not part 1"):
+    with pytest.raises(ModelLoadError, match=r"parts \[1, 0\] were found"):
         load_gguf(parts[::-1], torch.float32)
+
+
+def test_a_big_endian_file_says_how_to_convert_it(tmp_path: Path) -> None:
+    file = save_gguf(tmp_path / "model.gguf", _plain(), endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(ModelLoadError, match=f"gguf-convert-endian {file} little$"):
+        load_backbone(tmp_path)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

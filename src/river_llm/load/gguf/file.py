@@ -94,13 +94,11 @@ def read_gguf(parts: Sequence[Path]) -> GGUFContent:
     """
     first, *others = contents = [_Parser(part).parse() for part in parts]
     count = first.metadata.get("split.count", 0) or 1
-    if count != len(parts):
+    places = [content.metadata.get("split.no", 0) for content in contents]
+    if count != len(parts) or (others and places != list(range(count))):
         raise ModelLoadError(
-            f"{first.path} is one of {count} parts, and {len(parts)} were found; get all of them"
+            f"{first.path} is one of {count} parts, and parts {places} were found; get all of them"
         )
-    for place, content in enumerate(contents):
-        if count > 1 and content.metadata.get("split.no") != place:
-            raise ModelLoadError(f"{content.path} is not part {place + 1} of {first.path}")
     for content in others:
         twice = first.tensors.keys() & content.tensors.keys()
         if twice:
@@ -128,6 +126,11 @@ class _Parser:
         if bytes(self._take(4)) != b"GGUF":
             raise self._damaged("it does not begin with GGUF")
         version = self._number(4)
+        if version and version & 0xFFFF == 0:
+            raise ModelLoadError(
+                f"{self._path} is big-endian GGUF; convert it with: gguf-convert-endian "
+                f"{self._path} little"
+            )
         if version not in _VERSIONS:
             raise self._damaged(f"its version is {version}")
         num_tensors, num_keys = self._number(8), self._number(8)
