@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Change, str]] = {
     **{f"weights cut at {part}": (cut(part), _CUT_WEIGHTS) for part in (0, 0.001, 0.5, 0.99999)},
     "a tensor lacks": (
         tensors(lambda ws: {name: ws[name] for name in ws if name != f"{PROJECTION}.weight"}),
-        f"lacks 1 of the model's tensors, {PROJECTION}",
+        f"lacks 1 of the model's tensors, {PROJECTION}.weight among them; get all its files",
     ),
     "an odd shape": (
         with_tensor(f"{PROJECTION}.weight", torch.zeros(3, 3)),
@@ -187,16 +187,9 @@ CASES: dict[str, tuple[Change, str]] = {
     **{
         f"a wrapper's {replacement}": (
             renamed(pattern, replacement),
-            "was wrapped in names it; save",
+            rf"lacks .* and has others such as .*{replacement}.* what wrapped the model",
         )
-        for pattern, replacement in (
-            ("^", "module."),
-            ("^", "_orig_mod."),
-            ("^", "pretrained_model."),
-            (r"^model\.", "model._orig_mod."),
-            (r"(?=self_attn|mlp|model)", "_fsdp_wrapped_module."),
-            ("^", "module._orig_mod."),
-        )
+        for pattern, replacement in (("^", "module."), (r"^model\.", "model._orig_mod."))
     },
     **{
         f"{name} without a place": (

@@ -22,7 +22,7 @@ from river_llm.load.file_tokenizer import with_its_files
 from river_llm.load.gguf import load_gguf, load_gguf_config
 from river_llm.load.gguf_copy import copy_of, keep_copy, read_copy
 from river_llm.load.source import gguf_parts, resolve
-from river_llm.load.unexpected_tensors import check_unexpected, check_wrapper
+from river_llm.load.unexpected_tensors import check_unexpected
 from river_llm.river.backbone import check_kind
 
 if TYPE_CHECKING:
@@ -216,16 +216,16 @@ def _load_checkpoint(
             **options,
         )
         tokenizer = with_its_files(tokenizer, folder)
-    missing = sorted(info["missing_keys"])
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
     if missing:
-        check_wrapper(name, missing, info["unexpected_keys"])
+        others = f", and has others such as {min(unexpected)}" if unexpected else ""
         raise ModelLoadError(
-            f"{source} lacks {len(missing)} of the model's tensors, "
-            f"{missing[0]} among them; get the whole set of files"
+            f"{source} lacks {len(missing)} of the model's tensors, {min(missing)} among them"
+            f"{others}; get all its files, saved without what wrapped the model in training"
         )
     fetched = None if Path(source).is_dir() else _hub_folder(source)
     if fetched is not None:
         check_weights(fetched, name)
-    check_unexpected(name, model, config, info["unexpected_keys"])
+    check_unexpected(name, model, config, unexpected)
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
     return model, tokenizer

@@ -24,10 +24,6 @@ _CACHE_SCALES = re.compile(
     r"\.(self_attn|attn|attention|[kv]_proj|qkv_proj)\.(k|v|kv)_(scale|zero_point)$"
     r"|\.[kv]_proj\.output_(scale|zero_point)$"
 )
-# What torch.compile, data parallel training and others put into names.
-_WRAPPERS = re.compile(
-    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
 # Beside the language model: towers of other inputs and outputs, heads that predict further tokens
 # or judge a text.
 _APART = re.compile(
@@ -74,25 +70,6 @@ def check_unexpected(
             f"{name} holds an LM head that differs from the embedding, and its config.json says "
             'that they are one; set "tie_word_embeddings": false there, or take the head out'
         )
-
-
-def check_wrapper(name: str, missing: list[str], unexpected: Iterable[str]) -> None:
-    """Refuse a checkpoint whose tensors have the names that a wrapper of the model gave them.
-
-    Args:
-        name: of the model, as the user gave it.
-        missing, unexpected: what `from_pretrained` calls so.
-
-    Raises:
-        ModelLoadError: the first missing tensor is there under such a name.
-    """
-    for key in sorted(unexpected):
-        if f".{_WRAPPERS.sub('', key)}".endswith(f".{missing[0]}"):
-            raise ModelLoadError(
-                f"{name} holds {key} where the model has {missing[0]}, as something that the model "
-                "was wrapped in names it; save the model itself (as accelerate's unwrap_model "
-                "gives it), or rename the tensors"
-            )
 
 
 def _count(keys: list[str]) -> str:
