@@ -25,9 +25,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from river_llm import ExitPolicy, RiverLM
+from river_llm.engines.native_core import usable_threads
 from river_llm.load.model import load_backbone
 from river_llm.measure.bench import Session, Text, make_variants, run_bench
-from river_llm.measure.environment import usable_cores
 from river_llm.measure.rounds import Spread, Timing, Workload, make_workloads
 
 _SAME_MODEL_SHARE = 0.9  # of argmaxes; what is left is rounding at near ties
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
     options = parser.parse_args()
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from river_llm.config import SamplingConfig
 from river_llm.engines import CpuEngine, Engine, Step
+from river_llm.engines.native_core import usable_threads
 from river_llm.lm import RiverLM
 from river_llm.measure.bandwidth import BUFFER_BYTES, read_bandwidth
-from river_llm.measure.environment import describe_run, usable_cores
+from river_llm.measure.environment import describe_run
 from river_llm.measure.rounds import Progress, Timing, Variant, Workload, measure
 from river_llm.river.policy import ExitPolicy
 
@@ -233,7 +234,7 @@ def run_bench(
     Raises:
         KeyboardInterrupt: no test was done.
     """
-    read = partial(read_bandwidth, threads or usable_cores(), device)
+    read = partial(read_bandwidth, threads or usable_threads(), device)
     results: list[dict[str, Any]] = []
     is_whole = False
     try:
@@ -246,7 +247,7 @@ def run_bench(
             raise
     return {
         **describe_run(),
-        "threads": threads or usable_cores(),
+        "threads": threads or usable_threads(),
         "rounds": rounds,
         "bandwidth_buffer_bytes": BUFFER_BYTES,
         "interrupted": not is_whole,

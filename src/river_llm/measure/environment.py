@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import shlex
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Iterable
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+
+from river_llm.engines.native_core import usable_threads
 
 PACKAGES = ("river-llm", "torch", "transformers", "llama-cpp-python", "lm-eval")
 
@@ -24,7 +25,7 @@ def describe_run(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "command": shlex.join([program, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor_name(),
-        "cores": usable_cores(),
+        "cores": usable_threads(),
         "versions": {"python": platform.python_version(), **versions},
     }
 
@@ -37,10 +38,3 @@ def processor_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
