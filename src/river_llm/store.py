@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.EEXIST, errno.ENOTDIR),
 )
-_told: set[Path] = set()  # folders in which nothing can be kept
 _HEADER_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 64, 4096
 
 _log = logging.getLogger(__name__)
@@ -180,23 +180,12 @@ class CachedFolder:
                 }
                 (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             for other in cached_folders():
-                if not all(
-                    made_from is None or made_from.exists()
-                    for made_from in (other.source, other.river)
-                ):
+                if not (other.source.exists() and (other.river or other.source).exists()):
                     other.remove()
         except Exception as error:
             _log.info("%s is not kept in %s: %s", self.source, parent, error)
-            is_unusable = isinstance(error, OSError) and error.errno in _UNUSABLE
-            if is_unusable and parent not in _told:
-                _told.add(parent)
-                _log.warning(
-                    "nothing can be kept in the cache %s (%s), so that every start takes as long "
-                    "as the first; set %s to a folder that can be written, or to off",
-                    parent,
-                    getattr(error, "strerror", error),
-                    ENVIRONMENT_VARIABLE,
-                )
+            if isinstance(error, OSError) and error.errno in _UNUSABLE:
+                _warn(parent, error.strerror)
 
     def read(self, read: Callable[[Path], Any]) -> Any:
         """What `read` makes of the folder; None where it isn't there or isn't whole, or where
@@ -219,6 +208,15 @@ class CachedFolder:
     def remove(self) -> None:
         """Delete its folder, as far as the system lets go of files that a process has mapped."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@cache
+def _warn(parent: Path, reason: str) -> None:
+    """Once in a process."""
+    _log.warning(
+        f"nothing can be kept in the cache {parent} ({reason}), so that every start takes as long "
+        f"as the first; set {ENVIRONMENT_VARIABLE} to a folder that can be written, or to off"
+    )
 
 
 def cached_folders() -> list[CachedFolder]:
