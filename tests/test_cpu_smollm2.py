@@ -73,12 +73,12 @@ def test_backbone_and_river_have_the_logits_of_float32(subject: Subject, kernels
     engine = subject.engine(kernels=kernels)
     (sequence,) = begin(engine)
     step = append(engine, {sequence: subject.tokens[:160]})
-    _check(step.logits, subject.logits[:160], error=0.015, agreement=0.97)
+    check_logits(step.logits, subject.logits[:160], error=0.015, agreement=0.97)
     (sequence,) = begin(engine)
     step = append(engine, {sequence: subject.tokens[:64]}, ExitPolicy.always())
     with torch.no_grad():
         expected = subject.quantised(torch.tensor([subject.tokens[:64]])).logits[0]
-    _check(step.logits, expected, error=0.01, agreement=0.95)
+    check_logits(step.logits, expected, error=0.01, agreement=0.95)
     assert float(relative_errors(expected, subject.logits[:64]).mean()) > 0.1
 
 
@@ -93,7 +93,7 @@ def test_8_bits_are_near_the_model(
     eight_bits = subject.engine(**narrow)
     (sequence,) = begin(eight_bits)
     logits = append(eight_bits, {sequence: subject.tokens[:200]}).logits
-    _check(logits, subject.logits[:200], error, agreement, doubt=0.08)
+    check_logits(logits, subject.logits[:200], error, agreement, doubt=0.08)
     assert eight_bits._core.weight_bytes < engine._core.weight_bytes
 
 
@@ -113,7 +113,7 @@ def test_a_fixed_exit_is_a_model_quantised_from_there(
         expected.append(logits)
     logits, exits = decode_along(engine, tokens, PROMPT_LENGTH, ExitPolicy.fixed(exit_layer))
     assert exits[1:].tolist() == [exit_layer] * 12
-    _check(logits, torch.cat(expected), error=0.015, agreement=0.9)
+    check_logits(logits, torch.cat(expected), error=0.015, agreement=0.9)
     parts = ("keys", "values")
     written = [torch.stack([getattr(layer, part)[0] for layer in cache.layers]) for part in parts]
     states = cached_states(engine, engine.sequences()[0]).flatten(2)
@@ -146,7 +146,7 @@ def test_exits_and_similarities_are_those_of_float32(subject: Subject, engine: C
     assert len(expected[clear].unique()) > 5
 
 
-def _check(
+def check_logits(
     logits: Tensor, expected: Tensor, error: float, agreement: float, doubt: float = 0.03
 ) -> None:
     """Hold logits `[tokens, vocabulary]` against those of float32.
