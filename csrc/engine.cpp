@@ -52,9 +52,9 @@ Engine::Lock::Lock(Engine& engine) : engine_(engine) {
     throw std::runtime_error("another thread is using this engine; give each thread its own");
 }
 
-Engine::Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
-               std::pair<int, int> head, int threads, const std::string& kernels, int resident_layers,
-               int kv_bits)
+Engine::Engine(const nb::dict& shape, std::pair<int, int> backbone,
+               const std::pair<std::vector<std::array<int, 4>>, int>& river, std::pair<int, int> head,
+               int threads, const std::string& kernels, int resident_layers, int kv_bits)
     : kernels_(choose_kernels(kernels)),
       pool_(std::make_unique<ThreadPool>(checked_threads(threads))),
       model_(read_shape(shape), {backbone.first, backbone.second}, {river.first, river.second},

@@ -1,6 +1,7 @@
 // What Python holds: the weights, the threads and the KV cache of one model.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -16,10 +17,11 @@ namespace river {
 // another thread is in one or after a fork.
 class Engine {
  public:
-  // The pairs are bits and group size. Weights are zero until they are loaded.
-  Engine(const nb::dict& shape, std::pair<int, int> backbone, std::pair<int, int> river,
-         std::pair<int, int> head, int threads, const std::string& kernels, int resident_layers,
-         int kv_bits);
+  // The pairs are bits and group size; a river's bits are [L][Projection]. Weights are zero until they
+  // are loaded.
+  Engine(const nb::dict& shape, std::pair<int, int> backbone,
+         const std::pair<std::vector<std::array<int, 4>>, int>& river, std::pair<int, int> head,
+         int threads, const std::string& kernels, int resident_layers, int kv_bits);
   ~Engine();
 
   // Any of a layer's parts: norms, biases, "window" and "rope" as Layer has them, and of either side,

@@ -1,7 +1,6 @@
 #include "model.h"
 
 #include <algorithm>
-#include <initializer_list>
 #include <utility>
 
 #include "require.h"
@@ -11,13 +10,11 @@ namespace {
 
 constexpr int kLargestSize = 1 << 24;  // so that no product of a size and a few overflows an int
 
-void check_format(Format format, std::initializer_list<int> widths) {
+void check_format(Format format, int columns) {
   const bool coded = (format.bits == 4 || format.bits == 6 || format.bits == 8) &&
                      (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
   require(format.bits == 16 || coded, "weights have 16, 8, 6 or 4 bits and groups of 32, 64 or 128");
-  if (coded)
-    for (const int width : widths)
-      require(width % format.group_size == 0, "a width is no multiple of the group");
+  require(!coded || columns % format.group_size == 0, "a width is no multiple of the group");
 }
 
 PackedMatrix plan(int rows, int columns, Format format) {
@@ -52,8 +49,9 @@ void pack(const PackedMatrix& matrix, int columns, const std::vector<SourceMatri
 
 }  // namespace
 
-Model::Model(const Shape& s, Format backbone, Format river, Format head_format, int in_memory)
-    : shape(s), formats{backbone, river}, layers(static_cast<size_t>(std::clamp(s.num_layers, 0, kLargestSize))),
+Model::Model(const Shape& s, Format backbone, const RiverFormat& river, Format head_format,
+             int in_memory)
+    : shape(s), layers(static_cast<size_t>(std::clamp(s.num_layers, 0, kLargestSize))),
       rotary(static_cast<size_t>(std::clamp(s.rope_kinds, 0, 16)) * (s.rope_boundary > 0 ? 2 : 1)) {
   for (const int size : {s.num_layers, s.hidden_size, s.num_heads, s.num_kv_heads, s.head_dim,
                          s.intermediate_size, s.vocab_size}) {
@@ -73,17 +71,21 @@ Model::Model(const Shape& s, Format backbone, Format river, Format head_format, 
   const int columns[4] = {inputs(kQkv), inputs(kOutput), inputs(kGateUp), inputs(kDown)};
   const int rows[4] = {(s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden_size,
                        2 * s.intermediate_size, s.hidden_size};
-  for (const Format& format : {backbone, river})
-    check_format(format, {columns[0], columns[1], columns[2], columns[3]});
-  check_format(head_format, {s.hidden_size});
-  for (Layer& layer : layers)
-    for (int p = 0; p < 4; ++p)
-      for (const Side side : {kBackbone, kRiver})
-        layer.projections[p][side] = plan(rows[p], columns[p], formats[side]);
+  require(river.bits.size() == layers.size(), "the river has bits for each projection of each layer");
+  check_format(head_format, s.hidden_size);
+  for (size_t l = 0; l < layers.size(); ++l)
+    for (size_t p = 0; p < 4; ++p) {
+      const Format in_river{river.bits[l][p], river.group_size};
+      require(in_river.bits < 16, "a river's weights are codes");
+      for (const Format& format : {backbone, in_river}) check_format(format, columns[p]);
+      layers[l].projections[p][kBackbone] = plan(rows[p], columns[p], backbone);
+      layers[l].projections[p][kRiver] = plan(rows[p], columns[p], in_river);
+    }
   head = plan(s.vocab_size, s.hidden_size, head_format);
 
   layer_bytes_ = layer_bytes(0, kBackbone);
-  rest_bytes_ = layers.size() * layer_bytes(0, kRiver) + head_bytes();
+  rest_bytes_ = head_bytes();
+  for (int l = 0; l < s.num_layers; ++l) rest_bytes_ += layer_bytes(l, kRiver);
   rest_ = Buffer(rest_bytes_ + kSlack);
   const uint8_t* next = rest_.data();
   for (Layer& layer : layers) next = place_side(layer, kRiver, next);
@@ -150,7 +152,7 @@ void Model::set_head(const SourceMatrix& source, ThreadPool& pool) {
 
 void Model::set_draft_head(const SourceMatrix& source, Format format, ThreadPool& pool) {
   require(source.rows == head.rows, "the drafts' LM head has the wrong number of outputs");
-  check_format(format, {shape.hidden_size});
+  check_format(format, shape.hidden_size);
   PackedMatrix matrix = plan(head.rows, shape.hidden_size, format);
   Buffer weights(matrix.bytes() + kSlack);
   matrix.data = weights.data();

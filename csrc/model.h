@@ -31,16 +31,22 @@ struct Shape {
   bool tied_head;         // the LM head's bfloat16 weights are the embedding's
 };
 
-constexpr int kWeightLayout = 2;  // counts the changes of packing.h and of the order of weights
+constexpr int kWeightLayout = 3;  // counts the changes of packing.h and of the order of weights
 constexpr int kMaxGroupedQueries = 64;  // query heads that share a key-value head
 
 // What may be prefetched past the last weight has to be mapped for speed, not for safety.
 constexpr size_t kSlack = 16u << 10;
 
-// How one side's weights are stored.
+// How weights are stored.
 struct Format {
   int bits = 16;       // 16, or 8, 6 or 4 in groups
   int group_size = 0;  // of codes
+};
+
+// How a river's weights are: in codes, of a width that each projection of each layer has for itself.
+struct RiverFormat {
+  std::vector<std::array<int, 4>> bits;  // [L][Projection]
+  int group_size = 0;
 };
 
 enum Side { kBackbone = 0, kRiver = 1 };
@@ -69,10 +75,9 @@ class Model {
  public:
   // Takes memory for the weights of river and head and of the first `in_memory` backbone layers;
   // they are zero until they are set. Throws std::bad_alloc, std::invalid_argument.
-  Model(const Shape& shape, Format backbone, Format river, Format head, int in_memory);
+  Model(const Shape& shape, Format backbone, const RiverFormat& river, Format head, int in_memory);
 
   const Shape shape;
-  const Format formats[2];  // [Side]
   std::vector<Layer> layers;
   std::vector<float> final_norm;  // (C)
   PackedMatrix head;

@@ -67,7 +67,8 @@ NB_MODULE(_core, m) {
   m.def("read_bandwidth", &river::read_bandwidth, "buffer_bytes"_a, "threads"_a,
         "Bytes a second that so many threads read from memory of that size, the median of five passes.");
   nb::class_<Engine>(m, "Engine", "Weights, threads and KV cache of one model; see csrc/engine.h.")
-      .def(nb::init<const nb::dict&, std::pair<int, int>, std::pair<int, int>, std::pair<int, int>, int,
+      .def(nb::init<const nb::dict&, std::pair<int, int>,
+                    const std::pair<std::vector<std::array<int, 4>>, int>&, std::pair<int, int>, int,
                     const std::string&, int, int>(),
            "shape"_a, "backbone"_a, "river"_a, "head"_a, "threads"_a, "kernels"_a,
            "resident_layers"_a, "kv_bits"_a = 16)

@@ -153,8 +153,8 @@ def main() -> None:
         lm = RiverLM.from_pretrained(options.model, options.river, ExitPolicy.never(), **settings)
         text = Text(lm.tokenizer, lm.engine.vocab_size)
         suffix = "" if bits == 16 else f", {bits}-bit head"
-        own_bits, exits = lm.river_config.bits, options.exit_layers
-        variants += make_variants(lm.engine, text, own_bits, exits, suffix=suffix)
+        width, exits = lm.river_config.width, options.exit_layers
+        variants += make_variants(lm.engine, text, width, exits, suffix=suffix)
         if bits == 16:
             session = Session(lm.engine)
     model = load_backbone(options.model, torch.bfloat16)[0]

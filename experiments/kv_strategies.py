@@ -51,7 +51,7 @@ def make_decoders(
     num_layers = len(river.exit_layers)
     decoders: dict[str, Decoder] = {
         "backbone": NoExit(model, ExitPolicy.never().thresholds(num_layers)),
-        f"full {river.config.bits}-bit": RiverDecoder(model, river, ExitPolicy.always()),
+        f"full {river.config.width}-bit": RiverDecoder(model, river, ExitPolicy.always()),
     }
     for policy in policies:
         thresholds = policy.thresholds(num_layers)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, fake_quantised, tiny_model
+from tiny_models import VOCABULARY, fake_quantised, mixed_bits, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -115,14 +115,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "gemma3_text": ("Gemma3Text", _GEMMA3),
     "gemma3_text, untied head": ("Gemma3Text", {**_GEMMA3, "tie_word_embeddings": False}),
+    "llama, mixed widths": ("Llama", {}),  # of the river, see `subject_of`
+    "phi3, mixed widths": ("Phi3", {}),
 }
+MIXED_WIDTHS = RiverConfig("auto", group_size=32)
 
 
 class Subject:
     """A tiny random model in bfloat16 with its river, and the engines that run both."""
 
     def __init__(
-        self, architecture: str, settings: dict[str, Any], config: RiverConfig | None = None
+        self,
+        architecture: str,
+        settings: dict[str, Any],
+        config: RiverConfig | None = None,
+        bits: list[dict[str, int]] | None = None,
     ) -> None:
         self.model = tiny_model(architecture, dtype=torch.bfloat16, **settings)
         generator = torch.Generator().manual_seed(2)
@@ -134,7 +141,10 @@ class Subject:
             # rows of unequal length, so that tokens differ in how much a layer changes them
             rows = self.model.get_input_embeddings().weight.data
             rows.mul_(torch.randn(len(rows), 1, generator=generator).exp().to(rows.dtype))
-        self.river = River.build(self.model, config or RiverConfig(group_size=32))
+        config = config or RiverConfig(group_size=32)
+        if config.bits == "auto" and bits is None:
+            bits = mixed_bits(self.model)
+        self.river = River.build(self.model, config, bits=bits)
         self.num_layers = len(self.river.exit_layers)
 
     def copy(self) -> Subject:
@@ -170,7 +180,7 @@ class Subject:
 @cache
 def subject_of(case: str) -> Subject:
     """The model of one of `CASES`, made once."""
-    return Subject(*CASES[case])
+    return Subject(*CASES[case], MIXED_WIDTHS if case.endswith("mixed widths") else None)
 
 
 @cache

@@ -59,9 +59,11 @@ def save_model(
     return directory
 
 
-def save_river(model: Path, directory: Path, config: RiverConfig) -> Path:
+def save_river(
+    model: Path, directory: Path, config: RiverConfig, bits: list[dict[str, int]] | None = None
+) -> Path:
     """Build a river of a saved model, and write it."""
-    River.build(load_backbone(model)[0], config).save(directory)
+    River.build(load_backbone(model)[0], config, bits=bits).save(directory)
     return directory
 
 

@@ -200,12 +200,12 @@ class TestEngineVariant:
         assert best == whole.prefill(text.tokens(2, 0, 11), ExitPolicy.never())
 
     def test_times_a_prompt_only_where_the_policy_has_a_way_of_its_own(self) -> None:
-        variants = make_variants(ToyEngine(), Text(None, 97), 4, [1], [0.9], ", tiny")
+        variants = make_variants(ToyEngine(), Text(None, 97), "4", [1], [0.9], ", tiny")
         taking = {variant.name: variant.takes(PROMPT) for variant in variants}
         names = ["backbone", "full 4-bit", "exit after 1", "similarity > 0.9"]
         assert taking == dict(zip([f"{name}, tiny" for name in names], [1, 1, 0, 0], strict=True))
         with pytest.raises(ConfigError, match="exit layer is 5"):
-            make_variants(ToyEngine(), Text(None, 97), 4, [5])
+            make_variants(ToyEngine(), Text(None, 97), "4", [5])
 
 
 def test_lossless_mode_decodes_as_many_tokens_without_an_end(lm: RiverLM) -> None:
@@ -287,7 +287,7 @@ class TestCommand:
             "tg2 b2": decoding,
         }
         assert (output["model"], output["engine"]) == (model, "torch")
-        assert output["river"] == {"bits": 4, "group_size": 64, "quantizer": "hqq"}
+        assert output["river"] == RiverConfig().to_dict()
         assert output["versions"].keys() >= {"python", "river-llm", "torch", "transformers"}
         assert output["command"].startswith("river-llm bench")
         assert (output["rounds"], output["threads"], output["interrupted"]) == (2, 1, False)

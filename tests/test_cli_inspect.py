@@ -52,7 +52,8 @@ def test_tells_shapes_and_bytes(
         "architecture": "LlamaForCausalLM",
         "num_layers": 4,
         "linears": SHAPES,
-        "river": {"bits": bits, "group_size": group_size, "quantizer": "hqq"},
+        "river": RiverConfig(bits, group_size).to_dict(),
+        "average_bits": bits,
         "backbone_linear_bytes": 2 * WEIGHTS,
         "model_bytes": 2 * backbone.num_parameters(),
         "bits_per_weight": bits_per_weight,
@@ -108,7 +109,8 @@ def test_in_words(model: str) -> None:
         assert row in words
     for part in (
         "linear weights 288 KiB",
-        "river 81.0 KiB: 4 bits in groups of 64 (hqq), 4.50 bits a weight, 28 % of those weights",
+        "river 81.0 KiB: 4 bits in groups of 64 (hqq), 4.50 bits a weight with scales, "
+        "28 % of those weights",
         f"on {len(output['tokens'])} tokens",
         f"{output['exit_layers'].count(4)} (stay)",
         f"mean exit depth {output['mean_exit_layer']:.1f} of 4",

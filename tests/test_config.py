@@ -30,6 +30,12 @@ CLASSES = [RiverConfig, EngineConfig, PolicyConfig, SamplingConfig, DraftConfig,
 REFUSED: list[tuple[type[Settings], dict[str, Any], str]] = [
     (RiverConfig, {"bits": 7}, "bits is 7; it must be one of 2, 3, 4, 5, 6, 8"),
     (RiverConfig, {"bits": 4.0}, "bits is 4.0"),
+    (RiverConfig, {"bits": "Auto"}, "bits is 'Auto'; it must be one of 2, 3, 4, 5, 6, 8, auto"),
+    *(
+        (RiverConfig, {"bits": "auto", "average_bits": average}, "a number from 4 to 8")
+        for average in (3.99, 8.01, math.nan, "4.5")
+    ),
+    (RiverConfig, {"average_bits": 4}, "average_bits goes with bits auto, not with 4 bits"),
     (RiverConfig, {"group_size": True}, "group_size is True"),
     (RiverConfig, {"quantizer": "gguf"}, "one of hqq, gptq, rtn"),
     (EngineConfig, {"engine": "tpu"}, "one of auto, cpu, torch"),

@@ -19,6 +19,7 @@ from tiny_core import (
     LAYERS,
     POSITIONS,
     PROJECTIONS,
+    SETTINGS,
     VOCABULARY,
     angles,
     codes,
@@ -34,6 +35,7 @@ from river_llm import _core
 
 GENERATOR = np.random.default_rng(1)
 NONE = np.empty(0, np.float32)
+FOUR_BITS = SETTINGS["river"][0]
 
 
 def _weights(*shape: int) -> Any:
@@ -66,9 +68,15 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "an odd rotary dim": ({"rotary_dim": 15}, "rotary dim"),
     "a rotary dim above the head's": ({"rotary_dim": 32}, "rotary dim"),
     "a negative rotary dim": ({"rotary_dim": -2}, "rotary dim"),
-    "a group of 48": ({"river": (4, 48)}, "groups of 32, 64 or 128"),
-    "a group that is too wide": ({"river": (4, 128)}, "a width is no multiple of the group"),
-    "3 bits": ({"river": (3, GROUP)}, "16, 8, 6 or 4 bits"),
+    "a group of 48": ({"river": (FOUR_BITS, 48)}, "groups of 32, 64 or 128"),
+    "a group that is too wide": (
+        {"river": (FOUR_BITS, 128)},
+        "a width is no multiple of the group",
+    ),
+    "3 bits": ({"river": ([[4] * 4, [4, 4, 4, 3]], GROUP)}, "16, 8, 6 or 4 bits"),
+    "a river of bfloat16": ({"river": ([[4] * 4, [4, 4, 4, 16]], GROUP)}, "weights are codes"),
+    "bits of one layer": ({"river": (FOUR_BITS[1:], GROUP)}, "bits for each projection of each"),
+    "bits of three projections": ({"river": ([[4] * 3] * LAYERS, GROUP)}, "incompatible"),
     "8 bits without groups": ({"head": (8, 0)}, "groups of 32, 64 or 128"),
     "a KV cache of 4 bits": ({"kv_bits": 4}, "a KV cache has 16 or 8 bits"),
     "heads too wide for codes": ({"kv_bits": 8, "head_dim": 528, "num_heads": 2}, "512 dims"),
@@ -92,7 +100,7 @@ def test_settings_that_no_core_has(case: str) -> None:
 
 def test_a_shape_that_lacks_a_size() -> None:
     with pytest.raises(KeyError, match="num_layers"):
-        _core.Engine({}, (16, 0), (4, 32), (16, 0), 1, "", 0)
+        _core.Engine({}, (16, 0), (FOUR_BITS, 32), (16, 0), 1, "", 0)
 
 
 def _side(projection: int = 1, matrices: Any = None, make: Any = _weights) -> list[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from native_engines import (
     BACKBONE_TOLERANCE,
     KERNELS,
@@ -22,12 +24,13 @@ from native_engines import (
     subject_of,
 )
 from steps import append, begin, cached_states
-from tiny_models import fake_quantised
+from tiny_models import fake_quantised, tiny_model
 from torch import Tensor
 
 from river_llm import ExitPolicy, River, RiverConfig
 from river_llm.config import BITS, GROUP_SIZES
 from river_llm.engines.cpu import CpuEngine
+from river_llm.river.backbone import decoder_layers
 from river_llm.river.quantize import quantize
 
 RTN = RiverConfig(group_size=32, quantizer="rtn")
@@ -148,6 +151,25 @@ def test_codes_of_any_width_mean_what_they_mean_in_float32(
     bits: int, group_size: int, kernels: str
 ) -> None:
     check_river(coded(bits, group_size), random_tokens(NUM_TOKENS, seed=2), kernels)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    architecture=st.sampled_from(["Llama", "Phi3"]),
+    widths=st.lists(st.sampled_from(BITS), min_size=14, max_size=14),
+)
+def test_matrices_of_any_widths_are_those_of_the_torch_engine(
+    architecture: str, widths: list[int]
+) -> None:
+    model = tiny_model(architecture, num_hidden_layers=2)
+    left = iter(widths)
+    bits = [{name: next(left) for name in layer.linears} for layer in decoder_layers(model)]
+    config = RiverConfig("auto", 32, "rtn")
+    subject = Subject(architecture, {"num_hidden_layers": 2}, config, bits)
+    tokens = random_tokens(NUM_TOKENS, seed=7)
+    check_river(subject, tokens, KERNELS[0])
+    expected = run(subject.reference(), tokens, ExitPolicy.always())
+    check_logits(run(subject.engine(), tokens, ExitPolicy.always()), expected, RIVER_TOLERANCE)
 
 
 @pytest.mark.parametrize("bits", BITS)

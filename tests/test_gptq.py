@@ -10,7 +10,7 @@ from command_line import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_lm import character_tokenizer
-from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, tiny_model
+from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, mixed_bits, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -115,6 +115,22 @@ def test_river_of_every_architecture_is_nearer_than_by_rounding(architecture: st
             for one in (river, River.build(model, RTN))
         )
     assert calibrated < 0.8 * rounded
+
+
+def test_matrices_that_share_inputs_share_bits(tiny_llama: PreTrainedModel) -> None:
+    config, text = RiverConfig("auto", 32, "gptq"), torch.arange(64).view(4, 16)
+    bits = mixed_bits(tiny_llama)
+    shared = "gptq quantises self_attn.q_proj, self_attn.k_proj, self_attn.v_proj as one matrix"
+    with pytest.raises(ConfigError, match=f"^model.layers.0.self_attn.q_proj: {shared}.*2, 3, 4$"):
+        River.build(tiny_llama, config, calibration=text, bits=bits)
+    for layer in bits:
+        layer["self_attn.k_proj"] = layer["self_attn.v_proj"] = layer["self_attn.q_proj"]
+        layer["mlp.up_proj"] = layer["mlp.gate_proj"]
+    river = River.build(tiny_llama, config, calibration=text, bits=bits)
+    assert bits == [
+        {name: matrix.bits for name, matrix in layer.items()} for layer in river.exit_layers
+    ]
+    assert all(matrix.is_consistent() for layer in river.exit_layers for matrix in layer.values())
 
 
 def test_layers_are_as_they_were_when_one_fails(tiny_llama: PreTrainedModel) -> None:

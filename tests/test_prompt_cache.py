@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lossless_lm import MIXED, both_engines, subject_with
-from native_engines import CASES, Subject, random_tokens, subject_of
+from native_engines import CASES, MIXED_WIDTHS, Subject, random_tokens, subject_of
 from prompt_caches import (
     CONTEXT,
     DOCUMENT,
@@ -214,8 +214,11 @@ class TestARun:
             assert (result.tokens, result.cached_prompt_tokens) == (expected.tokens, len(DOCUMENT))
 
     @both_engines
-    def test_with_another_river_unless_nothing_ran_through_it(self, kind: str, path: Path) -> None:
-        other = other_subject(river=RiverConfig(bits=3, group_size=32))
+    @pytest.mark.parametrize("river", [RiverConfig(bits=3, group_size=32), MIXED_WIDTHS], ids=str)
+    def test_with_another_river_unless_nothing_ran_through_it(
+        self, river: RiverConfig, kind: str, path: Path
+    ) -> None:
+        other = other_subject(river=river)
         save(lm_with(kind, ExitPolicy.always()), path)
         check_refused(lm_with(kind, ExitPolicy.always(), other), path, "another river")
         save(lm_with(kind, MIXED), backbone := path.with_suffix(".backbone"))

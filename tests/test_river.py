@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import tiny_model
+from tiny_models import mixed_bits, tiny_model
 from transformers import PreTrainedModel
 
-from river_llm.config import RiverConfig
+from river_llm.config import BITS, RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.river import river as river_module
 from river_llm.river.backbone import decoder_layers, fingerprint
@@ -30,6 +30,8 @@ LINEARS = [
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 ]
 CONFIG = RiverConfig(bits=3, group_size=32, quantizer="rtn")
+AUTO = RiverConfig("auto", 32, "rtn")
+FOUR_BITS = dict.fromkeys(LINEARS, 4)
 BUILD_AND_SAVE = """
 import sys
 import torch
@@ -63,11 +65,12 @@ def saved(tiny_llama: PreTrainedModel, tmp_path: Path) -> Path:
 
 
 def assert_same(one: River, other: River) -> None:
-    for name in ("config", "fingerprint", "model_type", "num_bytes"):
+    for name in ("config", "fingerprint", "model_type", "num_bytes", "average_bits"):
         assert getattr(one, name) == getattr(other, name)
     for layer, other_layer in zip(one.exit_layers, other.exit_layers, strict=True):
         assert list(layer) == list(other_layer)
         for name, matrix in layer.items():
+            assert matrix.bits == other_layer[name].bits
             for part in ("packed", "scales", "zeros"):
                 assert torch.equal(getattr(matrix, part), getattr(other_layer[name], part))
 
@@ -95,6 +98,40 @@ class TestBuilding:
         assert river.num_bytes == num_weights * 3 // 8 + 4 * num_weights // 32
         assert all(torch.equal(t, before[name]) for name, t in tiny_llama.state_dict().items())
 
+    def test_gives_each_matrix_its_bits(self, tiny_llama: PreTrainedModel) -> None:
+        bits = mixed_bits(tiny_llama)
+        river = River.build(tiny_llama, RiverConfig("auto", 32, "rtn"), bits=bits)
+        uniform = {width: River.build(tiny_llama, RiverConfig(width, 32, "rtn")) for width in BITS}
+        total = weights = 0
+        for index, layer in enumerate(river.exit_layers):
+            for name, matrix in layer.items():
+                width = bits[index][name]
+                assert matrix.bits == width
+                assert torch.equal(matrix.packed, uniform[width].exit_layers[index][name].packed)
+                total += width * matrix.shape[0] * matrix.shape[1]
+                weights += matrix.shape[0] * matrix.shape[1]
+        assert river.average_bits == total / weights
+
+    @pytest.mark.parametrize(
+        ("config", "bits", "message"),
+        [
+            (AUTO, None, "bits auto needs those of each matrix"),
+            (CONFIG, [FOUR_BITS] * 4, "the river has 3 bits; bits of each matrix go with auto"),
+            (AUTO, [FOUR_BITS] * 3, "bits are to be given for self_attn.q_proj, .* of each layer"),
+            (AUTO, [*[FOUR_BITS] * 3, {"mlp.up_proj": 4}], "bits are to be given for"),
+            (AUTO, [*[FOUR_BITS] * 3, FOUR_BITS | {"mlp.up_proj": 7}], "no matrix has 7 bits"),
+        ],
+    )
+    def test_refuses_bits_that_do_not_fit(
+        self,
+        config: RiverConfig,
+        bits: list[dict[str, int]] | None,
+        message: str,
+        tiny_llama: PreTrainedModel,
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            River.build(tiny_llama, config, bits=bits)
+
     @pytest.mark.skipif(sys.platform != "linux", reason="the system's account of memory")
     def test_and_saving_take_the_river_and_a_layer_at_most(self, tmp_path: Path) -> None:
         command = [sys.executable, "-c", BUILD_AND_SAVE, tmp_path / "river"]
@@ -113,11 +150,12 @@ class TestBuilding:
 
 
 class TestSaving:
-    @pytest.mark.parametrize("config", [CONFIG, RiverConfig(), RiverConfig(6, 64)], ids=str)
+    @pytest.mark.parametrize("config", [CONFIG, RiverConfig(), RiverConfig(6, 64), AUTO], ids=str)
     def test_loses_no_bit(
         self, config: RiverConfig, tiny_llama: PreTrainedModel, tmp_path: Path
     ) -> None:
-        river = River.build(tiny_llama, config)
+        bits = mixed_bits(tiny_llama) if config.bits == "auto" else None
+        river = River.build(tiny_llama, config, bits=bits)
         river.save(tmp_path / "a" / "new" / "place")
         loaded = River.load(tmp_path / "a" / "new" / "place")
         assert_same(loaded, river)
@@ -135,8 +173,8 @@ class TestSaving:
         manifest = json.loads((saved / MANIFEST_NAME).read_text())
         assert isinstance(manifest.pop("tensor_digest"), str)
         assert manifest == {
-            "format_version": 2,
-            "config": {"bits": 3, "group_size": 32, "quantizer": "rtn"},
+            "format_version": 3,
+            "config": CONFIG.to_dict(),
             "model_type": "llama",
             "num_layers": 4,
             "linears": LINEARS,
@@ -278,6 +316,10 @@ def manifest(**changes: Any) -> Callable[[Path], None]:
     return spoil
 
 
+def auto(bits: Any) -> Callable[[Path], None]:
+    return manifest(config={"bits": "auto"}, bits=bits)
+
+
 def manifest_of(content: bytes) -> Callable[[Path], None]:
     def spoil(directory: Path) -> None:
         (directory / MANIFEST_NAME).write_bytes(content)
@@ -313,11 +355,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a manifest of bytes": (manifest_of(b"\xff\xfe\x00"), f"{MANIFEST_NAME} is cut short"),
     "a manifest that is a list": (manifest_of(b"[1]"), f"{MANIFEST_NAME} is cut short"),
     "a manifest of nothing": (manifest_of(b"{}"), f"{MANIFEST_NAME} is cut short"),
-    "a later format": (manifest(format_version=3), "format version 3, this release reads 2"),
+    "a later format": (manifest(format_version=4), "format version 4, this release reads 3"),
     "an unknown setting": (manifest(config={"axis": 1}), "damaged .*there is no setting 'axis'"),
     "odd bits": (manifest(config={"bits": 7}), "damaged .*bits is 7; it must be one of 2, 3, 4"),
     "no config": (manifest(config=None), "damaged"),
     "other bits": (manifest(config={"bits": 2}), "holds other bits or groups"),
+    "other bits in one matrix": (auto(["3333333"] * 3 + ["3333334"]), "holds other bits or groups"),
+    "no bits of matrices": (manifest(config={"bits": "auto"}), r"damaged \('bits'\)"),
+    **{
+        f"{name} of matrices": (auto(bits), "damaged")
+        for name, bits in {
+            "bits for a layer too few": ["3333333"] * 3,
+            "bits for a matrix too few": ["333333"] * 4,
+            "odd bits": ["3333337"] * 4,
+            "bits in words": ["three"] * 4,
+            "bits in numbers": [[3] * 7] * 4,
+            "one width": 3,
+        }.items()
+    },
     "layers in words": (manifest(num_layers="four"), r"damaged \(num_layers\)"),
     "a layer too many": (manifest(num_layers=5), "can't be read .*4.self_attn"),
     "another linear layer": (manifest(linears=["mlp.experts"]), "can't be read .*mlp.experts"),
@@ -325,6 +380,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 class TestLoading:
+    def test_takes_the_format_before_mixed_widths(
+        self, saved: Path, tiny_llama: PreTrainedModel
+    ) -> None:
+        config = {"bits": 3, "group_size": 32, "quantizer": "rtn"}
+        description = json.loads((saved / MANIFEST_NAME).read_text())
+        description |= {"format_version": 2, "config": config}
+        (saved / MANIFEST_NAME).write_text(json.dumps(description))
+        assert_same(River.load(saved), River.build(tiny_llama, CONFIG))
+
     @pytest.mark.parametrize("damage", DAMAGES)
     def test_refuses_a_damaged_river(self, damage: str, saved: Path) -> None:
         spoil, message = DAMAGES[damage]

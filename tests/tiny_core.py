@@ -37,7 +37,7 @@ SHAPE = {
 }
 SETTINGS = {
     "backbone": (16, 0),
-    "river": (4, GROUP),
+    "river": ([[4] * 4] * LAYERS, GROUP),
     "head": (16, 0),
     "threads": 1,
     "kernels": "",

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from river_llm import River
+from river_llm.config import BITS
 from river_llm.river.backbone import decoder_layers
 
 VOCABULARY = 97
@@ -74,6 +75,14 @@ def tiny_model(architecture: str, **settings: Any) -> PreTrainedModel:
     config_class = getattr(transformers, f"{architecture}Config")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config_class(**{**_COMMON, **settings})).eval()
+
+
+def mixed_bits(model: PreTrainedModel) -> list[dict[str, int]]:
+    """All widths in all kinds of matrices, for a river of auto bits."""
+    return [
+        {name: BITS[(index + place) % len(BITS)] for place, name in enumerate(layer.linears)}
+        for index, layer in enumerate(decoder_layers(model))
+    ]
 
 
 def fake_quantised(model: PreTrainedModel, river: River, first_layer: int = 0) -> PreTrainedModel:

@@ -34,6 +34,15 @@ Shape shape_of(const Kind& kind) {
 
 Format format(int bits) { return {bits, bits == 16 ? 0 : kGroup}; }
 
+RiverFormat river_format(std::array<int, 4> bits) {
+  RiverFormat format{{}, kGroup};
+  for (int l = 0; l < kLayers; ++l) {
+    format.bits.push_back(bits);
+    std::rotate(bits.begin(), bits.begin() + 1, bits.end());
+  }
+  return format;
+}
+
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() &&
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
@@ -68,7 +77,7 @@ Result take(const Pass& pass) {
 
 Subject::Subject(const KernelSet& kernels, int threads, const Kind& kind)
     : pool(threads),
-      model(shape_of(kind), format(kind.backbone_bits), format(kind.river_bits),
+      model(shape_of(kind), format(kind.backbone_bits), river_format(kind.river_bits),
             format(kind.head_bits), kLayers),
       decoder(model, kLayers, kernels, pool, kind.kv_bits) {
   set_weights(kind);
@@ -88,8 +97,8 @@ void Subject::set_weights(const Kind& kind) {
     for (size_t p = 0; p < 4; ++p)
       for (const Side side : {kBackbone, kRiver})
         for (const int rows : outputs[p]) {
-          const Format& format = model.formats[side];
-          kept.emplace_back(rows, inputs[p], format.bits, format.group_size, seeds[side]);
+          const PackedMatrix& matrix = model.layers[static_cast<size_t>(l)].projections[p][side];
+          kept.emplace_back(rows, inputs[p], matrix.bits, matrix.group_size, seeds[side]);
           sources[side][p].push_back(kept.back().matrix());
         }
     model.set_layer(l, sources, pool);

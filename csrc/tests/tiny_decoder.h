@@ -1,6 +1,7 @@
 // A tiny random model of the Llama family, and passes over it.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "decoder.h"
@@ -14,7 +15,7 @@ struct Kind {
   int backbone_bits = 16, head_bits = 16;
   bool has_everything = false;  // biases, norms, windows, scales that plain models lack
   uint32_t backbone_seed = 1, river_seed = 2;
-  int river_bits = 4;
+  std::array<int, 4> river_bits = {4, 4, 4, 4};  // [Projection], one projection further on each layer
   int kv_bits = 16;
   int rope_boundary = 0;
 };

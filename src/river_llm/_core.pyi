@@ -26,7 +26,7 @@ class Engine:
         self,
         shape: dict[str, Any],
         backbone: tuple[int, int],
-        river: tuple[int, int],
+        river: tuple[Sequence[Sequence[int]], int],
         head: tuple[int, int],
         threads: int,
         kernels: str,

@@ -32,6 +32,7 @@ Prefill = Literal["backbone", "river", "sequence"]
 DEFAULT_MODEL = "smollm2"
 DEFAULT_THRESHOLD = 0.9  # where the paper puts its deeper models; see docs/results.md
 BITS = (2, 3, 4, 5, 6, 8)
+DEFAULT_AVERAGE_BITS = 4.5
 GROUP_SIZES = (32, 64, 128)
 MOST_DRAFT_TOKENS = 64
 MOST_THREADS = 1024  # of the native core
@@ -45,15 +46,52 @@ class RiverConfig(Settings):
     HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. GPTQ (Frantar et
     al. 2022) fits the weights to calibration text and loses a third as much. The group size has to
     divide the input width of every linear layer.
+
+    With ``bits="auto"`` each matrix has a width of its own out of `BITS`, and its codes (scales and
+    zeros don't count) take `average_bits` a weight at most.
+
+    Raises:
+        ConfigError: a value is out of its range, or one width is to have an average.
     """
 
-    bits: int = setting(4, "Bits of a river's weight.", one_of(*BITS))
+    bits: int | Literal["auto"] = setting(
+        4,
+        "Bits of a river's weight, or auto: each matrix has as many as it needs.",
+        one_of(*BITS, "auto"),
+    )
     group_size: int = setting(64, "Weights that share a scale and a zero.", one_of(*GROUP_SIZES))
     quantizer: Quantizer = setting(
         "hqq",
         "How weights are quantised: hqq, gptq (better, slower), or rtn (round to nearest).",
         one_of(*get_args(Quantizer)),
     )
+    average_bits: float | None = setting(
+        None,
+        f"Of a weight on average, with auto; by default {DEFAULT_AVERAGE_BITS}.",
+        number(lambda value: 4 <= value <= 8, "a number from 4 to 8"),
+    )
+
+    def __post_init__(self) -> None:
+        super(RiverConfig, self).__post_init__()  # slots make another class
+        if self.bits == "auto" and self.average_bits is None:
+            object.__setattr__(self, "average_bits", DEFAULT_AVERAGE_BITS)
+        if self.bits != "auto" and self.average_bits is not None:
+            raise ConfigError(f"average_bits goes with bits auto, not with {self.bits} bits")
+
+    @property
+    def width(self) -> str:
+        """Bits of a weight, or with auto their average: `4`, `4.5`."""
+        return f"{self.average_bits or self.bits}"
+
+    def describe_bits(self, average: float | None = None) -> str:
+        """The width in words: `4 bits`, or `4.50 bits on average`.
+
+        Args:
+            average: what a river has; None: what was ordered.
+        """
+        if self.bits != "auto":
+            return f"{self.bits} bits"
+        return f"{self.average_bits if average is None else average:.2f} bits on average"
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,10 @@ class TestAnEngine:
         bits = {"backbone_bits": backbone_bits, "lm_head_bits": lm_head_bits}
         check_copied(subject_of(case), tmp_path, **bits)
 
-    @pytest.mark.parametrize(("bits", "quantizer"), itertools.product(BITS, ["hqq", "rtn"]))
-    def test_of_a_copy_has_its_river(self, bits: int, quantizer: Any, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("bits", "quantizer"), itertools.product([*BITS, "auto"], ["hqq", "rtn"])
+    )
+    def test_of_a_copy_has_its_river(self, bits: Any, quantizer: Any, tmp_path: Path) -> None:
         check_copied(Subject(*CASES["llama"], RiverConfig(bits, 32, quantizer)), tmp_path)
 
     @pytest.mark.parametrize("kernels", KERNELS)

@@ -29,6 +29,7 @@ from stored_models import (
 )
 from tiny_gguf import write_tiny_gguf
 from tiny_lm import character_tokenizer
+from tiny_models import mixed_bits
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from river_llm import ExitPolicy, River, RiverConfig, RiverError, RiverFileError
@@ -281,8 +282,15 @@ class TestAChange:
         self, model: Path, loads: list[object], tmp_path: Path
     ) -> None:
         river = tmp_path / "river"
-        for config in (RiverConfig(bits=4, group_size=32), RiverConfig(bits=4), ROUNDED):
-            save_river(model, river, config)
+        mixed = mixed_bits(load_backbone(model)[0])
+        for config, bits in (
+            (RiverConfig(bits=4, group_size=32), None),
+            (RiverConfig(bits=4), None),
+            (ROUNDED, None),
+            (RiverConfig("auto", 32, "rtn"), mixed),
+            (RiverConfig("auto", 32, "rtn"), mixed[::-1]),
+        ):
+            save_river(model, river, config, bits)
             assert not starts_from_a_copy(loads, model, river)
             assert starts_from_a_copy(loads, model, river)
         tensors = load_file(river / "river.safetensors")

@@ -99,16 +99,16 @@ def bench(
         of_widths = replace(engine, lm_head_bits=head, kv_bits=cache)
         made, lm, output = _load(model, built, of_widths, shape, lossless)
         suffix = ", 8-bit head" * (head == 8) + ", 8-bit KV cache" * (cache == 8)
-        own_bits = output["river"]["bits"]
+        width = RiverConfig.of(output["river"]).width
         text = Text(lm and lm.tokenizer, made.vocab_size)
-        variants += make_variants(made, text, own_bits, exits, taus, suffix)
+        variants += make_variants(made, text, width, exits, taus, suffix)
         if lossless and lm is not None:
             variants.append(LosslessVariant(f"lossless{suffix}", lm, text))
     threads = engine.threads
     with LoadingProgress(f"measuring {output['model']}") as progress:
         done = progress.steps_done
         if isinstance(made, CpuEngine) and memory:
-            output |= bench_memory(made, own_bits, exits, depths, rounds, threads, done)
+            output |= bench_memory(made, width, exits, depths, rounds, threads, done)
         else:
             workloads = make_workloads(*lengths, depths, batches, made.context_length)
             output |= run_bench(variants, workloads, rounds, threads, made.device, progress=done)
@@ -171,10 +171,10 @@ def _print(output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], _Row
     from rich.table import Table
     from rich.text import Text
 
-    river = output["river"]
+    river = RiverConfig.of(output["river"])
     print(
-        f"{output['model']}, river of {river['bits']} bits in groups of {river['group_size']} "
-        f"({river['quantizer']}); {output['processor']}, {output['date']}"
+        f"{output['model']}, river of {river.describe_bits()} in groups of {river.group_size} "
+        f"({river.quantizer}); {output['processor']}, {output['date']}"
     )
     rows = list(map(row_of, output["results"]))
     table = Table(box=None, pad_edge=False)

@@ -57,7 +57,7 @@ def build(
         seconds = time.perf_counter() - start
         river.save(output)
     stderr.print(
-        f"{len(river.exit_layers)} exit layers, {config.bits} bits in groups of "
-        f"{config.group_size} ({config.quantizer}), {format_bytes(river.num_bytes)}, "
+        f"{len(river.exit_layers)} exit layers, {config.describe_bits(river.average_bits)} in "
+        f"groups of {config.group_size} ({config.quantizer}), {format_bytes(river.num_bytes)}, "
         f"built in {seconds:.1f} s: {output}"
     )

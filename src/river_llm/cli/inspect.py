@@ -121,6 +121,7 @@ def _check_plot(plot: Path) -> None:
 def _describe(attached: AttachedRiver) -> dict[str, Any]:
     """The model's shape, and the bytes of backbone and river."""
     from river_llm.river.backbone import decoder_layers, linear_weight
+    from river_llm.river.quantize import average_bits
 
     layers = decoder_layers(attached.model)
     linears = [linear_weight(linear) for layer in layers for linear in layer.linears.values()]
@@ -136,6 +137,7 @@ def _describe(attached: AttachedRiver) -> dict[str, Any]:
         "backbone_linear_bytes": backbone_bytes,
         "river": attached.config.to_dict(),
         "river_bytes": attached.num_bytes,
+        "average_bits": average_bits(attached.matrices),
         "bits_per_weight": 8 * attached.num_bytes / sum(weight.numel() for weight in linears),
     }
 
@@ -159,7 +161,8 @@ def _show_model(output: dict[str, Any]) -> None:
 
     from river_llm.cli.render import stdout
 
-    river = output["river"]
+    river = RiverConfig.of(output["river"])
+    width = river.describe_bits(output["average_bits"])
     stdout.print(
         f"{output['architecture']}, {output['num_layers']} decoder layers, each with the linear "
         "layers"
@@ -174,9 +177,9 @@ def _show_model(output: dict[str, Any]) -> None:
         f"{format_bytes(output['backbone_linear_bytes'])}"
     )
     stdout.print(
-        f"river {format_bytes(output['river_bytes'])}: {river['bits']} bits in groups of "
-        f"{river['group_size']} ({river['quantizer']}), {output['bits_per_weight']:.2f} bits a "
-        f"weight, {100 * ratio:.0f} % of those weights"
+        f"river {format_bytes(output['river_bytes'])}: {width} in groups of {river.group_size} "
+        f"({river.quantizer}), {output['bits_per_weight']:.2f} bits a weight with scales, "
+        f"{100 * ratio:.0f} % of those weights"
     )
 
 

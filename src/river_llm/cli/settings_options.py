@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, fields
 from functools import wraps
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -74,11 +74,13 @@ def option_parameter(one: Field[Any], hint: Any, base: Settings | None) -> inspe
     default = one.default if base is None else getattr(base, one.name)
     if hint is bool:
         names = (f"{names[0]}/--no-{names[0][2:]}" if default else names[0],)
-    parse = None
+    parse: Callable[[Any], Any] | None = None
     if get_origin(hint) in (Union, types.UnionType):
         kinds = get_args(hint)
         if any(get_origin(kind) is tuple for kind in kinds):
             hint, default = list[str], [*(default or ())]  # type: ignore[misc]
+        elif int in kinds and any(get_origin(kind) is Literal for kind in kinds):
+            hint, parse = str, _number_or_word
         elif any(kind is str for kind in kinds):
             hint = str | None
         elif any(get_origin(kind) is Mapping for kind in kinds):
@@ -118,6 +120,10 @@ def _as_options(message: str, options: Mapping[str, str]) -> str:
         else word
         for i, word in enumerate(words)
     )
+
+
+def _number_or_word(given: str) -> int | str:
+    return int(given) if given.isdecimal() else given
 
 
 def _json_object(option: str) -> Callable[[str | None], Any]:

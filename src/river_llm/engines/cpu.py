@@ -20,6 +20,7 @@ from river_llm.engines.weight_packer import (
     WeightPacker,
     check_weights,
     give_up,
+    held_bits,
     quantized_head,
 )
 from river_llm.errors import ConfigError, RiverError
@@ -40,8 +41,9 @@ class CpuEngine(NotCopiedEngine):
     """Decoding in C++ with packed weights; an `Engine` that drafts, offloads and gives its cache.
 
     Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 4, 6 or 8
-    bits (2 and 3 bits are held as 4, 5 as 6). Activations are rounded to bfloat16 for products with
-    bfloat16 weights and to 16-bit fixed point, one scale a group, for products with codes; sums,
+    bits (2 and 3 bits are held as 4, 5 as 6, matrices of one product as the widest of them).
+    Activations are rounded to bfloat16 for products with bfloat16 weights and to 16-bit fixed
+    point, one scale a group, for products with codes; sums,
     norms and the residual stream are float32. A row has the same bits whatever rows stand beside
     it (batch invariance).
 
@@ -92,7 +94,7 @@ class CpuEngine(NotCopiedEngine):
         layers = decoder_layers(model)
         river.check_fits(layers)
         formats = WeightFormats(
-            backbone_bits, lm_head_bits, river.config.bits, river.config.group_size
+            backbone_bits, lm_head_bits, held_bits(model, river), river.config.group_size
         )
         self._prepare(describe(model), formats, threads, kernels, kv_bits)
         packer = WeightPacker(self._core, model, self.model, formats)

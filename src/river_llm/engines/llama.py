@@ -47,6 +47,7 @@ _LANES = 16  # widths are multiples of this: the lanes of a vector register
 
 SUPPORTED_MODEL_TYPES = tuple(_NORMS)
 PROJECTIONS = ("qkv", "output", "gate_up", "down")
+Pieces = tuple[tuple[str, slice | None], ...]  # of a projection: linear layers, and their rows
 
 
 def check_supported(model: PreTrainedModel, kv_bits: int = 16) -> None:
@@ -214,24 +215,19 @@ def _query_scaling(model: PreTrainedModel) -> tuple[float, int] | None:
     return float(beta), int(parameters["original_max_position_embeddings"])
 
 
-def layer_projections(
-    model: PreTrainedModel, index: int
-) -> tuple[tuple[tuple[str, slice | None], ...], ...]:
+def layer_projections(model: PreTrainedModel, index: int) -> tuple[Pieces, ...]:
     """For each of `PROJECTIONS` the names of the linear layers in decoder layer `index` whose
     outputs stand below each other, and the rows of theirs to take (None: all)."""
     layer = model.model.layers[index]
     attention, mlp = layer.self_attn, layer.mlp
     inner = model.config.intermediate_size
     if hasattr(attention, "qkv_proj"):
-        qkv: tuple[tuple[str, slice | None], ...] = (("self_attn.qkv_proj", None),)
+        qkv: Pieces = (("self_attn.qkv_proj", None),)
     else:
         qkv = tuple((f"self_attn.{name}_proj", None) for name in "qkv")
     if hasattr(mlp, "gate_up_proj"):
         name = "mlp.gate_up_proj"
-        gate_up: tuple[tuple[str, slice | None], ...] = (
-            (name, slice(0, inner)),
-            (name, slice(inner, 2 * inner)),
-        )
+        gate_up: Pieces = ((name, slice(0, inner)), (name, slice(inner, 2 * inner)))
     else:
         gate_up = (("mlp.gate_proj", None), ("mlp.up_proj", None))
     return qkv, (("self_attn.o_proj", None),), gate_up, (("mlp.down_proj", None),)
@@ -265,7 +261,7 @@ def _norm_weight(model: PreTrainedModel, norm: nn.Module) -> Any:
     return weight.contiguous().numpy()
 
 
-def _bias(layer: nn.Module, pieces: tuple[tuple[str, slice | None], ...], interleaved: bool) -> Any:
+def _bias(layer: nn.Module, pieces: Pieces, interleaved: bool) -> Any:
     biases = []
     for name, rows in pieces:
         linear = layer.get_submodule(name)

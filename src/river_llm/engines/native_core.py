@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from river_llm.engines.kv_cache import check_kv_bits
-from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
+from river_llm.engines.native_model import NativeModel, WeightFormats
 from river_llm.errors import ConfigError, RiverError
 
 try:
@@ -93,7 +93,7 @@ def make_core(
         core = _core.Engine(
             model.shape | {"rope_kinds": len(model.rotary), "rope_boundary": boundary or 0},
             backbone=(backbone_bits, model.code_group_size if backbone_bits == 8 else 0),
-            river=(held_bits(formats.river_bits), formats.river_group_size),
+            river=(formats.river_bits, formats.river_group_size),
             head=(head_bits, model.head_group_size if head_bits == 8 else 0),
             threads=usable_threads() if threads is None else threads,
             kernels=kernels or os.environ.get(_KERNELS_VARIABLE, ""),

@@ -119,14 +119,15 @@ class NativeModel:
 
 @dataclass(frozen=True, slots=True)
 class WeightFormats:
-    """Bits of the packed weights, 16 for bfloat16, and the river's group size."""
+    """How weights are packed.
 
-    backbone_bits: int = 16
-    lm_head_bits: int = 16
-    river_bits: int = 4  # as configured; see `held_bits`
-    river_group_size: int = 64
+    Attributes:
+        backbone_bits, lm_head_bits: 16 (bfloat16) or 8.
+        river_bits: of each layer, 4, 6 or 8 for each of `llama.PROJECTIONS`.
+        river_group_size: weights of the river that share a scale and a zero.
+    """
 
-
-def held_bits(bits: int) -> int:
-    """In how many bits the core holds a code of `bits`: 4, 6 or 8."""
-    return next(width for width in (4, 6, 8) if bits <= width)
+    backbone_bits: int
+    lm_head_bits: int
+    river_bits: list[list[int]]
+    river_group_size: int

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from river_llm.config import RiverConfig
-from river_llm.engines.llama import layer_projections
-from river_llm.engines.native_model import NativeModel, WeightFormats, held_bits
+from river_llm.engines.llama import Pieces, layer_projections
+from river_llm.engines.native_model import NativeModel, WeightFormats
 from river_llm.errors import RiverError
 from river_llm.river.backbone import linear_weight
 from river_llm.river.bit_packing import pack_codes, unpack_codes
 from river_llm.river.quantize import QuantizedMatrix, quantize
+from river_llm.river.river import River
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +58,10 @@ class WeightPacker:
             {
                 "backbone": [[weight(*piece) for piece in pieces] for pieces in projections],
                 "river": [
-                    [_codes(exit_layer[name], rows) for name, rows in pieces]
-                    for pieces in projections
+                    [_codes(exit_layer[name], rows, bits) for name, rows in pieces]
+                    for pieces, bits in zip(
+                        projections, self._formats.river_bits[index], strict=True
+                    )
                 ],
             },
         )
@@ -73,6 +76,20 @@ class WeightPacker:
         if self._tied_head and not in_codes:
             return None
         return _bfloat16_bits(self._model.get_input_embeddings().weight.detach())
+
+
+def held_bits(model: PreTrainedModel, river: River) -> list[list[int]]:
+    """In how many bits the core holds the river's codes: of each layer, 4, 6 or 8 for each of
+    `PROJECTIONS`, whose matrices are packed together."""
+
+    def held(exit_layer: dict[str, QuantizedMatrix], pieces: Pieces) -> int:
+        widest = max(exit_layer[name].bits for name, _ in pieces)
+        return next(bits for bits in (4, 6, 8) if widest <= bits)
+
+    return [
+        [held(exit_layer, pieces) for pieces in layer_projections(model, index)]
+        for index, exit_layer in enumerate(river.exit_layers)
+    ]
 
 
 def quantized_head(core: Any, vocab_size: int, bits: int, group_size: int) -> Any:
@@ -103,11 +120,10 @@ def _bfloat16_bits(weight: Tensor) -> Any:
     return weight.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
 
 
-def _codes(matrix: QuantizedMatrix, rows: slice | None = None) -> Any:
-    """(codes, scales, zeros) as the core takes them: of 4, 6 or 8 bits, with the same values."""
+def _codes(matrix: QuantizedMatrix, rows: slice | None = None, wider: int | None = None) -> Any:
+    """(codes, scales, zeros) as the core takes them; in `wider` bits with the same values."""
     packed, bits = matrix.packed, matrix.bits
-    wider = held_bits(bits)
-    if bits != wider:
+    if wider is not None and wider != bits:
         columns = matrix.scales.shape[1] * matrix.group_size
         # a code counts from 2**(bits - 1): move it to where the wider one counts from
         codes = unpack_codes(packed, bits, columns) + (2 ** (wider - 1) - 2 ** (bits - 1))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Goes up with every change of what is packed, of the quantisers and of how files are read too.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _WEIGHTS, _EMBEDDING, _DESCRIPTION = "weights.bin", "embedding.bin", "engine.pt"
 _READ_BYTES = 16 << 20  # that a thread reads at a time
 
@@ -104,7 +104,7 @@ def packed_folder(
         "river": identity,
         "files": files,
     }
-    of_river = f"{config.quantizer}{config.bits}g{config.group_size}"
+    of_river = f"{config.quantizer}{config.width}g{config.group_size}"
     form = f"{backbone_bits}-{lm_head_bits}-{of_river}"
     saved = Path(river) if isinstance(river, str | Path) else None
     return CachedFolder.of("repacked", found[0], form, origin, saved)

@@ -184,7 +184,7 @@ class LosslessVariant:
 def make_variants(
     engine: Engine,
     text: Text,
-    bits: int,
+    width: str,
     exit_layers: Sequence[int] = (),
     thresholds: Sequence[float] = (),
     suffix: str = "",
@@ -192,7 +192,7 @@ def make_variants(
     """Backbone, full quantisation, and River at fixed depths and thresholds, on one engine.
 
     Args:
-        bits: of the river.
+        width: of the river, see `RiverConfig`.
         suffix: of their names: what is special about the engine.
 
     Raises:
@@ -201,7 +201,7 @@ def make_variants(
     rivers = [*map(ExitPolicy.fixed, exit_layers), *map(ExitPolicy.similarity, thresholds)]
     policies = {
         "backbone": ExitPolicy.never(),
-        f"full {bits}-bit": ExitPolicy.always(),
+        f"full {width}-bit": ExitPolicy.always(),
         **{policy.describe(): policy for policy in rivers},
     }
     for policy in policies.values():

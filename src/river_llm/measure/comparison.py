@@ -42,7 +42,7 @@ def compared_variants(lm: RiverLM) -> dict[str, ExitPolicy | None]:
         "backbone": ExitPolicy.never(),
         "lossless": None,
         f"River, {river.describe()}": river,
-        f"full {lm.river_config.bits}-bit": ExitPolicy.always(),
+        f"full {lm.river_config.width}-bit": ExitPolicy.always(),
     }
 
 

@@ -50,7 +50,7 @@ class MemoryVariant:
     with_river: bool = True
 
 
-def memory_variants(num_layers: int, exit_layers: Sequence[int], bits: int) -> list[MemoryVariant]:
+def memory_variants(num_layers: int, exit_layers: Sequence[int], width: str) -> list[MemoryVariant]:
     """Backbone, full quantisation, and River at fixed depths without and with offloading; at last
     the whole backbone with the layers behind the first depth read back for every token."""
     rivers = [
@@ -60,7 +60,7 @@ def memory_variants(num_layers: int, exit_layers: Sequence[int], bits: int) -> l
     ]
     return [
         MemoryVariant("backbone", num_layers, with_river=False),
-        MemoryVariant(f"full {bits}-bit", 0, 0),
+        MemoryVariant(f"full {width}-bit", 0, 0),
         *rivers,
         MemoryVariant("backbone, offloaded", num_layers, exit_layers[0]),
     ]
@@ -68,7 +68,7 @@ def memory_variants(num_layers: int, exit_layers: Sequence[int], bits: int) -> l
 
 def bench_memory(
     engine: CpuEngine,
-    bits: int,
+    width: str,
     exit_layers: Sequence[int],
     contexts: Sequence[int],
     rounds: int,
@@ -79,7 +79,7 @@ def bench_memory(
 
     Args:
         engine: what the variants' processes start from; they have KV caches of its width.
-        bits: of the river.
+        width: of the river, see `RiverConfig`.
         exit_layers: of the variants of River; by default 3.
         contexts: tokens in the cache; without any beside 0, 4K to 64K as far as the model's context
             goes.
@@ -98,7 +98,7 @@ def bench_memory(
         raise ConfigError(f"--depth {max(contexts)} leaves no room in the model's context")
     for depth in exit_layers:
         ExitPolicy.fixed(depth).thresholds(engine.num_layers)
-    variants = memory_variants(engine.num_layers, exit_layers or [3], bits)
+    variants = memory_variants(engine.num_layers, exit_layers or [3], width)
     with tempfile.TemporaryDirectory() as name:
         write_engine(Path(name), engine)
         results = measure_memory(

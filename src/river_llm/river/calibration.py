@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError
 from river_llm.river.backbone import DecoderLayer, linear_weight, text_decoder
 from river_llm.river.gptq import gptq
@@ -94,7 +93,8 @@ def _recorded(
 def calibrated_exit_layers(
     model: PreTrainedModel,
     layers: list[DecoderLayer],
-    config: RiverConfig,
+    group_size: int,
+    bits: list[dict[str, int]],
     token_ids: Tensor,
 ) -> Iterator[dict[str, QuantizedMatrix]]:
     """Quantise every layer's linear weights by GPTQ; one dict per layer, as in `River`.
@@ -102,10 +102,12 @@ def calibrated_exit_layers(
     Between two layers, and after the last, the model is as it was.
 
     Args:
+        bits: of each layer's linear weights, by name.
         token_ids: the calibration text, `[sequences, tokens]`.
 
     Raises:
-        ConfigError: the group size doesn't divide an input width, or something isn't finite.
+        ConfigError: the group size doesn't divide an input width, linear layers that share inputs
+            differ in bits, or something isn't finite.
     """
     batches = list(torch.split(token_ids, max(1, _BATCH_TOKENS // token_ids.shape[1])))
     inputs = LayerInputs(model, layers, batches)
@@ -113,13 +115,16 @@ def calibrated_exit_layers(
     for index, layer in enumerate(layers):
         run = partial(inputs.run, index, layer.module, hidden_states)
         with _weights_restored(layer):
-            exit_layer = _quantized_layer(layer, run, config)
+            exit_layer = _quantized_layer(layer, run, group_size, bits[index])
             hidden_states = list(run())
         yield exit_layer
 
 
 def _quantized_layer(
-    layer: DecoderLayer, run: Callable[[], Iterator[Tensor]], config: RiverConfig
+    layer: DecoderLayer,
+    run: Callable[[], Iterator[Tensor]],
+    group_size: int,
+    bits: dict[str, int],
 ) -> dict[str, QuantizedMatrix]:
     """Quantise a layer's linear weights, and put the quantised in their places.
 
@@ -132,8 +137,8 @@ def _quantized_layer(
         names, hessian = hessians.pop(0)  # each may take a gibibyte
         weights = [linear_weight(layer.linears[name]) for name in names]
         try:
-            check_group_size(weights[0], config.group_size)
-            matrix = gptq(torch.cat(weights), hessian, config.bits, config.group_size)
+            check_group_size(weights[0], group_size)
+            matrix = gptq(torch.cat(weights), hessian, _shared_bits(names, bits), group_size)
         except ConfigError as error:
             raise ConfigError(f"{layer.name}.{names[0]}: {error}") from error
         blocks = _row_blocks(matrix, weights)
@@ -143,6 +148,17 @@ def _quantized_layer(
             linear = layer.linears[name]
             linear.weight.data = dense.T if isinstance(linear, Conv1D) else dense
     return {name: quantized[name] for name in layer.linears}
+
+
+def _shared_bits(names: list[str], bits: dict[str, int]) -> int:
+    """The width of linear layers that are quantised as one matrix."""
+    widths = [bits[name] for name in names]
+    if len(set(widths)) > 1:
+        raise ConfigError(
+            f"gptq quantises {', '.join(names)} as one matrix, for they share inputs; give them "
+            f"the same bits, not {', '.join(map(str, widths))}"
+        )
+    return widths[0]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ precision, means exactly the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,35 +103,49 @@ class QuantizedMatrix:
         return weight.view(rows, columns).to(dtype)
 
 
+def average_bits(matrices: Iterable[QuantizedMatrix]) -> float:
+    """Bits of a weight's code, on average over the weights; scales and zeros don't count."""
+    code_bits = weights = 0
+    for matrix in matrices:
+        code_bits += 8 * matrix.packed.nbytes
+        weights += matrix.shape[0] * matrix.shape[1]
+    return code_bits / weights
+
+
 def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
     """Quantise a weight `[out_features, in_features]`; it is neither changed nor kept.
 
     Raises:
-        ConfigError: the group size doesn't divide `in_features`, a weight is not finite, or the
-            quantizer needs inputs.
+        ConfigError: the group size doesn't divide `in_features`, a weight is not finite, bits are
+            auto, or the quantizer needs inputs.
     """
+    bits = config.bits
+    if bits == "auto":
+        raise ConfigError(
+            "bits auto are those of a model's matrices; a weight alone has whole bits"
+        )
     if config.quantizer == "gptq":
         raise ConfigError("gptq needs a layer's inputs; choose hqq or rtn for a weight alone")
     check_group_size(weight, config.group_size)
     rows, columns = weight.shape
     num_groups = columns // config.group_size
     block_rows = max(1, BLOCK_ELEMENTS // columns)
-    packed = torch.empty(rows, columns * config.bits // 8, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(rows, columns * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=weight.device)
     zeros = torch.empty_like(scales)
     for start in range(0, rows, block_rows):
         block = slice(start, min(start + block_rows, rows))
         groups = weight[block].detach().float().reshape(-1, config.group_size)
-        scale, zero_point = _min_max_grid(groups, config.bits)
+        scale, zero_point = _min_max_grid(groups, bits)
         if config.quantizer == "hqq":
-            zero_point = _solve_zero_point(groups, scale, zero_point, config.bits)
-        block_codes, block_scales, block_zeros = _encode(groups, scale, zero_point, config.bits)
+            zero_point = _solve_zero_point(groups, scale, zero_point, bits)
+        block_codes, block_scales, block_zeros = _encode(groups, scale, zero_point, bits)
         if not bool(torch.isfinite(block_zeros).all()):
             raise ConfigError("the weight holds values that are not finite; check the model's file")
-        packed[block] = pack_codes(block_codes.view(-1, columns), config.bits)
+        packed[block] = pack_codes(block_codes.view(-1, columns), bits)
         scales[block] = block_scales.view(-1, num_groups)
         zeros[block] = block_zeros.view(-1, num_groups)
-    return QuantizedMatrix(packed, scales, zeros, config.bits, config.group_size)
+    return QuantizedMatrix(packed, scales, zeros, bits, config.group_size)
 
 
 def check_group_size(weight: Tensor, group_size: int) -> None:

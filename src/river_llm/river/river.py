@@ -1,18 +1,20 @@
 """River: the quantised copy of every decoder layer. Build, save, load.
 
 On disk a river is a folder of two files: `river.safetensors` with three tensors for every linear
-layer (`<layer>.<linear>.packed`, `.scales`, `.zeros`; see `quantization`), and `river.json` with
-the format version, the config, the fingerprint of the backbone it was made from, and the other
-file's size and a digest of samples of it. Norms, biases, embeddings and LM head are the backbone's
-own and in neither.
+layer (`<layer>.<linear>.packed`, `.scales`, `.zeros`; see `quantize`), and `river.json` with the
+format version, the config, the fingerprint of the backbone it was made from, and the other file's
+size and a digest of samples of it; where matrices differ in width, also the bits of each, a digit
+for each of `linears` in a string for each layer. Norms, biases, embeddings and LM head are the
+backbone's own and in neither.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from river_llm.config import RiverConfig
+from river_llm.config import BITS, RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.river.backbone import (
     DecoderLayer,
@@ -33,13 +35,14 @@ from river_llm.river.backbone import (
     linear_weight,
 )
 from river_llm.river.calibration import calibrated_exit_layers
-from river_llm.river.quantize import QuantizedMatrix, quantize
+from river_llm.river.quantize import QuantizedMatrix, average_bits, quantize
 from river_llm.store import STAGING_PREFIX, atomic_write, file_digest, file_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READABLE = (2, 3)  # version 2 has one width for all matrices
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
 _OLD_NAME = "drafts.json"  # version 0.2.0 kept there what it had learnt about drafts
@@ -52,7 +55,7 @@ class River:
     """The exit river: for every decoder layer, its linear weights in few bits.
 
     Attributes:
-        config: how it was quantised.
+        config: how it was quantised; with auto bits, matrices differ in width.
         exit_layers: one dict per decoder layer, from a linear layer's name inside the layer
             (`self_attn.q_proj`) to its quantised weight.
         fingerprint: of the backbone's weights that it was made from.
@@ -69,6 +72,11 @@ class River:
         """Bytes of all quantised weights."""
         return sum(matrix.num_bytes for layer in self.exit_layers for matrix in layer.values())
 
+    @property
+    def average_bits(self) -> float:
+        """Bits of a weight's code, see `average_bits`."""
+        return average_bits(matrix for layer in self.exit_layers for matrix in layer.values())
+
     @classmethod
     def build(
         cls,
@@ -76,19 +84,21 @@ class River:
         config: RiverConfig | None = None,
         progress: Progress | None = None,
         calibration: Tensor | None = None,
+        bits: list[dict[str, int]] | None = None,
     ) -> River:
         """Quantise a copy of every decoder layer of `model`, which stays as it is.
 
         Args:
             calibration: the token ids `[sequences, tokens]` that GPTQ calibrates on, as of
                 `load.calibration_text`.
+            bits: with auto bits, those of each layer's linear weights, by name.
             progress: called after each layer with (layers done, layers in all).
 
         Raises:
             UnsupportedModelError: a layer is no plain decoder layer.
             RiverError: layers are evicted.
-            ConfigError: the group size doesn't divide the input width of some linear layer, or
-                GPTQ has no calibration text.
+            ConfigError: the group size doesn't divide the input width of some linear layer, GPTQ
+                has no calibration text, or `bits` don't fit model or config.
         """
         config = config or RiverConfig()
         if config.quantizer == "gptq" and calibration is None:
@@ -99,11 +109,12 @@ class River:
         layers = decoder_layers(model)
         check_in_memory(layers)
         check_plain_decoder(model, layers)
+        bits = _matrix_bits(layers, config, bits)
         made: Iterable[dict[str, QuantizedMatrix]]
         if calibration is None or config.quantizer != "gptq":
-            made = (_quantize_layer(layer, config) for layer in layers)
+            made = (_quantize_layer(*each, config) for each in zip(layers, bits, strict=True))
         else:
-            made = calibrated_exit_layers(model, layers, config, calibration)
+            made = calibrated_exit_layers(model, layers, config.group_size, bits, calibration)
         exit_layers = []
         for done, exit_layer in enumerate(made, start=1):
             exit_layers.append(exit_layer)
@@ -177,6 +188,11 @@ class River:
                     "tensor_bytes": (new / TENSORS_NAME).stat().st_size,
                     "tensor_digest": file_digest(new / TENSORS_NAME),
                 }
+                if self.config.bits == "auto":
+                    manifest["bits"] = [
+                        "".join(str(matrix.bits) for matrix in layer.values())
+                        for layer in self.exit_layers
+                    ]
                 (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         except (OSError, safetensors.SafetensorError) as error:
             raise RiverFileError(f"can't write the river to {directory}: {error}") from error
@@ -213,12 +229,12 @@ class River:
                             tensors.get_tensor(f"{index}.{name}.packed"),
                             tensors.get_tensor(f"{index}.{name}.scales"),
                             tensors.get_tensor(f"{index}.{name}.zeros"),
-                            config.bits,
+                            int(bits),
                             config.group_size,
                         )
-                        for name in manifest["linears"]
+                        for name, bits in zip(manifest["linears"], of_layer, strict=True)
                     }
-                    for index in range(manifest["num_layers"])
+                    for index, of_layer in enumerate(manifest["bits"])
                 ]
         except (safetensors.SafetensorError, OSError) as error:
             raise RiverFileError(f"{tensors_path} can't be read ({error}); {rebuild}") from error
@@ -254,12 +270,33 @@ class River:
         return River(self.config, exit_layers, self.fingerprint, self.model_type)
 
 
-def _quantize_layer(layer: DecoderLayer, config: RiverConfig) -> dict[str, QuantizedMatrix]:
+def _matrix_bits(
+    layers: list[DecoderLayer], config: RiverConfig, given: list[dict[str, int]] | None
+) -> list[dict[str, int]]:
+    """The width of every linear layer's codes, as `River.build` takes it."""
+    if config.bits != "auto":
+        if given is not None:
+            raise ConfigError(f"the river has {config.bits} bits; bits of each matrix go with auto")
+        return [dict.fromkeys(layer.linears, config.bits) for layer in layers]
+    if given is None:
+        raise ConfigError("bits auto needs those of each matrix: River.build with bits=")
+    if [set(of_layer) for of_layer in given] != [set(layer.linears) for layer in layers]:
+        raise ConfigError(f"bits are to be given for {', '.join(layers[0].linears)} of each layer")
+    wrong = {bits for of_layer in given for bits in of_layer.values()} - {*BITS}
+    if wrong:
+        raise ConfigError(f"no matrix has {wrong.pop()} bits; choose among {BITS}")
+    return given
+
+
+def _quantize_layer(
+    layer: DecoderLayer, bits: dict[str, int], config: RiverConfig
+) -> dict[str, QuantizedMatrix]:
     exit_layer: dict[str, QuantizedMatrix] = {}
     name = ""
     try:
         for name, linear in layer.linears.items():
-            exit_layer[name] = quantize(linear_weight(linear), config)
+            of_matrix = replace(config, bits=bits[name], average_bits=None)
+            exit_layer[name] = quantize(linear_weight(linear), of_matrix)
     except ConfigError as error:
         raise ConfigError(f"{layer.name}.{name}: {error}") from error
     return exit_layer
@@ -280,7 +317,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} is cut short, or no river's manifest; "
             "build it again: river-llm build MODEL -o DIR"
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise RiverFileError(
             f"{path} is of format version {version}, this release reads {FORMAT_VERSION}; "
             "build it again: river-llm build MODEL -o DIR"
@@ -290,11 +327,24 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         for key, kind in _MANIFEST_FIELDS.items():
             if not isinstance(manifest[key], kind) or manifest[key] in (0, [], ""):
                 raise TypeError(key)
+        manifest["bits"] = _saved_bits(manifest)
     except (ConfigError, KeyError, TypeError) as error:
         raise RiverFileError(
             f"{path} is damaged ({error}); build it again: river-llm build MODEL -o DIR"
         ) from error
     return manifest
+
+
+def _saved_bits(manifest: dict[str, Any]) -> list[str]:
+    """Of each layer, the bits of each of `linears`, a digit each."""
+    width, num_linears = manifest["config"].bits, len(manifest["linears"])
+    if width != "auto":
+        return [str(width) * num_linears] * manifest["num_layers"]
+    bits: list[str] = manifest["bits"]
+    layer = re.compile(f"[{''.join(map(str, BITS))}]{{{num_linears}}}")
+    if len(bits) != manifest["num_layers"] or not all(map(layer.fullmatch, bits)):
+        raise TypeError("bits")
+    return bits
 
 
 _MANIFEST_FIELDS = {
