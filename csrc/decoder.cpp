@@ -189,7 +189,7 @@ void Decoder::Run::commit() {
     Best best;
     for (int t = 0; t < threads_; ++t) best.take(buffers_.threads[size(t)].best[i]);
     pass_.best_tokens[i] = std::isfinite(best.value) ? best.token : -1;
-    if (pass_.rank_second) pass_.margins[i] = margin(best);
+    if (pass_.rank_second) pass_.margins[i] = std::isfinite(best.value) ? margin(best) : NAN;
   }
 }
 

@@ -36,7 +36,8 @@ struct Pass {
   size_t logit_stride = 0;          // V, and what rounds it up to whole panels
   std::vector<int> best_tokens;     // [logit rows] argmax, the first of equals; -1 where the largest
                                     // logit is no finite number, as where one is NaN
-  std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two best tokens; if ranked
+  std::vector<float> margins;       // [logit rows] 1 - p2 / p1 of the two best tokens, NaN where the
+                                    // largest logit is no finite number; if ranked
 };
 
 // How some sequences go on, as the layers that draft have it. Vectors have one entry for each

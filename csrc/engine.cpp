@@ -70,7 +70,8 @@ Engine::~Engine() {
 nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
                           const Floats& thresholds, std::vector<int> logit_rows,
                           std::vector<int> mean_groups, std::vector<int> minimum_groups,
-                          bool record_similarities, bool draft_head, int depth_limit) {
+                          bool record_similarities, bool record_margins, bool draft_head,
+                          int depth_limit) {
   const Lock lock(*this);
   check_complete();
   const size_t rows = tokens.size(), layers = static_cast<size_t>(model_.shape.num_layers);
@@ -85,6 +86,7 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   pass_.mean_groups = std::move(mean_groups);
   pass_.minimum_groups = std::move(minimum_groups);
   pass_.record_similarities = record_similarities;
+  pass_.rank_second = record_margins;
   pass_.draft_head = draft_head;
   pass_.depth_limit = depth_limit;
   {
@@ -97,10 +99,11 @@ nb::tuple Engine::forward(std::vector<int> tokens, std::vector<int> sequences,
   }
   depth_capped_ += pass_.depth_capped;
   logits_of_ = ++passes_;
-  nb::object similarities = nb::none();
+  nb::object similarities = nb::none(), margins = nb::none();
   if (record_similarities) similarities = numpy_array(std::move(pass_.similarities), {layers, rows});
+  if (record_margins) margins = numpy_array(std::move(pass_.margins), {pass_.logit_rows.size()});
   return nb::make_tuple(whole_numbers(pass_.best_tokens), whole_numbers(pass_.exit_layers),
-                        similarities, passes_);
+                        similarities, margins, passes_);
 }
 
 nb::object Engine::logits(int64_t pass) {

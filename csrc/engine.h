@@ -38,12 +38,12 @@ class Engine {
   // Rows [first, first + count) of a bfloat16 LM head, as bfloat16 in uint16 [count, C].
   nb::object head_rows(int first, int count);
 
-  // Best tokens [logit rows], exit layers [rows], if recorded, similarities [L, rows], and the number of
-  // the pass. An interrupt that came meanwhile undoes the pass.
+  // Best tokens [logit rows], exit layers [rows], if recorded, similarities [L, rows] and margins
+  // [logit rows], and the number of the pass. An interrupt that came meanwhile undoes the pass.
   nb::tuple forward(std::vector<int> tokens, std::vector<int> sequences, const Floats& thresholds,
                     std::vector<int> logit_rows, std::vector<int> mean_groups,
-                    std::vector<int> minimum_groups, bool record_similarities, bool draft_head,
-                    int depth_limit);
+                    std::vector<int> minimum_groups, bool record_similarities, bool record_margins,
+                    bool draft_head, int depth_limit);
   // A copy of the logits [logit rows, V], if no pass came after this one.
   nb::object logits(int64_t pass);
   // The drafted tokens of each of some sequences, and their margins.

@@ -80,7 +80,7 @@ NB_MODULE(_core, m) {
       .def("head_rows", &Engine::head_rows, "first"_a, "count"_a)
       .def("forward", &Engine::forward, "tokens"_a, "sequences"_a, "thresholds"_a.noconvert(),
            "logit_rows"_a, "mean_groups"_a, "minimum_groups"_a, "record_similarities"_a,
-           "draft_head"_a = false, "depth_limit"_a = INT_MAX)
+           "record_margins"_a = false, "draft_head"_a = false, "depth_limit"_a = INT_MAX)
       .def("logits", &Engine::logits, "number"_a)
       .def("draft", &Engine::draft, "sequences"_a, "tokens"_a, "most"_a, "exit_layer"_a,
            "least_margin"_a, "stop_tokens"_a, "draft_head"_a = false)

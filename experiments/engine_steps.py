@@ -11,15 +11,19 @@ from torch import Tensor
 from river_llm import ExitPolicy
 from river_llm.engines import Engine, Step
 from river_llm.generate.rows import new_sequence, prefill
+from river_llm.generate.second_look import run_step, run_text
 
 _ROWS = 256  # whose logits are held at a time
 
 
-def score(engine: Engine, tokens: Sequence[int], thresholds: Tensor) -> tuple[Tensor, list[int]]:
+def score(
+    engine: Engine, tokens: Sequence[int], thresholds: Tensor, second_look: float | None = None
+) -> tuple[Tensor, list[int]]:
     """Logits `[T, vocabulary]` after each of T tokens, and how many layers each ran.
 
     Args:
         thresholds: `[L]`, see `ExitPolicy.thresholds`, or `[T, L]`, a row for each token.
+        second_look: see `ExitPolicy`.
     """
     logits, depths = [], []
     with new_sequence(engine) as sequence:
@@ -27,24 +31,29 @@ def score(engine: Engine, tokens: Sequence[int], thresholds: Tensor) -> tuple[Te
             part = tokens[first : first + _ROWS]
             rows = thresholds if thresholds.ndim == 1 else thresholds[first : first + _ROWS]
             step = Step(part, [sequence] * len(part), rows, range(len(part)))
-            result = engine.forward(step)
+            result = run_text(engine, step, second_look)
             logits.append(result.logits.clone())
             depths += result.exit_layers.tolist()
     return torch.cat(logits), depths
 
 
 def tokens_per_second(
-    engine: Engine, tokens: Sequence[int], thresholds: Tensor, prompt: int
+    engine: Engine,
+    tokens: Sequence[int],
+    thresholds: Tensor,
+    prompt: int,
+    second_look: float | None = None,
 ) -> float:
     """Decode along a text, behind its first `prompt` tokens, which the backbone runs.
 
     Args:
-        thresholds: `[L]` or `[T, L]`, as of `score`.
+        thresholds, second_look: as of `score`.
     """
     rows = thresholds.expand(len(tokens), -1)
     with new_sequence(engine) as sequence:
         prefill(engine, sequence, tokens[:prompt], ExitPolicy.never())
         start = time.perf_counter()
         for token, row in zip(tokens[prompt:], rows[prompt:], strict=True):
-            engine.forward(Step([token], [sequence], row, [0])).best_tokens.tolist()
+            result, _ = run_step(engine, Step([token], [sequence], row, [0]), [second_look])
+            result.best_tokens.tolist()
         return (len(tokens) - prompt) / (time.perf_counter() - start)

@@ -32,7 +32,14 @@ from river_llm.engines import Engine
 
 _PROMPT = 16  # tokens before those whose decoding is timed
 _EXACT_WINDOWS, _DRAWS = 12, 1 << 14  # all signs up to so many windows, else so many draws
-_MARKERS = {"backbone": "*", "full": "s", "exit": "o", "similarity": "^", "random": "x"}
+_MARKERS = {
+    "backbone": "*",
+    "full": "s",
+    "exit": "o",
+    "similarity": "^",
+    "random": "x",
+    "look": "D",
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,18 @@ class Variant:
     """A way to run the model.
 
     Attributes:
-        kind: ``backbone``, ``full``, ``exit``, ``similarity`` or ``random``.
+        kind: ``backbone``, ``full``, ``exit``, ``similarity``, ``random`` or ``look``.
         river: its name, such as ``4bit`` or ``4bit-rtn``.
         thresholds: `[L]`, see `ExitPolicy.thresholds`, or `[T, L]`, a row for each token of a
             window.
+        second_look: see `ExitPolicy`.
     """
 
     name: str
     kind: str
     river: str
     thresholds: Tensor
+    second_look: float | None = None
 
     def along(self, count: int) -> Tensor:
         """The thresholds of so many tokens; behind the end of a window its rows begin anew."""
@@ -65,18 +74,25 @@ def river_config(name: str, group_size: int) -> RiverConfig:
 
 
 def plain_variants(
-    num_layers: int, rivers: Sequence[str], exit_layers: Sequence[int], thresholds: Sequence[float]
+    num_layers: int,
+    rivers: Sequence[str],
+    exit_layers: Sequence[int],
+    thresholds: Sequence[float],
+    second_looks: Sequence[float] = (),
 ) -> list[Variant]:
-    """Those that leave by a policy; exits go into the first river."""
+    """Those that leave by a policy; exits go into the first river, and second looks are at what
+    left at once."""
 
     def variant(name: str, kind: str, policy: ExitPolicy, river: str = rivers[0]) -> Variant:
-        return Variant(name, kind, river, torch.tensor(policy.thresholds(num_layers)))
+        thresholds = torch.tensor(policy.thresholds(num_layers))
+        return Variant(name, kind, river, thresholds, policy.second_look)
 
     return [
         variant("backbone", "backbone", ExitPolicy.never()),
         *(variant(f"full-{river}", "full", ExitPolicy.always(), river) for river in rivers),
         *(fixed_variant(depth, num_layers, rivers[0]) for depth in exit_layers),
         *(variant(f"similarity-{t:g}", "similarity", ExitPolicy.similarity(t)) for t in thresholds),
+        *(variant(f"look-{m:g}", "look", ExitPolicy.always(second_look=m)) for m in second_looks),
     ]
 
 
@@ -108,7 +124,9 @@ def score_variants(
         scores[variant.name] = WindowScores()
         for window, of_backbone in zip(windows, reference, strict=True):
             tokens = window[:-1]
-            logits, depths = score(engines[variant.river], tokens, variant.along(len(tokens)))
+            logits, depths = score(
+                engines[variant.river], tokens, variant.along(len(tokens)), variant.second_look
+            )
             scores[variant.name].add(window, logits, of_backbone, depths)
         print(f"scored {variant.name}", flush=True)
     return scores
@@ -122,7 +140,8 @@ def time_variants(
     for done in range(rounds + 1):
         for variant in variants if done % 2 == 0 else reversed(variants):
             thresholds = variant.along(len(text))
-            rate = tokens_per_second(engines[variant.river], text, thresholds, _PROMPT)
+            engine = engines[variant.river]
+            rate = tokens_per_second(engine, text, thresholds, _PROMPT, variant.second_look)
             if done:
                 rates[variant.name].append(rate)
         print(f"round {done} of {rounds}", flush=True)
@@ -233,6 +252,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.95, 0.97, 0.98, 0.99])
+    parser.add_argument("--second-looks", type=float, nargs="*", default=[0.2, 0.4, 0.6])
     parser.add_argument("--exit-layers", type=int, nargs="*", default=[3, 10, 20])
     parser.add_argument(
         "--rivers",
@@ -293,7 +313,8 @@ def measure(
         engines: by the names of their rivers.
     """
     engine = engines[given.rivers[0]]
-    variants = plain_variants(engine.num_layers, given.rivers, given.exit_layers, given.thresholds)
+    settings = given.rivers, given.exit_layers, given.thresholds, given.second_looks
+    variants = plain_variants(engine.num_layers, *settings)
     reference = [score(engine, window[:-1], variants[0].thresholds)[0] for window in windows]
     scores = score_variants(engines, variants, windows, reference)
     others: dict[str, Variant] = {}

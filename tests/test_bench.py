@@ -13,7 +13,6 @@ import torch
 from command_line import Outcome, run
 from native_engines import subject_of
 from steps import append, begin
-from torch import Tensor
 from toy_engine import ToyEngine
 
 from river_llm import ConfigError, ExitPolicy, River, RiverConfig, RiverLM, attach_river
@@ -146,15 +145,15 @@ class TestEngineVariant:
         engine, text, steps = subject_of("llama").engine(), Text(None, 97), []
         decode = Session.decode
 
-        def spy(session: Session, tokens: list[int], thresholds: Tensor) -> Any:
-            steps.append((tokens, decode(session, tokens, thresholds)))
+        def spy(session: Session, tokens: list[int], *settings: Any) -> Any:
+            steps.append((tokens, decode(session, tokens, *settings)))
             return steps[-1][1]
 
         monkeypatch.setattr(Session, "decode", spy)
         variant = EngineVariant("x", Session(engine), ExitPolicy.fixed(1), text)
         variant.prepare(DECODE)
         timing = variant.run(DECODE)
-        given, found = [tokens for tokens, _ in steps], [best for _, (best, _) in steps]
+        given, found = [tokens for tokens, _ in steps], [best for _, (best, *_) in steps]
         assert given == [text.tokens(1, 16, 1).flatten().tolist(), *found[:2]]
         (expected,) = begin(engine)
         append(engine, {expected: text.tokens(1, 0, 16)[0].tolist()})
@@ -171,6 +170,8 @@ class TestEngineVariant:
         session = Session(engine)
         assert session.step_bytes([2, 0], 20) == full + sum(engine.layer_bytes[:2]) + 2 * cache
         assert session.step_bytes([2, 2], 20) == engine.step_bytes(2, 20) + cache
+        twice = engine.step_bytes(2, 20) + cache + engine.step_bytes(4, 20)
+        assert session.step_bytes([2, 4], 20, {1: 2}) == twice
         assert Session(subject.reference()).step_bytes([0, 2], 20) is None
 
     @pytest.mark.parametrize("prefill_rows", [None, 7])
@@ -200,10 +201,12 @@ class TestEngineVariant:
         assert best == whole.prefill(text.tokens(2, 0, 11), ExitPolicy.never())
 
     def test_times_a_prompt_only_where_the_policy_has_a_way_of_its_own(self) -> None:
-        variants = make_variants(ToyEngine(), Text(None, 97), "4", [1], [0.9], ", tiny")
+        variants = make_variants(ToyEngine(), Text(None, 97), "4", [1], [0.9], [0.3], ", tiny")
         taking = {variant.name: variant.takes(PROMPT) for variant in variants}
         names = ["backbone", "full 4-bit", "exit after 1", "similarity > 0.9"]
-        assert taking == dict(zip([f"{name}, tiny" for name in names], [1, 1, 0, 0], strict=True))
+        names += [f"{name}, second look 0.3" for name in names[1:]]
+        takes = [1, 1, 0, 0, 0, 0, 0]
+        assert taking == dict(zip([f"{name}, tiny" for name in names], takes, strict=True))
         with pytest.raises(ConfigError, match="exit layer is 5"):
             make_variants(ToyEngine(), Text(None, 97), "4", [5])
 
@@ -270,6 +273,7 @@ def bench_json(*options: object) -> dict[str, object]:
 class TestCommand:
     def test_has_every_variant_in_every_test(self, model: str) -> None:
         options = ("--exit-layer", "1,2", "--threshold", 0.5, "--batch", "1,2", "--lossless")
+        options += ("--second-look", 1)
         output = bench_json("--model", model, *options)
         tests: dict[str, dict[str, float]] = {}
         for result in output["results"]:
@@ -280,7 +284,8 @@ class TestCommand:
             assert 0 < speed["lowest"] <= speed["median"] <= speed["highest"]
             assert list(result["ratios"]) == ["backbone"]
         names = ["backbone", "full 4-bit", "exit after 1", "exit after 2", "similarity > 0.5"]
-        decoding = [*names, "lossless"]
+        looking = [f"{name}, second look 1" for name in names[1:]]
+        decoding = [*names, *looking, "lossless"]
         assert {test: list(found) for test, found in tests.items()} == {
             "pp4": names[:2],
             "tg2": decoding,
@@ -293,6 +298,9 @@ class TestCommand:
         assert (output["rounds"], output["threads"], output["interrupted"]) == (2, 1, False)
         assert {"date", "processor", "cores", "dtype", "fingerprint"} <= output.keys()
         assert [tests["tg2"][name] for name in names[:4]] == [4, 0, 1, 2]
+        assert [tests["tg2"][name] for name in looking] == [4] * 4
+        looks = {result["variant"]: result["second_looks"] for result in output["results"]}
+        assert [looks[name] for name in (*names[:3], *looking[:3])] == [*[None] * 3, 1, 1, 1]
         lines = run("bench", "--model", model, "--engine", "torch", *QUICK).stdout.splitlines()
         assert lines[0].startswith(f"{model}, river of 4 bits in groups of 64 (hqq)")
         assert [line.split()[0] for line in lines[1:]] == ["engine", *["torch"] * 4]
@@ -315,6 +323,7 @@ class TestCommand:
             (("--depth", ""), 2, "--depth takes numbers of 0 or more"),
             (("--threshold", "1.5"), 2, "--threshold takes numbers from -1 to 1"),
             (("--threshold", "nan"), 2, "--threshold takes numbers from -1 to 1"),
+            (("--second-look", "0,1"), 2, "--second-look 0 looks at no token again"),
             (("--prompt-tokens", 0, "--new-tokens", 0), 2, "nothing to time"),
             (("--exit-layer", 5), 1, "the model has 4 layers"),
             (("--offload", 1), 2, "No such option: --offload"),

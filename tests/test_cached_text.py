@@ -33,6 +33,9 @@ POLICIES = [
         ExitPolicy.similarity(0.5, prefill=rule)
         for rule in ("backbone", "river", "token", "sequence")
     ),
+    ExitPolicy.always(second_look=0.1),
+    ExitPolicy.fixed(1, second_look=0.1),
+    ExitPolicy.similarity(0.5, prefill="token", second_look=0.1),
 ]
 BOUNDARIES = [None, RopeBoundary(4, keep_changing=False), RopeBoundary(4, keep_changing=True)]
 
@@ -81,8 +84,10 @@ def read(
 ) -> list[Entry]:
     """The entries of a prompt whose beginning is there."""
     entries = list(kept)
-    by = prompt_thresholds(policy, NUM_LAYERS) or ("together", *tokens[len(kept) :])
-    for token in tokens[len(kept) :]:
+    by: Entry = prompt_thresholds(policy, NUM_LAYERS) or ("together", *tokens[len(kept) :])
+    for place, token in enumerate(tokens[len(kept) :], start=len(kept) + 1):
+        if place == len(tokens):
+            by = once_or_twice(by, policy)
         entries.append((token, by, angles(boundary, len(tokens)), tuple(entries)))
     return entries
 
@@ -95,9 +100,15 @@ def decode(
 ) -> list[Entry]:
     entries = list(entries)
     for token in tokens:
-        by = (policy or ExitPolicy.never()).thresholds(NUM_LAYERS)
+        by = once_or_twice((policy or ExitPolicy.never()).thresholds(NUM_LAYERS), policy)
         entries.append((token, by, angles(boundary, len(entries) + 1), tuple(entries)))
     return entries
+
+
+def once_or_twice(by: Entry, policy: ExitPolicy | None) -> Entry:
+    """What left may have run again."""
+    looks_again = policy is not None and policy.second_look is not None
+    return ("twice?", *by) if looks_again and by != STAYS else by
 
 
 def angles(boundary: RopeBoundary | None, length: int) -> object:
@@ -169,6 +180,8 @@ def test_an_answer_by_the_prompts_own_thresholds_is_kept_too() -> None:
         (ExitPolicy.similarity(0.5), 2),
         (ExitPolicy.never(prefill="river"), 2),
         (ExitPolicy.never(prefill="sequence"), 0),
+        (ExitPolicy.always(second_look=0.1), 1),
+        (ExitPolicy.similarity(0.5, second_look=0.1), 2),
     ]:
         assert kept(policy) == count
     assert kept(None, RopeBoundary(3, keep_changing=False)) == 2

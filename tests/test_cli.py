@@ -124,6 +124,11 @@ class TestAnswer:
         assert first["version"] == version
         assert answer(model, *options)["sampling"]["seed"] != first["sampling"]["seed"]
 
+    def test_tells_how_often_it_looked_twice(self, model: str) -> None:
+        options = ("-m", model, "-n", 4, "--exit-layer", 1, "--second-look", 1)
+        outcome = run("generate", PROMPT, *options)
+        assert "mean exit depth 4.0 of 4, second look at 75%, peak" in outcome.stderr
+
     def test_has_letters_in_ascii_escapes(
         self, model: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -165,6 +170,7 @@ class TestAnswer:
             ("--policy always --prefill backbone", [4, 0, 0, 0]),
             ("--threshold -1 --prefill sequence", [1, 1, 1, 1]),
             ("--exit-layer 4 --offload 2 --no-miss", [2, 2, 2, 2]),
+            ("--exit-layer 2 --prefill river --second-look 1", [4, 4, 4, 4]),
         ],
     )
     def test_leaves_where_the_options_say(
@@ -255,6 +261,10 @@ REFUSED = [  # (arguments, exit code, part of the line); M is a model, A another
     ("generate Hi --engine cpu --dtype float32", 2, "computes in bfloat16, not in float32"),
     ("generate Hi --engine torch --lm-head-bits 8", 2, "take --engine cpu"),
     ("generate Hi --offload 2.5", 2, "--offload is '2.5'; give off, auto, a number of layers"),
+    ("generate Hi --second-look 0.1", 2, "--second-look goes with a policy by which tokens leave"),
+    ("generate Hi --exit-layer 1 --second-look 0", 2, "--second-look is 0.0; it must be above 0"),
+    ("generate Hi --offload 1 --no-miss --exit-layer 1 --second-look 1", 2, "leave out --no-miss"),
+    ("inspect M --exit-layer 1 --second-look 1", 2, "--help shows what there is"),
     ("generate Hi --no-miss --threshold 0.9", 2, "--no-miss goes with"),
     ("inspect --offload 1", 2, "No such option: --offload"),
     ("generate Hi --no-miss --offload 1", 2, "lossless mode verifies with the whole backbone"),

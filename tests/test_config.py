@@ -53,6 +53,12 @@ REFUSED: list[tuple[type[Settings], dict[str, Any], str]] = [
     (PolicyConfig, {"first_layer": 2}, "first_layer goes with threshold"),
     (PolicyConfig, {"prefill": "river"}, "prefill goes with a policy"),
     *(
+        (PolicyConfig, {"exit_layer": 1, "second_look": look}, "above 0 and at most 1")
+        for look in (0, 1.1, math.nan, "a", True)
+    ),
+    (PolicyConfig, {"second_look": 0.1}, "second_look goes with a policy by which tokens leave"),
+    (PolicyConfig, {"policy": "never", "second_look": 0.1}, "second_look goes with a policy by"),
+    *(
         (SamplingConfig, {name: value}, f"{name} is {value!r}; it must be ")
         for name, values in {
             "max_new_tokens": [0, "8", 8.0, True, None],
@@ -101,6 +107,7 @@ def test_every_setting_says_what_it_means_and_has_a_default_that_holds(
         ({"threshold": 0.5, "first_layer": 3}, ExitPolicy.similarity(0.5, 3)),
         ({"exit_layer": 2, "prefill": "river"}, ExitPolicy.fixed(2, prefill="river")),
         ({"policy": "always"}, ExitPolicy.always()),
+        ({"policy": "always", "second_look": 0.2}, ExitPolicy.always(second_look=0.2)),
         ({"policy": "never", "prefill": "sequence"}, ExitPolicy.never(prefill="sequence")),
     ],
 )

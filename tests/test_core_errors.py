@@ -313,8 +313,9 @@ print(core.length(0), core.positions > 70)
 
 def test_arrays_outlive_the_core() -> None:
     core = ready_core()
-    best, exits, similarities, number = run_pass(core, tokens=[5, 6], record_similarities=True)
-    arrays = [best, exits, similarities, core.logits(number), core.head_rows(0, 5)]
+    records = {"record_similarities": True, "record_margins": True}
+    *arrays, number = run_pass(core, tokens=[5, 6], **records)
+    arrays += [core.logits(number), core.head_rows(0, 5)]
     run_pass(core, tokens=[5] * (POSITIONS - 2))
     arrays += core.read_pages(0, POSITIONS)
     arrays += core.packed_weights

@@ -61,6 +61,7 @@ def test_per_layer_turns_numbers_into_floats() -> None:
         (ExitPolicy.similarity(0.5), False),
         (ExitPolicy.similarity(0.5, prefill="sequence"), False),
         (ExitPolicy.similarity(0.5, prefill="token"), True),
+        (ExitPolicy.similarity(0.5, prefill="token", second_look=0.1), False),
     ],
 )
 def test_which_treat_prompt_and_answer_alike(policy: ExitPolicy, alike: bool) -> None:
@@ -84,6 +85,12 @@ NO_THRESHOLDS = "one threshold per layer, and none that is NaN"
         (ExitPolicy.per_layer, [None, 3, ("a",), [None]], "give one number for each number of"),
         (lambda v: ExitPolicy.never(prefill=v), ["all"], "prefill is 'all'; choose one of backbo"),
         (lambda v: ExitPolicy.never(batch=v), ["mean"], "batch is 'mean'; choose one of sequence"),
+        (
+            lambda v: ExitPolicy.always(second_look=v),
+            [0, -0.1, 1.01, NAN, INF, "a", True],
+            "second_look is .*; it is a margin, so choose one above 0 and at most 1",
+        ),
+        (lambda v: ExitPolicy.never(second_look=v), [0.5], "a second look is at tokens that left"),
         (ExitPolicy, ["sometimes"], "kind is 'sometimes'; choose one of never, always, fixed"),
         (check_is_policy, [None, "never", 0.9], "exit policy is .*; give an ExitPolicy, such as"),
     ],
@@ -115,6 +122,7 @@ POLICIES = {
     "exit after 7": ExitPolicy.fixed(7, prefill="river"),
     "similarity > 0.97": ExitPolicy.similarity(0.97),
     "similarity > -1 from layer 3": ExitPolicy.similarity(-1.0, 3, prefill="sequence"),
+    "exit after 7, second look 0.25": ExitPolicy.fixed(7, second_look=0.25),
     "threshold per layer": ExitPolicy.per_layer((INF, 0.25, -INF), batch="minimum"),
 }
 

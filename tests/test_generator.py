@@ -27,6 +27,8 @@ POLICIES = [
     ExitPolicy.similarity(0.6),
     ExitPolicy.similarity(0.6, prefill="token"),
     ExitPolicy.fixed(2, prefill="sequence"),
+    ExitPolicy.fixed(2, second_look=0.99),
+    ExitPolicy.similarity(0.6, prefill="token", second_look=0.9),
 ]
 SAMPLING = [
     {},
@@ -262,13 +264,18 @@ class TestErrors:
         assert answer(drafted) == answer(plain)
 
     @pytest.mark.parametrize("failure", [KeyboardInterrupt, RiverError])
-    @pytest.mark.parametrize("number", range(6))
+    @pytest.mark.parametrize("number", range(10))
     def test_of_a_step_leave_all_as_they_were(
         self, failure: type[BaseException], number: int
     ) -> None:
         engine = DraftingEngine(64, 4)
         generator = Generator(engine)
-        requests = [make(), make(range(12), None, DraftConfig(3)), make([8], POLICIES[3])]
+        policies = (NEVER, NEVER, POLICIES[3], ExitPolicy.always(second_look=1.0))
+        requests = [
+            make(),
+            make(range(12), None, DraftConfig(3)),
+            *(make([8], policy) for policy in policies[2:]),
+        ]
         for request in requests:
             generator.add(request)
         countdown = iter(range(number, -1, -1))
@@ -282,7 +289,7 @@ class TestErrors:
             for _ in range(number + 1):
                 generator.step()
         run(generator)
-        for request, policy in zip(requests, (NEVER, NEVER, POLICIES[3]), strict=True):
+        for request, policy in zip(requests, policies, strict=True):
             alone = make(request.tokens[: request.prompt_length], policy)
             run(Generator(ToyEngine()), [alone])
             assert answer(request) == answer(alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,6 +30,8 @@ POLICIES = {
     "always": ExitPolicy.always(),
     "fixed": ExitPolicy.fixed(2),
     "similarity": MIXED,
+    "second look": ExitPolicy.always(second_look=0.99),
+    "similarity and second look": replace(MIXED, second_look=0.99),
 }
 any_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
@@ -80,8 +83,8 @@ def test_scores_are_those_of_single_steps_alone_and_in_a_batch(
         if engine.name == "cpu":
             assert found == alone  # bit for bit
     depths = {layer for item in together for score in item for layer in score.exit_layers}
-    assert len(depths) == 1 or policy is MIXED
-    assert len(depths) > 1 or policy is not MIXED
+    is_mixed = policy is not None and (policy.kind == "similarity" or policy.second_look)
+    assert (len(depths) > 1) == bool(is_mixed)
 
 
 @any_policy

@@ -190,6 +190,13 @@ class PolicyConfig(Settings):
         None, "Every token leaves after this many layers.", whole(0), daily=True
     )
     first_layer: int = setting(1, "First layer after which --threshold counts.", whole(1))
+    second_look: float | None = setting(
+        None,
+        "A token that left runs again through the backbone where the next one is so unsure: where "
+        "1 - p2/p1 of the two most likely is this or less.",
+        number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        daily=True,
+    )
     prefill: Prefill | None = setting(
         None,
         "How the prompt runs in river mode: backbone, river, or sequence (the paper's: it leaves "
@@ -207,6 +214,11 @@ class PolicyConfig(Settings):
             raise ConfigError("first_layer goes with threshold")
         if self.is_lossless and self.prefill is not None:
             raise ConfigError("prefill goes with a policy; lossless mode runs prompts in full")
+        if self.second_look is not None and (self.is_lossless or self.policy == "never"):
+            raise ConfigError(
+                "second_look goes with a policy by which tokens leave: threshold, exit_layer, or "
+                "policy always"
+            )
 
     @property
     def is_lossless(self) -> bool:
@@ -217,7 +229,8 @@ class PolicyConfig(Settings):
         """The policy; None: lossless mode."""
         from river_llm.river.policy import ExitPolicy
 
-        rules = {} if self.prefill is None else {"prefill": self.prefill}
+        rules: dict[str, Any] = {} if self.prefill is None else {"prefill": self.prefill}
+        rules |= {} if self.second_look is None else {"second_look": self.second_look}
         if self.threshold is not None:
             return ExitPolicy.similarity(self.threshold, self.first_layer, **rules)
         if self.exit_layer is not None:

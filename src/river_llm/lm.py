@@ -25,6 +25,7 @@ from river_llm.generate import (
     check_request,
 )
 from river_llm.generate.runner import Runner
+from river_llm.generate.second_look import check_second_look
 from river_llm.load.pretrained import RiverChoice, load_pretrained
 from river_llm.river.policy import ExitPolicy, check_is_policy
 from river_llm.river.residency import ResidencyPlan
@@ -69,12 +70,12 @@ class RiverLM:
         self.tokenizer = tokenizer
         self.river_config = river_config
         self.stop_tokens = stop_tokens
-        self.policy = policy
         self.fallback_reason = fallback_reason
         self.residency = residency
         self._runner = Runner(engine, residency)
         if residency is not None and residency.config.no_miss and isinstance(engine, Offloading):
             engine.depth_limit = residency.resident
+        self.policy = policy
 
     @classmethod
     def from_pretrained(
@@ -119,7 +120,8 @@ class RiverLM:
         """When tokens leave the backbone; None: lossless mode. May be set for the answers to come.
 
         Raises:
-            ConfigError: what it is set to is no policy, or names layers that the model hasn't.
+            ConfigError: what it is set to is no policy, names layers that the model hasn't, or has
+                a second look while `no_miss` limits the depth.
         """
         return self._policy
 
@@ -282,6 +284,7 @@ class RiverLM:
         if policy is not None:
             check_is_policy(policy)
             policy.thresholds(self.engine.num_layers)
+            check_second_look(self.engine, policy)
         return policy
 
     # ---- the KV cache between answers ----

@@ -66,6 +66,9 @@ def bench(
     ] = False,
     exit_layer: Annotated[str | None, _variant("Tokens leave after so many layers: 3,10.")] = None,
     threshold: Annotated[str | None, _variant("Tokens leave above this similarity: 0.97.")] = None,
+    second_look: Annotated[
+        str | None, _variant("All that leave with a second look too, up to this margin: 0.1,0.3.")
+    ] = None,
     lossless: Annotated[bool, _variant("Lossless mode too.", "--lossless")] = False,
     river: options.RiverPath = None,
     json_output: options.Json = False,
@@ -73,17 +76,21 @@ def bench(
     """Time backbone, full quantisation and River in interleaved rounds, beside the memory bandwidth
     that they could use."""
     if shape is not None:
-        idle = {"--model", "--river", "--threshold", "--lossless", "--dtype"}
+        idle = {"--model", "--river", "--threshold", "--second-look", "--lossless", "--dtype"}
         refuse_idle(context, "--shape is random weights: speed at a fixed depth alone", idle)
     if memory:
-        idle = {"--prompt-tokens", "--new-tokens", "--batch", "--threshold", "--lossless"}
-        refuse_idle(context, "--memory is of the native engine", idle | {"--engine", "--device"})
+        idle = {"--prompt-tokens", "--new-tokens", "--batch", "--threshold", "--second-look"}
+        idle |= {"--lossless", "--engine", "--device"}
+        refuse_idle(context, "--memory is of the native engine", idle)
     lengths = _numbers("--prompt-tokens", prompt_tokens), _numbers("--new-tokens", new_tokens)
     if not any(map(any, lengths)):
         raise usage_error("--prompt-tokens 0 and --new-tokens 0 leave nothing to time")
     depths, batches = _numbers("--depth", depth), _numbers("--batch", batch, 1)
     exits = [] if exit_layer is None else _numbers("--exit-layer", exit_layer)
     taus = [] if threshold is None else _numbers("--threshold", threshold, -1, 1, float)
+    looks = [] if second_look is None else _numbers("--second-look", second_look, 0, 1, float)
+    if 0 in looks:
+        raise usage_error("--second-look 0 looks at no token again")
     import_libraries()
     from river_llm.engines import CpuEngine
     from river_llm.measure.bench import LosslessVariant, Text, make_variants, run_bench
@@ -101,7 +108,7 @@ def bench(
         suffix = ", 8-bit head" * (head == 8) + ", 8-bit KV cache" * (cache == 8)
         width = RiverConfig.of(output["river"]).width
         text = Text(lm and lm.tokenizer, made.vocab_size)
-        variants += make_variants(made, text, width, exits, taus, suffix)
+        variants += make_variants(made, text, width, exits, taus, looks, suffix)
         if lossless and lm is not None:
             variants.append(LosslessVariant(f"lossless{suffix}", lm, text))
     threads = engine.threads
@@ -178,6 +185,9 @@ def _print(output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], _Row
     )
     rows = list(map(row_of, output["results"]))
     table = Table(box=None, pad_edge=False)
+    if not any(row.get("second looks") for row in rows):
+        for row in rows:
+            row.pop("second looks", None)
     for heading in rows[0]:
         table.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
     for row in rows:
@@ -189,12 +199,13 @@ def _speed_row(result: Mapping[str, Any]) -> _Row:
     from river_llm.measure.rounds import Spread
 
     depth, read = result["mean_exit_layer"], result["bytes_per_token"]
-    fraction = result["bandwidth_fraction"]
+    fraction, looks = result["bandwidth_fraction"], result["second_looks"]
     return {
         **{word: result[word] for word in _WORDS},
         "tokens/s": str(Spread(**result["tokens_per_second"])),
         "x backbone": f"{next(iter(result['ratios'].values()))['median']:.2f}",
         "exit depth": "" if depth is None else f"{depth:.1f}",
+        "second looks": "" if looks is None else f"{100 * looks:.0f} %",
         "MB/token": "" if read is None else f"{read / 1e6:.1f}",
         "GB/s": f"{result['bandwidth'] / 1e9:.1f}",
         "of it": "" if fraction is None else f"{100 * fraction:.0f} %",

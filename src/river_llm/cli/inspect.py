@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from river_llm.river.attach import AttachedRiver
 
 
-@partial(with_settings, without=("offload", "no_miss"))  # nothing is evicted here
+# nothing is evicted here, and nothing runs twice
+@partial(with_settings, without=("offload", "no_miss", "second_look"))
 def inspect(
     policy: PolicyConfig,
     config: RiverConfig,

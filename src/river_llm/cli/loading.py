@@ -41,6 +41,8 @@ def check_mode(policy: PolicyConfig, engine: EngineConfig, drafts: DraftConfig) 
     """
     if policy.is_lossless and engine.no_miss:
         raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
+    if policy.second_look is not None and engine.no_miss:
+        raise usage_error("a second look runs the whole backbone: leave out --no-miss")
     if not policy.is_lossless and drafts != DraftConfig():
         raise usage_error("the draft options go with lossless mode: leave the exit policy out")
 

@@ -91,6 +91,8 @@ def statistics_line(result: GenerationResult) -> str:
         parts.append(f"first token after {result.time_to_first_token:.2f} s")
     if result.mean_exit_layer is not None:
         parts.append(f"mean exit depth {result.mean_exit_layer:.1f} of {result.num_layers}")
+    if result.second_looks is not None and result.tokens:
+        parts.append(f"second look at {result.second_looks / len(result.tokens):.0%}")
     if result.offload is not None:
         parts.append(_offload_words(result.offload))
     parts.append(f"peak memory {format_bytes(result.peak_memory_bytes)}")

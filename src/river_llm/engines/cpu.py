@@ -189,7 +189,7 @@ class CpuEngine(NotCopiedEngine):
             end = self._core.longest_after(step.sequences)
             check_room(end, self.context_length)
             self._positions.cover(end)
-            best, exits, similarities, number = self._core.forward(
+            best, exits, similarities, margins, number = self._core.forward(
                 step.tokens,
                 step.sequences,
                 thresholds,
@@ -197,6 +197,7 @@ class CpuEngine(NotCopiedEngine):
                 step.mean_groups,
                 step.minimum_groups,
                 step.record_similarities,
+                step.record_margins,
                 draft_head,
                 self.num_layers if self._depth_limit is None else self._depth_limit,
             )
@@ -205,6 +206,7 @@ class CpuEngine(NotCopiedEngine):
             torch.from_numpy(exits),
             torch.from_numpy(best),
             None if similarities is None else torch.from_numpy(similarities),
+            None if margins is None else torch.from_numpy(margins),
         )
 
     def _logits(self, number: int) -> Tensor:

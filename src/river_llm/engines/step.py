@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -36,6 +37,8 @@ class Step:
             prefill); empty: each by its own. Groups are numbered from 0, below R.
         minimum_groups: `[R]`, and then by the smallest of their group (the paper's batch rule).
         record_similarities: whether the result carries them.
+        record_margins: whether its margins are wanted: an engine that takes the argmax itself takes
+            them with it; they can be had of the logits as well.
     """
 
     tokens: Sequence[int]
@@ -45,6 +48,7 @@ class Step:
     mean_groups: Sequence[int] = ()
     minimum_groups: Sequence[int] = ()
     record_similarities: bool = False
+    record_margins: bool = False
 
 
 class StepResult:
@@ -62,13 +66,15 @@ class StepResult:
         exit_layers: Tensor,
         best_tokens: Tensor | None = None,
         similarities: Tensor | None = None,
+        margins: Tensor | None = None,
     ) -> None:
-        """`logits` may be a function that fetches them, for engines that take the argmax
+        """`logits` may be a function that fetches them, for engines that take argmax and margins
         themselves."""
         self.exit_layers = exit_layers
         self.similarities = similarities
         self._logits = logits
         self._best_tokens = best_tokens
+        self._margins = margins
 
     @property
     def logits(self) -> Tensor:
@@ -90,6 +96,15 @@ class StepResult:
             largest = self.logits.gather(-1, best.unsqueeze(-1)).squeeze(-1)
             self._best_tokens = best.where(largest.isfinite(), NO_TOKEN)
         return self._best_tokens
+
+    @property
+    def margins(self) -> Tensor:
+        """float32 `[K]`, 1 - p2 / p1 of the two most likely tokens; NaN where the largest logit is
+        no finite number."""
+        if self._margins is None:
+            first, second = self.logits.float().topk(2).values.unbind(-1)
+            self._margins = (1 - (second - first).exp()).where(first.isfinite(), math.nan)
+        return self._margins
 
 
 class Engine(Protocol):

@@ -7,6 +7,7 @@ length. Where all of that is the same, they are those that reading a prompt in o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -78,12 +79,15 @@ def text_of_answer(
         policy: by which they left; None: in lossless mode, never.
     """
     thresholds = prompt_thresholds(policy, num_layers)
-    if thresholds is None or not tokens:
+    if thresholds is None:
         return None
-    leaves_alike = thresholds == (policy or ExitPolicy.never()).thresholds(num_layers)
-    if not (leaves_alike and _shares_angles(boundary, prompt_length, len(tokens))):
+    is_alike = policy is None or policy.treats_alike(num_layers)
+    if not (is_alike and _shares_angles(boundary, prompt_length, len(tokens))):
         tokens = tokens[:prompt_length]
-    return CachedText(sequence, tokens, thresholds, prompt_length)
+    may_look = policy is not None and policy.second_look is not None and min(thresholds) < math.inf
+    if may_look:  # as another prompt's tokens don't, but for the last
+        tokens = tokens[: prompt_length - 1]
+    return CachedText(sequence, tokens, thresholds, prompt_length) if tokens else None
 
 
 def _shares_angles(boundary: RopeBoundary | None, first: int, second: int) -> bool:

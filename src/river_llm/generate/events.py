@@ -17,12 +17,14 @@ class NewToken:
     Attributes:
         exit_layer: how many backbone layers ran to produce it.
         origin: what had guessed it before the backbone chose it; ``"backbone"`` if nothing had.
+        looked_twice: whether the token before it ran again, through the backbone.
     """
 
     token: int
     text: str
     exit_layer: int
     origin: Origin
+    looked_twice: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from river_llm.errors import ConfigError, ContextFullError, LogitsError
 from river_llm.generate.events import NewToken, Outcome, StepEvent
 from river_llm.generate.lossless import Guess, Speculation, accept, check_drafts
 from river_llm.generate.request import Request
-from river_llm.generate.rows import Part, build_step, decode_part, prompt_part, runs_whole
+from river_llm.generate.rows import Part, decode_part, prompt_part, run_parts, runs_whole
+from river_llm.generate.second_look import Again, check_second_look
 
 Observer = Callable[[StepEvent], None]
 Keep = Callable[[Request], None]
@@ -89,10 +90,11 @@ class Generator:
             guesses = self._speculation.draft(decoding)
             drafted_at = time.perf_counter()
             parts = prompts or {r: self._decode_part(r, guesses.get(r)) for r in decoding}
-            result = self.engine.forward(build_step(list(parts.values())))
+            samples = any(not request.sampler.takes_argmax for request in parts)
+            result, again = run_parts(self.engine, list(parts.values()), keep_logits=samples)
             self._prefilled_last = bool(prompts)
             outcomes = {
-                request: self._outcome(request, part, guesses.get(request), result)
+                request: self._outcome(request, part, guesses.get(request), result, again)
                 for request, part in parts.items()
             }
             event = StepEvent(start, drafted_at, time.perf_counter(), outcomes)
@@ -158,7 +160,12 @@ class Generator:
     # ---- postprocess ----
 
     def _outcome(
-        self, request: Request, part: Part, guess: Guess | None, result: StepResult
+        self,
+        request: Request,
+        part: Part,
+        guess: Guess | None,
+        result: StepResult,
+        again: Again,
     ) -> Outcome:
         """Give a request the tokens that its logits come to."""
         prompt_tokens = 0 if request.exit_layers else len(part.tokens)
@@ -170,7 +177,9 @@ class Generator:
         for place, (token, exit_layer) in enumerate(zip(chosen, exit_layers, strict=True)):
             was_drafted = drafted[place : place + 1] == [token]
             origin = guess.source if guess and was_drafted else "backbone"
-            tokens.append(NewToken(token, request.take(token, exit_layer), exit_layer, origin))
+            text = request.take(token, exit_layer)
+            looked_twice = part.first_logit + place in again
+            tokens.append(NewToken(token, text, exit_layer, origin, looked_twice))
             if request.has_ended:
                 break
         if drafted and not request.has_ended:
@@ -227,7 +236,7 @@ def check_request(engine: Engine, request: Request) -> None:
 
     Raises:
         ConfigError: the prompt is empty, the model has fewer layers than the policy names, or the
-            engine can't verify or draft as it should.
+            engine can't verify, draft or look again as it should.
         ContextFullError: the prompt doesn't fit the model's context.
         RiverError: the embedding has no row for a token.
     """
@@ -237,6 +246,7 @@ def check_request(engine: Engine, request: Request) -> None:
     check_tokens(request.tokens, engine.vocab_size)
     if request.policy is not None:
         request.policy.thresholds(engine.num_layers)
+        check_second_look(engine, request.policy)
         return
     check_drafts(engine, request.drafts)
     if isinstance(engine, Offloading) and engine.depth_limit is not None:

@@ -26,7 +26,7 @@ class Recorder:
         self._start = time.perf_counter()
         self._first_token_at = 0.0
         self._prompt_tokens = 0  # that have run
-        self._generated = self._layers = self._memory = 0
+        self._generated = self._layers = self._memory = self._second_looks = 0
         self._offloading = engine if with_offload and isinstance(engine, Offloading) else None
         self._offloaded_before = self._offloading.offload_statistics if self._offloading else None
         self._drafts = _DraftCounter() if request.is_lossless else None
@@ -41,9 +41,12 @@ class Recorder:
         offload = None
         if self._offloading is not None and self._offloaded_before is not None:
             offload = self._offloading.offload_statistics.since(self._offloaded_before)
+        policy = self._request.policy
+        looks_again = policy is not None and policy.second_look is not None
         for number, new in enumerate(outcome.tokens, start=1):
             self._generated += 1
             self._layers += new.exit_layer
+            self._second_looks += new.looked_twice
             ends = self._request.has_ended and number == len(outcome.tokens)
             if self._generated == 1:
                 self._first_token_at = event.end
@@ -63,6 +66,7 @@ class Recorder:
                 prompt_tokens_per_second=self._prompt_tokens / prefill_seconds,
                 decode_tokens_per_second=decoded / decode_seconds if decoded else None,
                 mean_exit_layer=self._layers / self._generated,
+                second_looks=self._second_looks if looks_again else None,
                 peak_memory_bytes=self._memory,
                 origin=new.origin,
                 lossless=lossless,

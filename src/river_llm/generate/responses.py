@@ -53,7 +53,9 @@ class AnswerStatistics:
         time_to_first_token: seconds from the start to the first token.
         prompt_tokens_per_second: of the tokens of the prompt that ran, until the first token.
         decode_tokens_per_second: of the tokens after the first.
-        mean_exit_layer: how many backbone layers ran for a token, on the mean.
+        mean_exit_layer: how many backbone layers ran for a token, on the mean; all of them where
+            there was a second look.
+        second_looks: how many tokens came of a second look; None where the policy has none.
         peak_memory_bytes: the most memory that the process (on CUDA: the device) held so far.
         lossless: in lossless mode, what drafting has brought; else None.
         offload: where backbone layers are offloaded, what that has cost since the answer began, of
@@ -66,6 +68,7 @@ class AnswerStatistics:
     prompt_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     mean_exit_layer: float | None = None
+    second_looks: int | None = None
     peak_memory_bytes: int
     lossless: LosslessStatistics | None = None
     offload: OffloadStatistics | None = None

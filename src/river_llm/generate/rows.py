@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from river_llm.engines.step import Engine, Step, StepResult
+from river_llm.generate.second_look import Again, run_step
 from river_llm.river.policy import ExitPolicy
 
 
@@ -24,6 +25,7 @@ class Part:
         logits: so many of the last rows go through the LM head.
         leaves_whole: the mean similarity of its rows decides, and not each row's own.
         minimum_groups: of each row, among all parts of the step; empty: each row is on its own.
+        second_look: of the last row, where its logits are wanted; see `ExitPolicy`.
         first_row, first_logit: where they begin in the step and in its logits.
     """
 
@@ -33,6 +35,7 @@ class Part:
     logits: int
     leaves_whole: bool = False
     minimum_groups: Sequence[Hashable] = ()
+    second_look: float | None = None
     first_row: int = 0
     first_logit: int = 0
 
@@ -59,6 +62,7 @@ def prompt_part(
         logits=int(start + count == len(prompt)),
         leaves_whole=leaves_whole,
         minimum_groups=groups,
+        second_look=policy.second_look,
     )
 
 
@@ -69,7 +73,14 @@ def decode_part(
     policy = policy or ExitPolicy.never()
     thresholds = _tensor(policy.thresholds(num_layers))
     groups = [policy] * len(tokens) if policy.batch == "minimum" else []
-    return Part(sequence, list(tokens), thresholds, len(tokens), minimum_groups=groups)
+    return Part(
+        sequence,
+        list(tokens),
+        thresholds,
+        len(tokens),
+        minimum_groups=groups,
+        second_look=policy.second_look,
+    )
 
 
 def runs_whole(policy: ExitPolicy | None) -> bool:
@@ -108,6 +119,15 @@ def build_step(parts: Sequence[Part]) -> Step:
     )
 
 
+def run_parts(
+    engine: Engine, parts: Sequence[Part], *, keep_logits: bool = True
+) -> tuple[StepResult, Again]:
+    """Run the step of some sequences, with second looks; see `run_step`."""
+    step = build_step(parts)
+    looks = [look for part in parts for look in [part.second_look] * part.logits]
+    return run_step(engine, step, looks, keep_logits=keep_logits)
+
+
 # ---- one sequence alone ----
 
 
@@ -131,14 +151,15 @@ def prefill(
         start = engine.length(sequence)
         count = min(most, len(prompt) - start)
         part = prompt_part(sequence, prompt, start, count, policy, engine.num_layers)
-        result = engine.forward(build_step([part]))
+        result, _ = run_parts(engine, [part])
         if part.logits:
             return result
 
 
 def decode(engine: Engine, sequence: int, token: int, policy: ExitPolicy | None) -> StepResult:
     """Run one more token."""
-    return engine.forward(build_step([decode_part(sequence, [token], policy, engine.num_layers)]))
+    part = decode_part(sequence, [token], policy, engine.num_layers)
+    return run_parts(engine, [part])[0]
 
 
 def _numbered(groups: Sequence[Hashable]) -> list[int]:

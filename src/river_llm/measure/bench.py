@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from river_llm.config import SamplingConfig
 from river_llm.engines import CpuEngine, Engine, Step
 from river_llm.engines.native_core import usable_threads
+from river_llm.generate.second_look import Again, run_step
 from river_llm.lm import RiverLM
 from river_llm.measure.bandwidth import BUFFER_BYTES, read_bandwidth
 from river_llm.measure.environment import describe_run
@@ -92,13 +94,19 @@ class Session:
         best: list[int] = result.best_tokens.tolist()
         return best
 
-    def decode(self, tokens: list[int], thresholds: Tensor) -> tuple[list[int], Tensor]:
-        """Append a token to each sequence: the next tokens, and the exit layers `[batch]`."""
-        rows = range(len(tokens))
-        result = self.engine.forward(Step(tokens, self._sequences, thresholds, rows))
-        return result.best_tokens.tolist(), result.exit_layers
+    def decode(
+        self, tokens: list[int], thresholds: Tensor, second_look: float | None = None
+    ) -> tuple[list[int], Tensor, Again]:
+        """Append a token to each sequence: the next tokens, the exit layers `[batch]`, and which
+        sequences ran again."""
+        step = Step(tokens, self._sequences, thresholds, range(len(tokens)))
+        looks = [second_look] * len(tokens)
+        result, again = run_step(self.engine, step, looks, keep_logits=False)
+        return result.best_tokens.tolist(), result.exit_layers, again
 
-    def step_bytes(self, exit_layers: Sequence[int], position: int) -> int | None:
+    def step_bytes(
+        self, exit_layers: Sequence[int], position: int, again: Again | None = None
+    ) -> int | None:
         """Bytes that a decode step reads; None where the engine keeps no account. A weight is read
         once for all sequences; where some are in the backbone and others in the river, both of a
         layer's weights are.
@@ -106,9 +114,14 @@ class Session:
         Args:
             exit_layers: how many backbone layers each sequence ran.
             position: tokens of each in the cache before.
+            again: sequences that ran again, through the backbone, and how many layers at first.
         """
         if not isinstance(self.engine, CpuEngine):
             return None
+        if again:
+            at_first = [again.get(i, layers) for i, layers in enumerate(exit_layers)]
+            passes = at_first, [self.engine.num_layers] * len(again)
+            return sum(self.step_bytes(depths, position) or 0 for depths in passes)
         account = self.engine.step_bytes
         shallowest, deepest = min(exit_layers), max(exit_layers)
         weights: int = account(shallowest, 0) + sum(self.engine.layer_bytes[shallowest:deepest])
@@ -127,9 +140,11 @@ class EngineVariant:
         self._text = text
 
     def takes(self, workload: Workload) -> bool:
-        """A prompt that the policy sends through the backbone is timed as the backbone's alone."""
-        through_backbone = self._policy.prefill == "backbone" and self._policy.kind != "never"
-        return workload.kind == "decode" or not through_backbone
+        """A prompt that the policy sends through the backbone is timed as the backbone's alone, and
+        one with a second look at its last token as one without."""
+        policy = self._policy
+        through_backbone = policy.prefill == "backbone" and policy.kind != "never"
+        return workload.kind == "decode" or not (through_backbone or policy.second_look)
 
     def prepare(self, workload: Workload) -> None:
         self._session.fill(workload, self._text)
@@ -143,16 +158,20 @@ class EngineVariant:
             return Timing(time.perf_counter() - start, count)
         tokens = self._text.tokens(workload.batch, workload.context, 1)[:, 0].tolist()
         thresholds = torch.tensor(self._policy.thresholds(session.engine.num_layers))
+        look = self._policy.second_look
         steps = []
         start = time.perf_counter()
         for _ in range(workload.tokens):
-            tokens, exit_layers = session.decode(tokens, thresholds)
-            steps.append(exit_layers)
+            tokens, exit_layers, again = session.decode(tokens, thresholds, look)
+            steps.append((exit_layers, again))
         seconds = time.perf_counter() - start
-        depths: list[list[int]] = [exit_layers.tolist() for exit_layers in steps]
-        reads = list(map(session.step_bytes, depths, range(workload.context, workload.end)))
+        depths: list[list[int]] = [exit_layers.tolist() for exit_layers, _ in steps]
+        agains = [again for _, again in steps]
+        places = range(workload.context, workload.end)
+        reads = list(map(session.step_bytes, depths, places, agains))
         read = None if None in reads else sum(filter(None, reads)) / count
-        return Timing(seconds, count, read, sum(map(sum, depths)) / count)
+        looks = None if look is None else sum(map(len, agains)) / count
+        return Timing(seconds, count, read, sum(map(sum, depths)) / count, looks)
 
 
 class LosslessVariant:
@@ -187,9 +206,11 @@ def make_variants(
     width: str,
     exit_layers: Sequence[int] = (),
     thresholds: Sequence[float] = (),
+    second_looks: Sequence[float] = (),
     suffix: str = "",
 ) -> list[EngineVariant]:
-    """Backbone, full quantisation, and River at fixed depths and thresholds, on one engine.
+    """Backbone, full quantisation, and River at fixed depths and thresholds, on one engine; all but
+    the backbone with second looks too.
 
     Args:
         width: of the river, see `RiverConfig`.
@@ -203,6 +224,12 @@ def make_variants(
         "backbone": ExitPolicy.never(),
         f"full {width}-bit": ExitPolicy.always(),
         **{policy.describe(): policy for policy in rivers},
+    }
+    policies |= {
+        f"{name}, second look {look:g}": replace(policy, second_look=look)
+        for look in second_looks
+        for name, policy in policies.items()
+        if policy.kind != "never"
     }
     for policy in policies.values():
         policy.thresholds(engine.num_layers)

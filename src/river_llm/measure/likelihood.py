@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from river_llm.engines import Engine, Step
-from river_llm.engines.step import check_logits
+from river_llm.engines.step import StepResult, check_logits
 from river_llm.errors import LogitsError
 from river_llm.generate.cached_text import common_prefix
+from river_llm.generate.second_look import run_text
 from river_llm.river.policy import ExitPolicy
 
 _LOGIT_ROWS = 256  # whose logits are held at a time
@@ -61,8 +62,9 @@ class LikelihoodScorer:
     def __init__(self, engine: Engine, policy: ExitPolicy | None = None) -> None:
         """`policy` says when tokens leave the backbone; None: never."""
         self._engine = engine
-        thresholds = (policy or ExitPolicy.never()).thresholds(engine.num_layers)
-        self._thresholds = torch.tensor(thresholds)
+        policy = policy or ExitPolicy.never()
+        self._thresholds = torch.tensor(policy.thresholds(engine.num_layers))
+        self._second_look = policy.second_look
         self._held: dict[int, tuple[int, ...]] = {}  # sequence -> the first tokens in it
 
     def close(self) -> None:
@@ -103,7 +105,7 @@ class LikelihoodScorer:
         width = self._engine.prefill_rows or len(rows)
         for first in range(0, len(rows), max(1, width)):
             owners, tokens = zip(*rows[first : first + width], strict=True)
-            self._engine.forward(Step(tokens, owners, self._thresholds, ()))
+            self._run(tokens, owners, ())
         self._held |= questions
 
     def _score_answers(self, candidates: dict[int, Candidate]) -> list[CandidateScore]:
@@ -124,7 +126,7 @@ class LikelihoodScorer:
                 for token in part[:-1]
             ]
             owners, tokens = zip(*rows, strict=True)
-            result = self._engine.forward(Step(tokens, owners, self._thresholds, range(len(rows))))
+            result = self._run(tokens, owners, range(len(rows)))
             row = 0
             for score, part in zip(scores, parts, strict=True):
                 if targets := part[1:]:
@@ -135,6 +137,12 @@ class LikelihoodScorer:
                     score.is_greedy &= logits.argmax(-1).tolist() == list(targets)
                     score.exit_layers += result.exit_layers[of_part].tolist()
         return scores
+
+    def _run(
+        self, tokens: Sequence[int], sequences: Sequence[int], logit_rows: Sequence[int]
+    ) -> StepResult:
+        step = Step(tokens, sequences, self._thresholds, logit_rows)
+        return run_text(self._engine, step, self._second_look)
 
 
 def score_candidates(

@@ -90,6 +90,7 @@ class Timing:
         bytes_per_token: that decoding had to read, the mean over the pass; None for prompts, whose
             speed isn't the memory's, and where it isn't known.
         mean_exit_layer: backbone layers of each decoded token; None where it isn't known.
+        second_looks: share of decoded tokens that ran again; None where the policy has none.
         bandwidth: bytes per second that the memory gave, the mean of the readings right before and
             right after.
     """
@@ -98,6 +99,7 @@ class Timing:
     tokens: int
     bytes_per_token: float | None = None
     mean_exit_layer: float | None = None
+    second_looks: float | None = None
     bandwidth: float = math.nan
 
     @property
@@ -176,7 +178,13 @@ class Result:
 
     def to_dict(self, others: Sequence[Result]) -> dict[str, Any]:
         """Plain JSON values, with the ratios to `others`."""
-        names = ("bandwidth", "bytes_per_token", "bandwidth_fraction", "mean_exit_layer")
+        names = (
+            "bandwidth",
+            "bytes_per_token",
+            "bandwidth_fraction",
+            "mean_exit_layer",
+            "second_looks",
+        )
         return {
             **asdict(self),
             "test": self.workload.name,

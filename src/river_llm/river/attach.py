@@ -138,10 +138,9 @@ class AttachedRiver(NotCopied):
     def policy(self, policy: ExitPolicy) -> None:
         """
         Raises:
-            ConfigError: it is none, or names more layers than the model has.
+            ConfigError: it is none, names more layers than the model has, or has a second look.
         """
-        check_is_policy(policy)
-        policy.thresholds(self.num_layers)
+        _check_policy(policy, self.num_layers)
         self._policy = policy
 
     @property
@@ -337,7 +336,7 @@ def attach_river(
 
     Raises:
         ConfigError: the river or the policy is none, or the policy names more layers than the
-            model has.
+            model has, or has a second look.
         UnsupportedModelError: a layer of the model is no plain decoder layer.
         RiverFileError: there is no such river, or it was made from other weights.
         RiverError: the model has a river already.
@@ -346,9 +345,8 @@ def attach_river(
         raise RiverError("the model has a river already; call detach_river(model) first")
     check_is_river(river)
     policy = ExitPolicy.similarity(DEFAULT_THRESHOLD) if policy is None else policy
-    check_is_policy(policy)
     layers = decoder_layers(model)
-    policy.thresholds(len(layers))  # refuse it before the work of building
+    _check_policy(policy, len(layers))  # before the work of building
     if isinstance(river, str | Path):
         river = River.load(river)
     if isinstance(river, River):
@@ -359,6 +357,16 @@ def attach_river(
     attached = AttachedRiver(model, river, layers, policy, kernel)
     setattr(model, ATTACHED, attached)
     return attached
+
+
+def _check_policy(policy: ExitPolicy, num_layers: int) -> None:
+    check_is_policy(policy)
+    policy.thresholds(num_layers)
+    if policy.second_look is not None:
+        raise ConfigError(
+            "a second look runs a token twice, which a model's own passes don't; take RiverLM for "
+            "it, or leave second_look out"
+        )
 
 
 def check_is_river(river: object) -> None:

@@ -44,6 +44,11 @@ class ExitPolicy:
         batch: how sequences that decode together leave. ``"sequence"``: each on its own.
             ``"minimum"``: all together, by the smallest similarity (the paper's rule); padding has
             no say.
+        second_look: a token that left, and whose margin is this or less, in (0, 1], runs once more
+            through the whole backbone, which overwrites its keys and values by exact ones and gives
+            the next token. The margin is 1 - p2 / p1 of the two most likely next tokens, before
+            temperature and logits processors; 1 looks again at every token. Of a prompt, its last
+            token only. None: there is no second look.
     """
 
     kind: PolicyKind = "never"
@@ -53,6 +58,7 @@ class ExitPolicy:
     layer_thresholds: tuple[float, ...] | None = None
     prefill: PrefillRule = "backbone"
     batch: BatchRule = "sequence"
+    second_look: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", PolicyKind), ("prefill", PrefillRule), ("batch", BatchRule)):
@@ -77,6 +83,8 @@ class ExitPolicy:
             )
         if self.kind == "thresholds":
             _check_thresholds(self.layer_thresholds)
+        if self.second_look is not None:
+            _check_second_look(self)
 
     @classmethod
     def never(cls, **rules: Any) -> ExitPolicy:
@@ -115,6 +123,8 @@ class ExitPolicy:
 
     def treats_alike(self, num_layers: int) -> bool:
         """Whether a token leaves as it does in an answer where it stands in a prompt too."""
+        if self.second_look is not None:
+            return False
         if self.prefill == "token":
             return True
         thresholds = self.thresholds(num_layers)
@@ -171,6 +181,10 @@ class ExitPolicy:
 
     def describe(self) -> str:
         """A few words for a table: ``similarity > 0.97``."""
+        look = "" if self.second_look is None else f", second look {self.second_look:g}"
+        return self._describe_exits() + look
+
+    def _describe_exits(self) -> str:
         if self.kind == "fixed":
             return f"exit after {self.exit_layer}"
         if self.kind == "similarity":
@@ -221,6 +235,19 @@ def _check_thresholds(thresholds: tuple[float, ...] | None) -> None:
         raise ConfigError(
             f"exit policy: the first threshold is {thresholds[0]!r}, but it stands before the "
             "first layer, where there is no similarity; take inf (stay) or -inf (leave) for it"
+        )
+
+
+def _check_second_look(policy: ExitPolicy) -> None:
+    if not (is_number(policy.second_look) and 0 < policy.second_look <= 1):
+        raise ConfigError(
+            f"exit policy: second_look is {policy.second_look!r}; "
+            "it is a margin, so choose one above 0 and at most 1"
+        )
+    if policy.kind == "never":
+        raise ConfigError(
+            "exit policy: a second look is at tokens that left the backbone; it goes with a policy "
+            "by which they do"
         )
 
 

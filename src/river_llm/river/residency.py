@@ -185,6 +185,8 @@ class ResidencyPlan:
                 left -= self.layer_bytes[resident]
                 resident += 1
             return resident
+        if policy.second_look is not None:
+            return self.num_layers
         # no token goes beyond the first layer after which all of them leave
         thresholds = policy.thresholds(self.num_layers)
         return thresholds.index(-math.inf) if -math.inf in thresholds else self.num_layers
