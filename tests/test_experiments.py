@@ -100,14 +100,18 @@ def test_pareto(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
         pareto,
         *("--model", folder / "model", "--text", folder / "text.txt", "--group-size", 32),
         *("--window", 24, "--windows", 3, "--thresholds", 0.6, 0.7, "--exit-layers", 1),
-        *("--rivers", "4bit", "8bit-rtn"),
+        *("--rivers", "4bit", "8bit-rtn", "--second-looks", 1e-9, 1),
         *("--rounds", 2, "--speed-tokens", 8, "-o", tmp_path),
         *("--lm-eval", f"backbone={tmp_path / 'eval.json'}"),
     )
     results = {result["variant"]: result for result in values["results"]}
     plain = {"backbone", "full-4bit", "full-8bit-rtn", "exit-1", "similarity-0.6", "similarity-0.7"}
     fixed = {f"exit-{round(results[f'similarity-{t}']['mean_exit_layer'])}" for t in (0.6, 0.7)}
-    assert set(results) == plain | {"random-0.6", "random-0.7"} | fixed
+    looks = {"look-1e-09", "look-1"}
+    assert set(results) == plain | {"random-0.6", "random-0.7"} | fixed | looks
+    for name, other in (("look-1e-09", "full-4bit"), ("look-1", "backbone")):
+        for measure in ("mean_kld", "mean_exit_layer"):
+            assert results[name][measure] == pytest.approx(results[other][measure], abs=1e-4)
     backbone = results["backbone"]
     assert (backbone["mean_kld"], backbone["same_top"], backbone["speed_up"]) == (0, 1, 1)
     assert backbone["perplexity"] == pytest.approx(perplexity_of(windows_of(24, 3)), rel=0.03)
