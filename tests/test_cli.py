@@ -264,7 +264,7 @@ REFUSED = [  # (arguments, exit code, part of the line); M is a model, A another
     ("generate Hi --second-look 0.1", 2, "--second-look goes with a policy by which tokens leave"),
     ("generate Hi --exit-layer 1 --second-look 0", 2, "--second-look is 0.0; it must be above 0"),
     ("generate Hi --offload 1 --no-miss --exit-layer 1 --second-look 1", 2, "leave out --no-miss"),
-    ("inspect M --exit-layer 1 --second-look 1", 2, "--help shows what there is"),
+    ("inspect --exit-layer 1 --second-look 1", 2, "No such option: --second-look"),
     ("generate Hi --no-miss --threshold 0.9", 2, "--no-miss goes with"),
     ("inspect --offload 1", 2, "No such option: --offload"),
     ("generate Hi --no-miss --offload 1", 2, "lossless mode verifies with the whole backbone"),
