@@ -1,17 +1,18 @@
 """A slow plain reference of early exit: whole models of `transformers`, and no river code.
 
-`variants[e]` is the model whose layers from `e` on are quantised, so a token that leaves after `e`
-layers is a token that `variants[e]` runs, on a KV cache that all of them share.
+A token that leaves after `e` layers is one that a model runs whose layers from `e` on are
+quantised, on a KV cache that all of these models share.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from tiny_models import fake_quantised
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from river_llm import River
@@ -32,6 +33,18 @@ def layer_similarities(
     return (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
 
 
+@contextmanager
+def quantised_from(
+    model: PreTrainedModel, quantised: PreTrainedModel, exit_layer: int
+) -> Iterator[PreTrainedModel]:
+    """The model, whose layers from `exit_layer` on are those of the quantised one for a while."""
+    layers = model.model.layers
+    mixed = [*layers[:exit_layer], *quantised.model.layers[exit_layer:]]
+    model.model.layers = nn.ModuleList(mixed)
+    yield model
+    model.model.layers = layers
+
+
 @torch.no_grad()
 def decode_with_exits(
     model: PreTrainedModel,
@@ -39,8 +52,10 @@ def decode_with_exits(
     tokens: Sequence[int],
     thresholds: Sequence[float],
     depth_limit: int | None = None,
+    prompt_length: int = 0,
 ) -> tuple[Tensor, list[int]]:
-    """Logits `[T, V]` and exit layers of tokens that come one by one.
+    """Logits `[steps, V]` and exit layers of a prompt, which runs the backbone in one step, and of
+    tokens that come one by one.
 
     Args:
         thresholds: entry l is what the similarity of layer l has to exceed; entry 0 isn't used.
@@ -48,16 +63,21 @@ def decode_with_exits(
             have had.
     """
     num_layers = len(model.model.layers)
-    variants = [fake_quantised(model, river, layer) for layer in range(num_layers)] + [model]
+    quantised = fake_quantised(model, river)
     cache = DynamicCache()
     logits, exit_layers = [], []
-    for token in tokens:
+    if prompt_length:
+        prompt = torch.tensor([tokens[:prompt_length]])
+        logits.append(model(prompt, past_key_values=cache).logits[0, -1])
+        exit_layers.append(num_layers)
+    for token in tokens[prompt_length:]:
         similarities = layer_similarities(model, [token], copy.deepcopy(cache))[:, 0].tolist()
         exceeding = [
             layer for layer in range(1, num_layers) if similarities[layer - 1] > thresholds[layer]
         ]
         exit_layers.append(exceeding[0] if exceeding else num_layers)
         depths = [exit_layers[-1], num_layers if depth_limit is None else depth_limit]
-        variant = variants[min(depths)]
-        logits.append(variant(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
+        with quantised_from(model, quantised, min(depths)) as variant:
+            output = variant(torch.tensor([[token]]), past_key_values=cache)
+        logits.append(output.logits[0, -1])
     return torch.stack(logits), exit_layers

@@ -1,5 +1,5 @@
-"""Model folders with one damaged file, for the tests that the loader comes through them. Run as a
-program (`python loader_fuzz.py FIRST COUNT`) it ends with 1 at the first that the loader doesn't:
+"""Model folders and GGUF files that are damaged, for the tests that the loader comes through them. Run
+as a program (`python loader_fuzz.py FIRST COUNT`) it ends with 1 at the first that the loader doesn't:
 so a crash of native code is seen too."""
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import transformers
-from byte_models import byte_model, save_folder
+from byte_models import byte_model, save_folder, save_gguf
 
 from river_llm.errors import RiverError
 from river_llm.load.model import load_backbone
 
-FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+GGUF = "model.gguf"
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", GGUF, GGUF)
 _SECONDS = 30  # that a load may take
 
 
 def whole_folder(directory: Path) -> Path:
-    """A folder of a very small model."""
+    """A folder of a very small model, and its GGUF file in it."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return save_folder(directory, byte_model(**sizes, **heads))
+    model = byte_model(**sizes, **heads)
+    save_gguf(directory / GGUF, model, pre="llama-bpe")
+    return save_folder(directory, model)
 
 
-def damaged(content: bytes, generator: random.Random) -> bytes:
-    """A file cut short, or with some bits, bytes or a block of it changed; mostly at its head,
-    where safetensors and JSON have their structure."""
+def damaged(content: bytes, head: int, generator: random.Random) -> bytes:
+    """A file cut short, or with some bits, bytes or a block of it changed; mostly in its first
+    `head` bytes, where its structure is."""
     place = generator.randrange(len(content))
     if generator.random() < 0.7:
-        place = min(place, generator.randrange(4000))
+        place = min(place, generator.randrange(head))
     kind = generator.choice(("cut", "bits", "byte", "block", "insert"))
     if kind == "cut":
         return content[:place]
@@ -69,9 +72,11 @@ def outcome(whole: Path, seed: int) -> str:
         folder = Path(place, "model")
         shutil.copytree(whole, folder, copy_function=os.link)
         (folder / name).unlink()
-        (folder / name).write_bytes(damaged((whole / name).read_bytes(), generator))
+        content = (whole / name).read_bytes()
+        head = content.rfind(b"output_norm.weight") if name == GGUF else 4000
+        (folder / name).write_bytes(damaged(content, head, generator))
         try:
-            load_backbone(folder)
+            load_backbone(folder / name if name == GGUF else folder)
         except RiverError as error:
             message = str(error)
         else:

@@ -4,19 +4,17 @@ of bfloat16."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from exit_reference import layer_similarities
+from exit_reference import layer_similarities, quantised_from
 from native_engines import every_kernel_set, relative_errors
 from steps import append, begin, cached_states, decode_along
 from test_smollm2 import PARAGRAPH
 from tiny_models import fake_quantised
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm import ExitPolicy, River
@@ -41,15 +39,6 @@ class Subject:
     def engine(self, **settings: Any) -> CpuEngine:
         """A native engine of one thread, by default with the best kernels."""
         return CpuEngine(self.model, self.river, threads=1, **settings)
-
-    @contextmanager
-    def quantised_from(self, exit_layer: int) -> Iterator[PreTrainedModel]:
-        """The plain model in float32 whose layers from `exit_layer` on are the river's."""
-        layers = self.exact.model.layers
-        quantised = self.quantised.model.layers
-        self.exact.model.layers = nn.ModuleList([*layers[:exit_layer], *quantised[exit_layer:]])
-        yield self.exact
-        self.exact.model.layers = layers
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +97,7 @@ def test_a_fixed_exit_is_a_model_quantised_from_there(
         subject.exact(torch.tensor([tokens[:PROMPT_LENGTH]]), past_key_values=cache).logits[0, -1:]
     ]
     for token in tokens[PROMPT_LENGTH:]:
-        with subject.quantised_from(exit_layer) as hybrid:
+        with quantised_from(subject.exact, subject.quantised, exit_layer) as hybrid:
             logits = hybrid(torch.tensor([[token]]), past_key_values=cache).logits[0]
         expected.append(logits)
     logits, exits = decode_along(engine, tokens, PROMPT_LENGTH, ExitPolicy.fixed(exit_layer))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from exit_reference import decode_with_exits
+from steps import decode_along
+from tiny_models import fake_quantised
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from river_llm import AttachedRiver, ExitPolicy, River, RiverConfig, RiverLM, attach_river
 from river_llm.engines import TorchEngine
 from river_llm.river.kernels import KernelChoice
-from river_llm.river.quantize import QuantizedMatrix
 
 PROMPTS = (
     "The capital of France is",
@@ -69,12 +69,7 @@ def attach(smollm2: PreTrainedModel, river: River) -> Iterator[Attach]:
 
 @pytest.fixture(scope="module")
 def quantised(smollm2: PreTrainedModel, river: River) -> PreTrainedModel:
-    """A plain model whose decoder linears hold the river's dequantised weights."""
-    model = copy.deepcopy(smollm2)
-    for layer, exit_layer in zip(model.model.layers, river.exit_layers, strict=True):
-        for name, matrix in exit_layer.items():
-            layer.get_submodule(name).weight.data = _dequantise(matrix)
-    return model
+    return fake_quantised(smollm2, river)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -103,60 +98,30 @@ def test_leaving_at_once_equals_a_model_of_dequantised_weights(
     assert _greedy(smollm2, token_ids, 6) == _greedy(quantised, token_ids, 6)
 
 
-class TestExitDuringDecoding:
-    """The prompt runs in the backbone; every further token runs it to its exit layer, then the
-    exit layers, which fill the same cache."""
-
-    def test_a_fixed_exit_equals_a_model_quantised_from_there(
-        self,
-        smollm2: PreTrainedModel,
-        quantised: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        attach: Attach,
-    ) -> None:
-        token_ids = _encode(tokenizer, PROMPTS[0])
-        expected = []
-        with torch.no_grad(), _quantised_from(smollm2, quantised, 10) as hybrid:
-            cache = DynamicCache()
-            logits = smollm2(token_ids, past_key_values=cache).logits[0, -1]
-            for _ in range(8):
-                expected.append(logits)
-                logits = hybrid(logits.argmax().view(1, 1), past_key_values=cache).logits[0, -1]
-        attached = attach(ExitPolicy.fixed(10))
-        actual, exit_layers = _decode_greedily(attached, token_ids, 8)
-        assert exit_layers == [10] * 7
-        torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-3)
-
-    @pytest.mark.parametrize(("threshold", "first_layer"), [(0.8, 1), (0.973, 1), (0.94, 8)])
-    def test_similarity_leaves_at_the_first_layer_above_the_threshold(
-        self,
-        smollm2: PreTrainedModel,
-        quantised: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        attach: Attach,
-        threshold: float,
-        first_layer: int,
-    ) -> None:
-        token_ids = _encode(tokenizer, PROMPTS[2])
-        expected, expected_layers = [], []
-        with torch.no_grad():
-            cache = DynamicCache()
-            logits = smollm2(token_ids, past_key_values=cache).logits[0, -1]
-            for _ in range(7):
-                expected.append(logits)
-                token = logits.argmax().view(1, 1)
-                hidden_states = smollm2(
-                    token, past_key_values=copy.deepcopy(cache), output_hidden_states=True
-                ).hidden_states
-                expected_layers.append(_first_layer_above(threshold, first_layer, hidden_states))
-                with _quantised_from(smollm2, quantised, expected_layers[-1]) as hybrid:
-                    logits = hybrid(token, past_key_values=cache).logits[0, -1]
-            expected.append(logits)
-        attached = attach(ExitPolicy.similarity(threshold, first_layer))
-        actual, exit_layers = _decode_greedily(attached, token_ids, 8)
-        assert exit_layers == expected_layers
-        assert first_layer <= min(exit_layers) < 30
-        torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ExitPolicy.fixed(10),
+        ExitPolicy.similarity(0.8),
+        ExitPolicy.similarity(0.973),
+        ExitPolicy.similarity(0.94, 8),
+    ],
+    ids=lambda policy: policy.describe(),
+)
+def test_tokens_behind_the_prompt_leave_as_the_policy_says(
+    smollm2: PreTrainedModel,
+    river: River,
+    tokenizer: PreTrainedTokenizerBase,
+    attach: Attach,
+    policy: ExitPolicy,
+) -> None:
+    tokens, length = tokenizer(PARAGRAPH).input_ids[:32], 24
+    thresholds = policy.thresholds(30)
+    expected, layers = decode_with_exits(smollm2, river, tokens, thresholds, prompt_length=length)
+    logits, exit_layers = decode_along(TorchEngine(attach(policy)), tokens, length, policy)
+    assert exit_layers.tolist() == layers
+    assert min(layers) < 30
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_the_packed_kernel_is_as_exact_as_dequantising(
@@ -248,52 +213,6 @@ def _greedy(model: PreTrainedModel, token_ids: Tensor, max_new_tokens: int) -> l
     )
     new_tokens: list[int] = generated[0, token_ids.shape[1] :].tolist()
     return new_tokens
-
-
-@torch.no_grad()
-def _decode_greedily(
-    attached: AttachedRiver, token_ids: Tensor, steps: int
-) -> tuple[Tensor, list[int]]:
-    """Logits `[steps, vocabulary]` from the prompt on, and the exit layer of every token fed."""
-    cache = DynamicCache()
-    logits = [attached.model(token_ids, past_key_values=cache).logits[0, -1]]
-    exit_layers = []
-    for _ in range(steps - 1):
-        token = logits[-1].argmax().view(1, 1)
-        logits.append(attached.model(token, past_key_values=cache).logits[0, -1])
-        exit_layers.append(int(attached.last_exit_layers))
-    return torch.stack(logits), exit_layers
-
-
-@contextmanager
-def _quantised_from(
-    backbone: PreTrainedModel, quantised: PreTrainedModel, exit_layer: int
-) -> Iterator[PreTrainedModel]:
-    """A plain model whose first `exit_layer` layers are the backbone's."""
-    layers = quantised.model.layers
-    mixed = [*backbone.model.layers[:exit_layer], *layers[exit_layer:]]
-    quantised.model.layers = nn.ModuleList(mixed)
-    yield quantised
-    quantised.model.layers = layers
-
-
-def _first_layer_above(
-    threshold: float, first_layer: int, hidden_states: tuple[Tensor, ...]
-) -> int:
-    """Hidden states as `transformers` gives them: the embedding, then one after each layer."""
-    last_layer = len(hidden_states) - 1
-    for layer in range(first_layer, last_layer):
-        before, after = hidden_states[layer - 1].flatten(), hidden_states[layer].flatten()
-        if before @ after / (before.norm() * after.norm()) > threshold:
-            return layer
-    return last_layer
-
-
-def _dequantise(matrix: QuantizedMatrix) -> Tensor:
-    """`(code - middle) * scale + zero`, group by group, with nothing of the package's own."""
-    scales = matrix.scales.float().repeat_interleave(matrix.group_size, dim=1)
-    zeros = matrix.zeros.float().repeat_interleave(matrix.group_size, dim=1)
-    return (matrix.codes().float() - 2 ** (matrix.bits - 1)) * scales + zeros
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
