@@ -1,5 +1,5 @@
-"""Model folders and GGUF files that are damaged, for the tests that the loader comes through them. Run
-as a program (`python loader_fuzz.py FIRST COUNT`) it ends with 1 at the first that the loader doesn't:
+"""Damaged model folders and GGUF files, for the tests that the loader comes through them. Run as a
+program (`python loader_fuzz.py FIRST COUNT`) it ends with 1 at the first that the loader doesn't:
 so a crash of native code is seen too."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Damaged model folders and GGUF files give a model or one line, and no crash; see `loader_fuzz`."""
+"""Damaged model files give a model or one line, and no crash; see `loader_fuzz`."""
 
 from __future__ import annotations
 
