@@ -74,9 +74,9 @@ def check_has_tokenizer(directory: Path) -> None:
     """Some classes of tokenizers make an empty one where there are no files.
 
     Raises:
-        ModelLoadError: there are none. What is in the Hub is not looked at.
+        ModelLoadError: there are none.
     """
-    if directory.is_dir() and not _holds(directory, _TOKENIZER_PREFIXES):
+    if not _holds(directory, _TOKENIZER_PREFIXES):
         raise ModelLoadError(_NO_TOKENIZER.format(name=directory))
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.load.source import COMPANIONS, gguf_parts
+from river_llm.load.source import gguf_files
 from river_llm.store import CachedFolder, file_state
 
 if TYPE_CHECKING:
@@ -29,11 +29,10 @@ def copy_of(file: Path, dtype: torch.dtype) -> CachedFolder | None:
     """
     import transformers
 
-    companions = [path for path in map(file.with_name, COMPANIONS) if path.is_file()]
     origin = {
         "format_version": FORMAT_VERSION,
         "transformers": transformers.__version__,
-        "files": {path.name: file_state(path) for path in [*gguf_parts(file), *companions]},
+        "files": {path.name: file_state(path) for path in gguf_files(file)},
     }
     return CachedFolder.of("converted", file, str(dtype).removeprefix("torch."), origin)
 

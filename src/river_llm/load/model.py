@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from river_llm.errors import ConfigError, ModelLoadError
+from river_llm.errors import ModelLoadError
 from river_llm.load.checkpoint import (
     ATTENTIONS,
     DESCRIPTIONS,
@@ -19,7 +19,7 @@ from river_llm.load.checkpoint import (
 )
 from river_llm.load.errors import check_has_tokenizer, one_clear_line
 from river_llm.load.file_tokenizer import with_its_files
-from river_llm.load.gguf import load_gguf, load_gguf_config
+from river_llm.load.gguf import load_gguf
 from river_llm.load.gguf_copy import copy_of, keep_copy, read_copy
 from river_llm.load.source import gguf_parts, resolve
 from river_llm.load.unexpected_tensors import check_unexpected
@@ -29,23 +29,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Models with a vision tower whose text part is a model of its own, and which transformers would
 # load whole or not at all.
 _WITH_TEXT_PART = ("gemma3", "mistral3")
 # Where the text part stands among their weights, in checkpoints of various ages.
 _TEXT_PART_NAMES = {r"^model\.language_model\.": "model.", r"^language_model\.": ""}
-
-
-def check_loadable(dtype: object) -> None:
-    """Validate that weights can be loaded in it.
-
-    Raises:
-        ConfigError: they can't be.
-    """
-    if dtype not in DTYPES:
-        names = ", ".join(map(str, DTYPES))
-        raise ConfigError(f"dtype is {dtype!r}; choose one of {names}")
 
 
 def load_backbone(
@@ -63,12 +51,10 @@ def load_backbone(
         trust_remote_code: run code that comes with the model. Off unless you say so.
 
     Raises:
-        ConfigError: the dtype is none of `DTYPES`.
         ModelLoadError: there is no such model, its files are cut short or of an unknown
             architecture, it has only pickled weights, it wants remote code, or memory ran out.
         UnsupportedModelError: it is a mixture of experts or keeps a recurrent state.
     """
-    check_loadable(dtype)
     source, gguf_file = resolve(name_or_path)
     with one_clear_line(str(name_or_path), gguf_file):
         if gguf_file is None:
@@ -77,23 +63,6 @@ def load_backbone(
         else:
             model, tokenizer = _load_file(Path(source, gguf_file), dtype)
         return model.eval().to(device), tokenizer
-
-
-def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a language model alone, that of the text part where the model takes
-    images too; arguments as of `load_backbone`.
-
-    Raises:
-        ModelLoadError: there is no such model, or its configuration can't be read.
-    """
-    source, gguf_file = resolve(name_or_path)
-    with one_clear_line(str(name_or_path), gguf_file):
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if gguf_file is not None:
-            config = load_gguf_config(gguf_parts(Path(source, gguf_file)))
-        else:
-            config = _read_config(source, str(name_or_path), **options)
-        return _text_config(config) or config.get_text_config(decoder=True)
 
 
 def _load_file(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -22,8 +22,6 @@ _BESIDE = re.compile("mmproj|imatrix", re.IGNORECASE)  # GGUF files that go with
 _ADDRESS = re.compile(r"(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
-# What is read beside a GGUF file, where it is there.
-COMPANIONS = ("generation_config.json", "chat_template.jinja")
 
 
 def smollm2_path() -> Path:
@@ -79,8 +77,7 @@ def model_files(name_or_path: str | Path) -> tuple[Path, list[Path]] | None:
     source, gguf_file = resolve(name_or_path)
     if gguf_file is not None:
         file = Path(source, gguf_file)
-        companions = [path for path in map(file.with_name, COMPANIONS) if path.is_file()]
-        return file, [*gguf_parts(file), *companions]
+        return file, gguf_files(file)
     directory = Path(source)
     if not directory.is_dir():
         config = huggingface_hub.try_to_load_from_cache(source, "config.json")
@@ -116,6 +113,12 @@ def gguf_parts(file: Path) -> list[Path]:
             "it; get all of them"
         )
     return parts
+
+
+def gguf_files(file: Path) -> list[Path]:
+    """The parts of a GGUF file, and what is read beside it."""
+    companions = map(file.with_name, ("generation_config.json", "chat_template.jinja"))
+    return [*gguf_parts(file), *filter(Path.is_file, companions)]
 
 
 def check_is_no_pointer(file: Path) -> None:

@@ -22,7 +22,7 @@ from river_llm.load.gguf.tokenizer import GGUFTokenizer
 from river_llm.load.gguf.weights import read_weights
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_gguf(
@@ -54,24 +54,6 @@ def load_gguf(
     name = str(content.path.parent)
     model.config._name_or_path = model.name_or_path = built.name_or_path = name
     return model, built
-
-
-def load_gguf_config(parts: Sequence[Path]) -> PretrainedConfig:
-    """The configuration alone.
-
-    Raises:
-        ModelLoadError: as of `load_gguf`.
-    """
-    from transformers import AutoConfig
-
-    content = read_gguf(parts)
-    metadata = Metadata(content.path, content.metadata)
-    config: PretrainedConfig
-    if metadata.architecture in ARCHITECTURES:
-        config = AutoConfig.for_model(**model_settings(metadata, content.tensors))
-    else:
-        config = AutoConfig.from_pretrained(content.path.parent, gguf_file=content.path.name)
-    return config
 
 
 def _load_here(
