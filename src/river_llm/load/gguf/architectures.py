@@ -24,13 +24,15 @@ class Architecture:
     """How a GGUF architecture becomes a model of `transformers`.
 
     Attributes:
-        settings: those of its configuration beside sizes and rotary embedding, `model_type` among
-            them, by metadata, tensors and the dimension of a head.
+        model_type: of its configuration, unless `settings` has another.
+        settings: of the configuration beside sizes and rotary embedding, by metadata, tensors and
+            the dimension of a head.
         is_permuted: rows of queries and keys lie so that neighbours are rotated together.
         norm_shift: what the file's norm weights have more than the model's.
     """
 
-    settings: Callable[[Metadata, Tensors, int], Settings]
+    model_type: str
+    settings: Callable[[Metadata, Tensors, int], Settings] = lambda *_: {}
     is_permuted: bool = False
     norm_shift: float = 0.0
 
@@ -62,7 +64,9 @@ def model_settings(metadata: Metadata, tensors: Tensors) -> Settings:
     metadata.take_same("attention.key_length_swa", head_dim)
     metadata.take_same("attention.value_length_swa", head_dim)
     metadata.take_same("rope.dimension_count_swa", rotary_dims)
-    settings = ARCHITECTURES[metadata.architecture].settings(metadata, tensors, head_dim)
+    architecture = ARCHITECTURES[metadata.architecture]
+    settings = {"model_type": architecture.model_type}
+    settings |= architecture.settings(metadata, tensors, head_dim)
     rope = rope_parameters(metadata, tensors, rotary_dims, context)
     if settings["model_type"] == "phi3":
         original = rope.get("original_max_position_embeddings", context)
@@ -119,7 +123,7 @@ def _llama(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     biases = _biases(tensors)
     window = _zero_is_none(metadata, metadata.count, "attention.sliding_window", None)
     if window is None:
-        return {"model_type": "llama", **biases}
+        return biases
     if any(biases.values()):
         raise metadata.refusal("has biases and a sliding window, which isn't supported together")
     return {"model_type": "mistral", "sliding_window": window}
@@ -127,21 +131,13 @@ def _llama(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
 
 def _mistral3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     if metadata.number("attention.temperature_scale", None) is None:
-        return _llama(metadata, tensors, head_dim)
-    return {"model_type": "ministral3", "sliding_window": None}
-
-
-def _qwen2(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
-    return {"model_type": "qwen2", "use_sliding_window": False}
+        return {"model_type": "llama"} | _llama(metadata, tensors, head_dim)
+    return {"sliding_window": None}
 
 
 def _qwen3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     bias = _has_biases(tensors, "attn_q", "attn_k", "attn_v", "attn_output")
-    return {"model_type": "qwen3", "use_sliding_window": False, "attention_bias": bias}
-
-
-def _smollm3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
-    return {"model_type": "smollm3", "use_sliding_window": False, "no_rope_layer_interval": 4}
+    return {"attention_bias": bias}
 
 
 def _phi3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
@@ -149,19 +145,15 @@ def _phi3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     if kind in ("linear", "yarn") and metadata.number("rope.scaling.factor", 1.0) != 1:
         raise metadata.refusal(f"scales its rotary angles by {kind}, which Phi-3 doesn't know here")
     window = _zero_is_none(metadata, metadata.count, "attention.sliding_window", None)
-    return {"model_type": "phi3", "sliding_window": window}
+    return {"sliding_window": window}
 
 
 def _olmo2(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     sliding = _sliding_layers(metadata, 4)
     if not sliding:
-        return {"model_type": "olmo2"}
+        return {}
     theta = metadata.number("rope.freq_base", 10_000.0)
     return {"model_type": "olmo3", **sliding, "sliding_rope": _sliding_rope(metadata, theta)}
-
-
-def _gemma(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
-    return {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh"}
 
 
 def _gemma2(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
@@ -171,7 +163,6 @@ def _gemma2(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     scale = _query_scale(metadata, head_dim, layers_of_27b=46)
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     return {
-        "model_type": "gemma2",
         "query_pre_attn_scalar": scale,
         **_sliding_layers(metadata, 2, window=4096),
         **{key: _zero_is_none(metadata, metadata.number, key, cap) for key, cap in caps.items()},
@@ -185,7 +176,6 @@ def _gemma3(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
     }
     cap = "final_logit_softcapping"
     return {
-        "model_type": "gemma3_text",
         "query_pre_attn_scalar": _query_scale(metadata, head_dim, layers_of_27b=62),
         **sliding,
         cap: _zero_is_none(metadata, metadata.number, cap, None),
@@ -198,7 +188,6 @@ def _granite(metadata: Metadata, tensors: Tensors, head_dim: int) -> Settings:
         raise metadata.refusal("has no rotary embedding, which isn't supported")
     return {
         **_biases(tensors),
-        "model_type": "granite",
         "logits_scaling": metadata.number("logit_scale"),
         "residual_multiplier": metadata.number("residual_scale", 1.0),
         "embedding_multiplier": metadata.number("embedding_scale", 1.0),
@@ -246,15 +235,15 @@ def _sliding_rope(metadata: Metadata, theta: float) -> Settings:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(_llama, is_permuted=True),
-    "mistral3": Architecture(_mistral3, is_permuted=True),
-    "qwen2": Architecture(_qwen2),
-    "qwen3": Architecture(_qwen3),
-    "smollm3": Architecture(_smollm3, is_permuted=True),
-    "phi3": Architecture(_phi3),
-    "olmo2": Architecture(_olmo2),
-    "gemma": Architecture(_gemma, norm_shift=1.0),
-    "gemma2": Architecture(_gemma2, norm_shift=1.0),
-    "gemma3": Architecture(_gemma3, norm_shift=1.0),
-    "granite": Architecture(_granite, is_permuted=True),
+    "llama": Architecture("llama", _llama, is_permuted=True),
+    "mistral3": Architecture("ministral3", _mistral3, is_permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", _qwen3),
+    "smollm3": Architecture("smollm3", is_permuted=True),
+    "phi3": Architecture("phi3", _phi3),
+    "olmo2": Architecture("olmo2", _olmo2),
+    "gemma": Architecture("gemma", norm_shift=1.0),
+    "gemma2": Architecture("gemma2", _gemma2, norm_shift=1.0),
+    "gemma3": Architecture("gemma3_text", _gemma3, norm_shift=1.0),
+    "granite": Architecture("granite", _granite, is_permuted=True),
 }
