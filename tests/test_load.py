@@ -26,7 +26,7 @@ from folder_changes import (
     written,
 )
 from safetensors.torch import load_file
-from tiny_lm import END, character_tokenizer
+from tiny_lm import character_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedModel
 
@@ -385,13 +385,3 @@ class TestRiverLM:
         river.save(tmp_path / "river")
         lm = RiverLM.from_pretrained(directory, tmp_path / "river", dtype=torch.float16)
         assert len(lm.generate("Hi", max_new_tokens=3).tokens) == 3
-
-    @pytest.mark.parametrize(
-        ("listed", "expected"), [(None, {END}), (5, {5, END}), ([5, 6], {5, 6, END})]
-    )
-    def test_stops_at_the_tokens_of_tokenizer_and_generation_config(
-        self, directory: Path, tiny_llama: PreTrainedModel, listed: Any, expected: set[int]
-    ) -> None:
-        tiny_llama.generation_config.eos_token_id = listed
-        tiny_llama.save_pretrained(directory)
-        assert RiverLM.from_pretrained(directory).stop_tokens == expected

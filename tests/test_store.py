@@ -246,7 +246,7 @@ class TestAConvertedFile:
             parsed.append(args)
             return load_gguf(*args)
 
-        monkeypatch.setattr("river_llm.load.model.load_gguf", counted)
+        monkeypatch.setattr("river_llm.load.gguf_copy.load_gguf", counted)
         return parsed
 
     @staticmethod

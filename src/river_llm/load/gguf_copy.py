@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_llm.load.source import gguf_files
+from river_llm.load.gguf import load_gguf
+from river_llm.load.source import gguf_files, gguf_parts
+from river_llm.river.backbone import check_kind
 from river_llm.store import CachedFolder, file_state
 
 if TYPE_CHECKING:
@@ -21,50 +23,47 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 4
 
 
-def copy_of(file: Path, dtype: torch.dtype) -> CachedFolder | None:
-    """The folder for a GGUF file as it is now; None where the cache is off.
+def load_gguf_or_copy(
+    file: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a GGUF file, or, their weights mapped, from the copy of it; where
+    that can't be written, there is none.
 
     Raises:
         OSError: the file can't be read.
+        ModelLoadError, UnsupportedModelError: see `load_gguf`.
     """
     import transformers
 
+    form = str(dtype).removeprefix("torch.")
     origin = {
         "format_version": FORMAT_VERSION,
         "transformers": transformers.__version__,
         "files": {path.name: file_state(path) for path in gguf_files(file)},
     }
-    return CachedFolder.of("converted", file, str(dtype).removeprefix("torch."), origin)
+    folder = CachedFolder.of("converted", file, form, origin)
+    copied = folder and folder.read(partial(_read, dtype=form))
+    if copied:
+        model, tokenizer = copied
+        model.config._name_or_path = model.name_or_path = str(file.resolve().parent)
+        tokenizer.name_or_path = model.name_or_path  # as if it had been parsed
+        return model, tokenizer
+    model, tokenizer = load_gguf(gguf_parts(file), dtype)
+    check_kind(model.config, type(model))
+    if folder:
+        num_bytes = sum(weight.nbytes for weight in model.parameters())
+        folder.keep(num_bytes, partial(_write, model=model, tokenizer=tokenizer))
+    return model, tokenizer
 
 
-def read_copy(folder: CachedFolder) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """Model, its weights mapped from the file, and tokenizer; None where there is no copy, or a
-    damaged one, which is removed."""
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = folder.read(
-        partial(_read, dtype=folder.form)
-    )
-    if loaded is not None:
-        model, tokenizer = loaded  # as if it had been parsed
-        model.config._name_or_path = model.name_or_path = str(folder.source.parent)
-        tokenizer.name_or_path = model.name_or_path
-    return loaded
-
-
-def keep_copy(
-    folder: CachedFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Write the copy; where that can't be done, there is none."""
-
-    def fill(directory: Path) -> None:
-        config = model.config
-        try:
-            model.config = copy.deepcopy(config)  # save_pretrained changes it
-            model.save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
-        finally:
-            model.config = config
-
-    folder.keep(sum(weight.nbytes for weight in model.parameters()), fill)
+def _write(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = model.config
+    try:
+        model.config = copy.deepcopy(config)  # save_pretrained changes it
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    finally:
+        model.config = config
 
 
 def _read(directory: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -19,9 +19,8 @@ from river_llm.load.checkpoint import (
 )
 from river_llm.load.errors import check_has_tokenizer, one_clear_line
 from river_llm.load.file_tokenizer import with_its_files
-from river_llm.load.gguf import load_gguf
-from river_llm.load.gguf_copy import copy_of, keep_copy, read_copy
-from river_llm.load.source import gguf_parts, resolve
+from river_llm.load.gguf_copy import load_gguf_or_copy
+from river_llm.load.source import resolve
 from river_llm.load.unexpected_tensors import check_unexpected
 from river_llm.river.backbone import check_kind
 
@@ -61,20 +60,8 @@ def load_backbone(
             model, tokenizer = _load_checkpoint(source, str(name_or_path), dtype, trust_remote_code)
             check_kind(model.config, type(model))
         else:
-            model, tokenizer = _load_file(Path(source, gguf_file), dtype)
+            model, tokenizer = load_gguf_or_copy(Path(source, gguf_file), dtype)
         return model.eval().to(device), tokenizer
-
-
-def _load_file(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a GGUF file, or from the copy that was made of it."""
-    copy = copy_of(file, dtype)
-    loaded = read_copy(copy) if copy else None
-    if loaded is None:
-        loaded = load_gguf(gguf_parts(file), dtype)
-        check_kind(loaded[0].config, type(loaded[0]))
-        if copy:
-            keep_copy(copy, *loaded)
-    return loaded
 
 
 def _read_config(source: str, name: str, **options: Any) -> PretrainedConfig:
