@@ -214,10 +214,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("content", "options", "code", "message"),
         [
-            (b"text", (), 2, "--calibrate goes with --quantizer gptq"),
-            (b"text", ("--quantizer", "gptq"), 1, "the calibration text has 1 tokens"),
-            (b"\xff\xfe", ("--quantizer", "gptq"), 1, "is no UTF-8 text"),
-            (None, ("--quantizer", "gptq"), 1, "can't be read as text"),
+            (b"text", ("--quantizer", "hqq"), 2, "--calibrate goes with --quantizer gptq"),
+            (b"text", (), 1, "the calibration text has 1 tokens"),
+            (b"\xff\xfe", (), 1, "is no UTF-8 text"),
+            (None, (), 1, "can't be read as text"),
         ],
     )
     def test_refuses_a_bad_text(

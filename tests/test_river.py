@@ -115,7 +115,7 @@ class TestBuilding:
     @pytest.mark.parametrize(
         ("config", "bits", "message"),
         [
-            (AUTO, None, "bits auto needs those of each matrix"),
+            (AUTO, None, "bits auto needs calibration text"),
             (CONFIG, [FOUR_BITS] * 4, "the river has 3 bits; bits of each matrix go with auto"),
             (AUTO, [FOUR_BITS] * 3, "bits are to be given for self_attn.q_proj, .* of each layer"),
             (AUTO, [*[FOUR_BITS] * 3, {"mlp.up_proj": 4}], "bits are to be given for"),

@@ -16,6 +16,8 @@ from river_llm.config import EngineConfig, RiverConfig
 from river_llm.sizes import format_bytes
 from river_llm.text.utf8 import read_text
 
+_RIVER = RiverConfig(quantizer="gptq")
+
 
 @with_settings
 def build(
@@ -23,19 +25,23 @@ def build(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder to write the river to.")
     ],
-    config: RiverConfig,
     engine: EngineConfig,
+    config: RiverConfig = _RIVER,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="Text for gptq; by default the model writes one.", show_default=False),
+        typer.Option(
+            help="Text for gptq and for bits auto; by default the model writes one.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Build a model's exit river and write it to a folder."""
     from river_llm.cli.progress import LoadingProgress
     from river_llm.cli.render import stderr
 
-    if calibrate is not None and config.quantizer != "gptq":
-        raise usage_error("--calibrate goes with --quantizer gptq")
+    needs_text = config.quantizer == "gptq" or config.bits == "auto"
+    if calibrate is not None and not needs_text:
+        raise usage_error("--calibrate goes with --quantizer gptq, or --bits auto")
     given = None if calibrate is None else read_text(calibrate)
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
@@ -51,7 +57,7 @@ def build(
         text = None
         if given is not None:
             text = given_text(given, backbone, tokenizer)
-        elif config.quantizer == "gptq":
+        elif needs_text:
             text = written_text(backbone, tokenizer, progress.text_written)
         river = River.build(backbone, config, progress.layers_built, text)
         seconds = time.perf_counter() - start

@@ -51,11 +51,20 @@ def written_text(
         output = model(input_ids=new, past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[:, -1].float()
         check_logits(logits, "calibration text: ")
-        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        new = _sampled(logits.softmax(-1), generator)
         token_ids = torch.cat([token_ids, new], dim=1)
         if progress:
             progress(token_ids.shape[1], length)
     return token_ids
+
+
+def _sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row, `[rows, 1]`: a random number for each, not for each token of the vocabulary,
+    as `torch.multinomial` takes."""
+    cumulated = probabilities.cumsum(-1)
+    share = torch.rand(len(probabilities), 1, device=probabilities.device, generator=generator)
+    places = torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True)
+    return places.clamp_(max=probabilities.shape[-1] - 1)
 
 
 def given_text(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:

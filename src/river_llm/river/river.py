@@ -34,6 +34,7 @@ from river_llm.river.backbone import (
     fingerprint,
     linear_weight,
 )
+from river_llm.river.bit_allocation import WIDTHS, allocate_bits, matrix_losses
 from river_llm.river.calibration import calibrated_exit_layers
 from river_llm.river.quantize import QuantizedMatrix, average_bits, quantize
 from river_llm.store import STAGING_PREFIX, atomic_write, file_digest, file_state
@@ -91,7 +92,9 @@ class River:
         Args:
             calibration: the token ids `[sequences, tokens]` that GPTQ calibrates on, as of
                 `load.calibration_text`.
-            bits: with auto bits, those of each layer's linear weights, by name.
+            bits: with auto bits, those of each layer's linear weights, by name; None: as
+                `allocate_bits` gives them out, by the losses of a river of 4 bits on the
+                calibration text.
             progress: called after each layer with (layers done, layers in all).
 
         Raises:
@@ -101,14 +104,21 @@ class River:
                 has no calibration text, or `bits` don't fit model or config.
         """
         config = config or RiverConfig()
-        if config.quantizer == "gptq" and calibration is None:
+        allocates = config.bits == "auto" and bits is None
+        if calibration is None and (config.quantizer == "gptq" or allocates):
+            what = "gptq" if config.quantizer == "gptq" else "bits auto"
             raise ConfigError(
-                "gptq needs calibration text: river-llm build --quantizer gptq, or River.build "
-                "with calibration=written_text(model, tokenizer)"
+                f"{what} needs calibration text: river-llm build, or River.build with "
+                "calibration=written_text(model, tokenizer)"
             )
         layers = decoder_layers(model)
         check_in_memory(layers)
         check_plain_decoder(model, layers)
+        if calibration is not None and allocates:
+            narrow = replace(config, bits=WIDTHS[0], average_bits=None)
+            of_narrow = cls.build(model, narrow, progress, calibration).exit_layers
+            losses = matrix_losses(model, layers, of_narrow, calibration)
+            bits = allocate_bits(losses, len(layers), config.average_bits or WIDTHS[0])
         bits = _matrix_bits(layers, config, bits)
         made: Iterable[dict[str, QuantizedMatrix]]
         if calibration is None or config.quantizer != "gptq":
@@ -278,8 +288,7 @@ def _matrix_bits(
         if given is not None:
             raise ConfigError(f"the river has {config.bits} bits; bits of each matrix go with auto")
         return [dict.fromkeys(layer.linears, config.bits) for layer in layers]
-    if given is None:
-        raise ConfigError("bits auto needs those of each matrix: River.build with bits=")
+    assert given is not None
     if [set(of_layer) for of_layer in given] != [set(layer.linears) for layer in layers]:
         raise ConfigError(f"bits are to be given for {', '.join(layers[0].linears)} of each layer")
     wrong = {bits for of_layer in given for bits in of_layer.values()} - {*BITS}
