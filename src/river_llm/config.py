@@ -44,8 +44,8 @@ class RiverConfig(Settings):
     """How every linear weight of an exit layer is quantised. Activations stay in 16 bits (W4A16).
 
     HQQ is half-quadratic quantisation (Badri and Shaji 2023), the paper's default. GPTQ (Frantar et
-    al. 2022) fits the weights to calibration text and loses a third as much; `build` takes it. The group size has to
-    divide the input width of every linear layer.
+    al. 2022) fits the weights to calibration text and loses a third as much; `build` takes it. The
+    group size has to divide the input width of every linear layer.
 
     With ``bits="auto"`` each matrix has a width of its own out of `BITS`, and its codes (scales and
     zeros don't count) take `average_bits` a weight at most.
