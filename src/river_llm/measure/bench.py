@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from river_llm.config import SamplingConfig
 from river_llm.engines import CpuEngine, Engine, Step
 from river_llm.engines.native_core import usable_threads
+from river_llm.generate.rows import prefill
 from river_llm.generate.second_look import Again, run_step
 from river_llm.lm import RiverLM
 from river_llm.measure.bandwidth import BUFFER_BYTES, read_bandwidth
@@ -79,20 +80,10 @@ class Session:
             self.engine.drop_sequence(self._sequences.pop())
         self._sequences = [self.engine.add_sequence() for _ in range(batch)]
 
-    def prefill(self, tokens: Tensor, policy: ExitPolicy) -> list[int]:
-        """Append `[batch, tokens]`, and wait for the next tokens."""
-        batch, count = tokens.shape
-        thresholds = torch.tensor(policy.prefill_thresholds(self.engine.num_layers))
-        columns = max(1, (self.engine.prefill_rows or tokens.numel()) // batch)
-        for first in range(0, count, columns):
-            part = tokens[:, first : first + columns]
-            width = part.shape[1]
-            rows = [sequence for sequence in self._sequences for _ in range(width)]
-            is_last = first + width == count
-            ends = range(width - 1, batch * width, width) if is_last else ()
-            result = self.engine.forward(Step(part.flatten().tolist(), rows, thresholds, ends))
-        best: list[int] = result.best_tokens.tolist()
-        return best
+    def prefill(self, texts: Tensor, policy: ExitPolicy) -> list[int]:
+        """Run the rest of the texts `[batch, tokens]`, and wait for the next tokens."""
+        pairs = zip(self._sequences, texts.tolist(), strict=True)
+        return [int(prefill(self.engine, *pair, policy).best_tokens[0]) for pair in pairs]
 
     def decode(
         self, tokens: list[int], thresholds: Tensor, second_look: float | None = None
@@ -152,7 +143,7 @@ class EngineVariant:
     def run(self, workload: Workload) -> Timing:
         session, count = self._session, workload.batch * workload.tokens
         if workload.kind == "prompt":
-            prompt = self._text.tokens(workload.batch, workload.context, workload.tokens)
+            prompt = self._text.tokens(workload.batch, 0, workload.end)
             start = time.perf_counter()
             session.prefill(prompt, self._policy)
             return Timing(time.perf_counter() - start, count)
