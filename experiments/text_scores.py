@@ -6,6 +6,7 @@ of each is context, every token after it is predicted and counts.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from river_llm.measure.divergence import compare_logits, summarise
+from river_llm.measure.divergence import compare_logits
 from river_llm.text.utf8 import read_text
 
 
@@ -64,7 +65,32 @@ class WindowScores:
         self.exit_layers += exit_layers[first:]
 
     def summarise(self) -> dict[str, Any]:
-        """See `divergence.summarise`; and the mean divergence of each window."""
+        """See `summarise`; and the mean divergence of each window."""
         nll, kld, same = (torch.cat(part) for part in zip(*self._parts, strict=True))
         score = summarise(nll, kld, same, torch.tensor(self.exit_layers).float())
         return {**score, "kld_of_windows": [float(kld.mean()) for _, kld, _ in self._parts]}
+
+
+def summarise(nll: Tensor, kld: Tensor, same: Tensor, exit_layers: Tensor) -> dict[str, float]:
+    """Of predicted tokens, each `[tokens]`, see `compare_logits`: perplexity and mean KL divergence
+    with their standard errors, quantiles of the latter, the share of tokens with the same argmax,
+    and the mean number of backbone layers."""
+    perplexity = math.exp(float(nll.mean()))
+    median, kld_99, kld_999 = kld.quantile(torch.tensor([0.5, 0.99, 0.999])).tolist()
+    return {
+        "perplexity": perplexity,
+        "perplexity_error": perplexity * _standard_error(nll),
+        "mean_kld": float(kld.mean()),
+        "mean_kld_error": _standard_error(kld),
+        "median_kld": median,
+        "kld_99": kld_99,
+        "kld_999": kld_999,
+        "max_kld": float(kld.max()),
+        "same_top": float(same.mean()),
+        "mean_exit_layer": float(exit_layers.mean()),
+        "num_tokens": len(nll),
+    }
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

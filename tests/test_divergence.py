@@ -8,9 +8,10 @@ import statistics
 import numpy
 import pytest
 import torch
+from text_scores import summarise
 
 from river_llm.errors import LogitsError
-from river_llm.measure.divergence import compare_logits, summarise
+from river_llm.measure.divergence import compare_logits
 
 TOKENS, VOCABULARY = 300, 11  # compared in more than one piece
 _generator = torch.Generator().manual_seed(3)

@@ -97,17 +97,6 @@ def test_smollm2_was_trained_on_single_digits(tokenizer: PreTrainedTokenizerBase
     assert {text: list(tokenizer(text).input_ids) for text in expected} == expected
 
 
-@pytest.mark.slow
-def test_smollm2s_tokens_are_llama_cpps(tokenizer: PreTrainedTokenizerBase) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    from river_llm.load.source import smollm2_path
-
-    model = llama_cpp.Llama(str(smollm2_path()), vocab_only=True, verbose=False)
-    for text in (*TEXTS, *(TEXTS[0] + text for text in TEXTS)):
-        expected = model.tokenize(text.encode(), add_bos=True, special=True)
-        assert tokenizer(text).input_ids == expected
-
-
 _SPECIAL = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",

@@ -1,8 +1,6 @@
-"""Perplexity of given text, and the KL divergence of its predictions from the backbone's."""
+"""How far predictions of given text are from the backbone's."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -37,28 +35,3 @@ def compare_logits(
     nll, kld, same = (torch.cat(part).cpu() for part in zip(*results, strict=True))
     check_likelihoods(nll + kld, logits, reference)
     return nll, kld, same
-
-
-def summarise(nll: Tensor, kld: Tensor, same: Tensor, exit_layers: Tensor) -> dict[str, float]:
-    """Of predicted tokens, each `[tokens]`, see `compare_logits`: perplexity and mean KL divergence
-    with their standard errors, quantiles of the latter, the share of tokens with the same argmax,
-    and the mean number of backbone layers."""
-    perplexity = math.exp(float(nll.mean()))
-    median, kld_99, kld_999 = kld.quantile(torch.tensor([0.5, 0.99, 0.999])).tolist()
-    return {
-        "perplexity": perplexity,
-        "perplexity_error": perplexity * _standard_error(nll),
-        "mean_kld": float(kld.mean()),
-        "mean_kld_error": _standard_error(kld),
-        "median_kld": median,
-        "kld_99": kld_99,
-        "kld_999": kld_999,
-        "max_kld": float(kld.max()),
-        "same_top": float(same.mean()),
-        "mean_exit_layer": float(exit_layers.mean()),
-        "num_tokens": len(nll),
-    }
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
