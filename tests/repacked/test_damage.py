@@ -52,9 +52,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "no weights": _unlink("weights.bin"),
     "an embedding cut short": _rewrite("embedding.bin", lambda content: content[:-2]),
     "no embedding": _unlink("embedding.bin"),
-    "no description": _unlink("engine.pt"),
-    "half a description": _rewrite("engine.pt", lambda content: content[:200]),
-    "another description": _rewrite("engine.pt", lambda content: b"[]"),
+    "no description": _unlink("engine.safetensors"),
+    "half a description": _rewrite("engine.safetensors", lambda content: content[:200]),
+    "another description": _rewrite("engine.safetensors", lambda content: b"[]"),
     "no tokenizer": _unlink("tokenizer.json"),
     "half a tokenizer": _rewrite("tokenizer.json", lambda content: content[:500]),
 }
@@ -119,7 +119,7 @@ class TestADamagedCopy:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("place", ["CpuEngine.of_packed", "torch.load", "_read_into"])
+@pytest.mark.parametrize("place", ["CpuEngine.of_packed", "safe_open", "_read_into"])
 def test_an_error_of_memory_or_the_user_leaves_the_copy(
     model: Path, error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

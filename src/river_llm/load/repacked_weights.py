@@ -3,18 +3,19 @@
 Written to the store when an engine has repacked a model's weights, and read into memory at the next
 start, which needs no model of `transformers` then, nor the river's own file. A folder of:
 
-    weights.bin    the packed weights (csrc/packing.h): backbone, river, LM head
-    embedding.bin  bfloat16, where its rows can't be read from the LM head
-    engine.pt      norms, biases, rotary frequencies, sizes, formats, the river's config
-    tokenizer...   as `save_pretrained` writes it
+    weights.bin         the packed weights (csrc/packing.h): backbone, river, LM head
+    embedding.bin       bfloat16, where its rows can't be read from the LM head
+    engine.safetensors  norms, biases, rotary frequencies; in its metadata, as JSON, the rest
+    tokenizer...        as `save_pretrained` writes it
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import river_llm
 from river_llm.config import RiverConfig
@@ -41,8 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Goes up with every change of what is packed, of the quantisers and of how files are read too.
-FORMAT_VERSION = 6
-_WEIGHTS, _EMBEDDING, _DESCRIPTION = "weights.bin", "embedding.bin", "engine.pt"
+FORMAT_VERSION = 7
+_WEIGHTS, _EMBEDDING, _DESCRIPTION = "weights.bin", "embedding.bin", "engine.safetensors"
 _READ_BYTES = 16 << 20  # that a thread reads at a time
 
 _log = logging.getLogger(__name__)
@@ -188,18 +191,23 @@ def write_engine(directory: Path, engine: CpuEngine, **beside: Any) -> None:
             part.tofile(weights)
     if engine.embedding is not None:
         engine.embedding.tofile(directory / _EMBEDDING)
-    model = asdict(engine.model)
-    model["layers"] = [_converted(layer, np.ndarray, torch.from_numpy) for layer in model["layers"]]
-    model["final_norm"] = torch.from_numpy(model["final_norm"])
     description = {
-        "model": model,
+        "model": asdict(engine.model),
         "formats": asdict(engine.formats),
         "has_embedding": engine.embedding is not None,
         "layer_bytes": engine.layer_bytes,
         "rest_bytes": engine.rest_bytes,
         "head_bytes": engine.head_bytes,
     }
-    torch.save(description | beside, directory / _DESCRIPTION)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def stored(part: Any) -> dict[str, str]:
+        name = str(len(tensors))
+        tensors[name] = torch.as_tensor(part).clone()  # it may share memory with others
+        return {type(part).__name__: name}
+
+    text = json.dumps(description | beside, default=stored)
+    save_file(tensors, directory / _DESCRIPTION, metadata={"description": text})
 
 
 def read_engine(
@@ -257,24 +265,28 @@ def read_engine(
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
-    description: dict[str, Any] = torch.load(directory / _DESCRIPTION, weights_only=True)
+    with safe_open(directory / _DESCRIPTION, framework="pt") as tensors:
+
+        def restored(part: dict[str, Any]) -> Any:
+            if part.keys() == {"Tensor"}:
+                return tensors.get_tensor(part["Tensor"])
+            if part.keys() == {"ndarray"}:
+                return tensors.get_tensor(part["ndarray"]).numpy()
+            return part
+
+        text = tensors.metadata()["description"]
+        description: dict[str, Any] = json.loads(text, object_hook=restored)
     return description
 
 
 def _native_model(parts: dict[str, Any]) -> NativeModel:
-    layers = [_converted(layer, torch.Tensor, torch.Tensor.numpy) for layer in parts["layers"]]
-    boundary = parts["rope_boundary"]
+    boundary, scaling = parts["rope_boundary"], parts["query_scaling"]
     changed = {
-        "layers": layers,
-        "final_norm": parts["final_norm"].numpy(),
         "rotary": [RotaryTable(**table) for table in parts["rotary"]],
         "rope_boundary": None if boundary is None else RopeBoundary(**boundary),
+        "query_scaling": None if scaling is None else tuple(scaling),
     }
     return NativeModel(**parts | changed)
-
-
-def _converted(layer: dict[str, Any], kind: type, convert: Callable[[Any], Any]) -> dict[str, Any]:
-    return {name: convert(part) if isinstance(part, kind) else part for name, part in layer.items()}
 
 
 def _read_tokenizer(directory: Path, module: str, name: str) -> PreTrainedTokenizerBase:
