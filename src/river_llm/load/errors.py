@@ -32,9 +32,8 @@ _CAUSES = {
     "says; get config and weights from one place",
     "Should have a `model_type` key": "the config.json of {name} names no architecture; "
     "get the model's own config.json",
-    "rope_parameters": "the rotary settings of {name} can't be used ({reason}); "
-    "correct config.json",
-    "alidation error for": "the config.json of {name} isn't valid ({reason}); correct it",
+    "rope_parameters|alidation error for": "the config.json of {name} isn't valid ({reason}); "
+    "correct it",
     "^KeyError: 'metadata'$": "the model.safetensors.index.json of {name} has no metadata; "
     "download the model (hf download {name}) and give its folder, where that is no matter",
     "^KeyError": "{name} can't be loaded: its config.json may name what transformers doesn't "
