@@ -53,6 +53,12 @@ void pack_eight_bits(const uint8_t* codes, int group_size, uint32_t* out) {
   }
 }
 
+// Four words of four times six bits as three words, kLanes apart.
+void store_sixes(const uint32_t (&words)[4], uint32_t* out) {
+  for (int w = 0; w < 3; ++w)
+    out[w * kLanes] = words[w] | (words[3] >> (2 * w) & 0x03030303u) << 6;
+}
+
 // `upper` points to the group's bits above the nibbles, two for each code.
 void pack_six_bits(const uint8_t* nibbles, const uint8_t* upper, int group_size, uint32_t* out) {
   for (int k = 0; k < group_size; k += 16, nibbles += 8, upper += 4, out += 3 * kLanes) {
@@ -62,8 +68,19 @@ void pack_six_bits(const uint8_t* nibbles, const uint8_t* upper, int group_size,
       const uint32_t code = nibble | (upper[i / 4] >> (i % 4 * 2) & 3u) << 4;
       words[i / 8 * 2 + i % 2] |= code << (i % 8 / 2 * 8);
     }
-    for (int w = 0; w < 3; ++w)
-      out[w * kLanes] = words[w] | (words[3] >> (2 * w) & 0x03030303u) << 6;
+    store_sixes(words, out);
+  }
+}
+
+// `upper` points to the group's bits above the lower two, one for each code.
+void pack_three_bits(const uint8_t* lower, const uint8_t* upper, int group_size, uint32_t* out) {
+  for (int k = 0; k < group_size; k += 32, lower += 8, upper += 4, out += 3 * kLanes) {
+    uint32_t words[4] = {};  // of eight inputs each
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t code = (lower[i / 4] >> (i % 4 * 2) & 3u) | (upper[i / 8] >> i % 8 & 1u) << 2;
+      words[i / 8] |= code << (i % 8 / 2 * 8 + i % 2 * 3);
+    }
+    store_sixes(words, out);
   }
 }
 
@@ -80,7 +97,9 @@ void pack_codes(const SourceRow* rows, int columns, int bits, int group_size, ui
       const uint8_t* row = matrix->codes + rows[lane].row * row_bytes;
       const size_t first = g * static_cast<size_t>(group_size);
       uint32_t* packed = out + kLanes + lane;
-      if (bits == 4)
+      if (bits == 3)
+        pack_three_bits(row + first / 4, row + columns / 4 + first / 8, group_size, packed);
+      else if (bits == 4)
         pack_four_bits(row + first / 2, group_size, packed);
       else if (bits == 6)
         pack_six_bits(row + first / 2, row + columns / 2 + first / 4, group_size, packed);

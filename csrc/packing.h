@@ -8,6 +8,8 @@
 //              6 bits: [group / 16][3][16] words of four codes each, in the lower six bits of their
 //              bytes: of the inputs 0 2 4 6, 1 3 5 7 and 8 10 12 14. The codes of 9 11 13 15 are in
 //              the upper two bits of the three, lowest first.
+//              3 bits: [group / 32][3][16] words in the same manner, of six bits that are two codes:
+//              of the inputs 0 2 4 6 the lower three, of 1 3 5 7 the upper three, ...
 //              8 bits: [group / 4][16] words of four codes, of the inputs 0 2 4 6, 1 3 5 7, ...
 //
 // Inputs of bfloat16 are padded with zeros to a multiple of 32, outputs to a multiple of 16. Where
@@ -26,7 +28,8 @@ namespace river {
 struct SourceMatrix {
   int rows = 0;
   const bf16* weights = nullptr;   // [rows, K], for 16 bits
-  const uint8_t* codes = nullptr;  // [rows, K * bits / 8]; 6 bits: K nibbles, then K times two bits
+  const uint8_t* codes = nullptr;  // [rows, K * bits / 8]; 6 bits: K nibbles, then K times two bits;
+                                   // 3 bits: K times two bits, then K times one
   const bf16* scales = nullptr;    // [rows, K / group]
   const bf16* zeros = nullptr;     // [rows, K / group]
 };

@@ -104,6 +104,13 @@ inline Words low_nibbles(Words w) {
 inline Words high_nibbles(Words w) {
   return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)});
 }
+inline Words low_three_bits(Words w) {
+  const __m256i mask = _mm256_set1_epi8(7);
+  return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
+}
+inline Words next_three_bits(Words w) {
+  return low_three_bits({_mm256_srli_epi16(w.a, 3), _mm256_srli_epi16(w.b, 3)});
+}
 inline Words low_six_bits(Words w) {
   const __m256i mask = _mm256_set1_epi8(63);
   return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};

@@ -80,6 +80,8 @@ inline Words low_nibbles(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(
 inline Words high_nibbles(Words w) {
   return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
 }
+inline Words low_three_bits(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(7)); }
+inline Words next_three_bits(Words w) { return low_three_bits(_mm512_srli_epi16(w, 3)); }
 inline Words low_six_bits(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(63)); }
 inline Words upper_two_bits(Words a, Words b, Words c) {  // shifted together: one mask for all
   constexpr int kOrAnd = 0xf8;                            // x | (y & z)

@@ -115,6 +115,12 @@ RIVER_NEON Words low_nibbles(Words w) {
 RIVER_NEON Words high_nibbles(Words w) {
   return low_nibbles(RIVER_PARTS(Words, vshrq_n_u32(w.v[i], 4)));
 }
+RIVER_NEON Words low_three_bits(Words w) {
+  return RIVER_PARTS(Words, vandq_u32(w.v[i], vdupq_n_u32(0x07070707u)));
+}
+RIVER_NEON Words next_three_bits(Words w) {
+  return low_three_bits(RIVER_PARTS(Words, vshrq_n_u32(w.v[i], 3)));
+}
 RIVER_NEON Words low_six_bits(Words w) {
   return RIVER_PARTS(Words, vandq_u32(w.v[i], vdupq_n_u32(0x3f3f3f3fu)));
 }

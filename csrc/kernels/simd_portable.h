@@ -96,6 +96,11 @@ inline Words high_nibbles(Words w) {
   RIVER_LANES w.lane[i] = (w.lane[i] >> 4) & 0x0f0f0f0fu;
   return w;
 }
+inline Words low_three_bits(Words w) { RIVER_LANES w.lane[i] &= 0x07070707u; return w; }
+inline Words next_three_bits(Words w) {
+  RIVER_LANES w.lane[i] = (w.lane[i] >> 3) & 0x07070707u;
+  return w;
+}
 inline Words low_six_bits(Words w) { RIVER_LANES w.lane[i] &= 0x3f3f3f3fu; return w; }
 // six bits out of the upper two of three words' bytes, a's lowest
 inline Words upper_two_bits(Words a, Words b, Words c) {

@@ -23,7 +23,16 @@ double weight_in_panel(const PackedMatrix& matrix, int row, int column) {
   const size_t start = static_cast<size_t>(group) * (1 + words) * kLanes;
   const uint32_t scale_and_zero = word(panel, start + lane);
   uint32_t code;
-  if (matrix.bits == 4) {
+  if (matrix.bits == 3) {
+    const auto start_of_32 = static_cast<size_t>(1 + place / 32 * 3);
+    const int which = place % 32 / 8, byte = place % 8 / 2 * 8, half = place % 2 * 3;
+    const auto bits = [&](size_t line, int shift, uint32_t mask) {
+      return word(panel, start + (start_of_32 + line) * kLanes + lane) >> (byte + shift) & mask;
+    };
+    const uint32_t both = which < 3 ? bits(static_cast<size_t>(which), 0, 63)
+                                    : bits(0, 6, 3) | bits(1, 6, 3) << 2 | bits(2, 6, 3) << 4;
+    code = both >> half & 7;
+  } else if (matrix.bits == 4) {
     const auto line = static_cast<size_t>(1 + place / 8);
     code = word(panel, start + line * kLanes + lane) >> (place % 8 * 4) & 15;
   } else if (matrix.bits == 6) {
@@ -74,7 +83,7 @@ TEST(weights_come_back_from_their_panels) {
 
 TEST(codes_lie_in_their_panels_as_documented) {
   Random random(2);
-  for (const int bits : {4, 6, 8})
+  for (const int bits : {3, 4, 6, 8})
     for (const int group_size : {32, 64, 128}) {
       const int columns = 3 * group_size;
       const Source source(37, columns, bits, group_size, random);
