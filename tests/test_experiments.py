@@ -16,6 +16,7 @@ import kv_strategies
 import paper_tables
 import pareto
 import pytest
+import second_look
 import torch
 from engine_steps import score
 from output import pareto_front
@@ -123,6 +124,21 @@ def test_pareto(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     for c in values["comparisons"]:
         difference = results[c["against"]]["mean_kld"] - results[c["rule"]]["mean_kld"]
         assert c["difference"] == pytest.approx(difference, abs=1e-6)
+
+
+def test_second_look(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Name a river.\nWhy?\n")
+    values = run(
+        second_look,
+        *("--model", folder / "model", "--prompts", tmp_path / "prompts.txt", "--new-tokens", 6),
+        *("--exit-layer", 1, "--second-looks", 1e-9, 1, "-o", tmp_path),
+    )
+    backbone, without, never_small, always = values["results"]
+    assert backbone["agreement"] == always["agreement"] == 1
+    assert without["agreement"] == never_small["agreement"] < 1
+    looks = [one["second_looks"] for one in values["results"]]
+    assert looks == [0, 0, 0, 1]
+    assert {one["tokens"] for one in values["results"]} == {2 * 5}
 
 
 class TestScores:
