@@ -268,11 +268,11 @@ def _read_description(directory: Path) -> dict[str, Any]:
     with safe_open(directory / _DESCRIPTION, framework="pt") as tensors:
 
         def restored(part: dict[str, Any]) -> Any:
-            if part.keys() == {"Tensor"}:
-                return tensors.get_tensor(part["Tensor"])
-            if part.keys() == {"ndarray"}:
-                return tensors.get_tensor(part["ndarray"]).numpy()
-            return part
+            if part.keys() not in ({"Tensor"}, {"ndarray"}):
+                return part
+            ((kind, name),) = part.items()
+            tensor = tensors.get_tensor(name).clone()  # the file may be cut or replaced
+            return tensor.numpy() if kind == "ndarray" else tensor
 
         text = tensors.metadata()["description"]
         description: dict[str, Any] = json.loads(text, object_hook=restored)
