@@ -70,6 +70,8 @@ _SANDWICH_NORM = {
 _PERMUTED = ("llama", "mistral3", "smollm3", "granite")
 _GGUF_NORMS = {"olmo2": _POST_NORM, "gemma2": _SANDWICH_NORM, "gemma3": _SANDWICH_NORM}
 
+Packed = tuple[np.ndarray, gguf.GGMLQuantizationType]
+
 
 def byte_id(character: str) -> int:
     """The token of an ASCII character."""
@@ -146,6 +148,7 @@ def save_gguf(
     eos: int | None = 1,
     chat_template: str | None = CHAT_TEMPLATE,
     only: Callable[[str], bool] = lambda name: True,
+    pack: Callable[[str, np.ndarray], Packed | None] = lambda name, weight: None,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """Write a model as a GGUF file in float32.
@@ -154,6 +157,7 @@ def save_gguf(
         metadata, tensors: further ones.
         pre, merges, scores, tokens, types, tokenizer: of the tokenizer.
         only: which tensors to write, by their GGUF names.
+        pack: other bytes for one of them, and their kind.
     """
     config = model.config
     rope = config.rope_parameters
@@ -199,7 +203,10 @@ def save_gguf(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     for name, weight in _gguf_tensors(model, architecture).items():
-        if only(name):
+        packed = pack(name, weight)
+        if packed is not None:
+            writer.add_tensor(name, packed[0], raw_dtype=packed[1])
+        elif only(name):
             writer.add_tensor(name, weight)
     for name, weight in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(weight, np.float32))
@@ -245,10 +252,15 @@ def byte_lm(source: Path, **options: Any) -> RiverLM:
     )
 
 
-def logits_cosine(lm: RiverLM, model: PreTrainedModel, token_ids: Sequence[int] = IDS) -> float:
+def logits_cosine(
+    lm: RiverLM,
+    model: PreTrainedModel,
+    token_ids: Sequence[int] = IDS,
+    policy: ExitPolicy | None = None,
+) -> float:
     """Cosine of the next token's logits with those of the model itself; 0.999 and more is right."""
     with new_sequence(lm.engine, len(token_ids)) as sequence:
-        ours = prefill(lm.engine, sequence, token_ids, None).logits[0].float()
+        ours = prefill(lm.engine, sequence, token_ids, policy).logits[0].float()
     with torch.no_grad():
         own = model(torch.tensor([list(token_ids)])).logits[0, -1].float()
     return float(torch.cosine_similarity(ours[: len(own)], own, 0))

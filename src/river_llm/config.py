@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 
-Quantizer = Literal["hqq", "gptq", "rtn"]
+Quantizer = Literal["hqq", "gptq", "rtn", "imported"]
 EngineChoice = Literal["auto", "cpu", "torch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 PolicyName = Literal["never", "always"]
@@ -62,7 +62,8 @@ class RiverConfig(Settings):
     group_size: int = setting(64, "Weights that share a scale and a zero.", one_of(*GROUP_SIZES))
     quantizer: Quantizer = setting(
         "hqq",
-        "How weights are quantised: hqq, gptq (better, slower), or rtn (round to nearest).",
+        "How weights are quantised: hqq, gptq (better, slower), rtn (round to nearest); imported "
+        "is what build --from makes.",
         one_of(*get_args(Quantizer)),
     )
     average_bits: float | None = setting(

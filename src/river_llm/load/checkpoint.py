@@ -34,11 +34,15 @@ _SETTINGS = (
 )
 _JSON = (CONFIG, INDEX, *_SETTINGS, "tokenizer.json", "added_tokens.json", "vocab.json")
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_METHODS_OF_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type", "method")
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "nbits", "wbits")
 _ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
 _PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+# Where the text part of a model that takes images too stands among its weights, in checkpoints of
+# various ages.
+TEXT_PART_NAMES = {r"^model\.language_model\.": "model.", r"^language_model\.": ""}
 ATTENTIONS = ("eager", "sdpa")  # of PyTorch alone
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -108,7 +112,7 @@ def check_weights(directory: Path, name: str) -> None:
         SafetensorError: a file can't be read.
     """
     dtypes: dict[str, str] = {}
-    for file in _weight_files(directory, name):
+    for file in weight_files(directory, name):
         with safe_open(file, framework="numpy") as opened:
             own = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
         twice = sorted(own.keys() & dtypes.keys())
@@ -134,6 +138,24 @@ def check_weights(directory: Path, name: str) -> None:
             f"the config.json of {name} speaks of {layers} layers, and there are {len(dtypes)} "
             "tensors; get config and weights from one place"
         )
+
+
+def quantization_settings(directory: Path) -> dict[str, Any]:
+    """How a directory says that its weights are quantised; empty where it doesn't.
+
+    Raises:
+        ModelLoadError: a file is damaged.
+    """
+    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    for part in [config, *(v for v in config.values() if isinstance(v, dict))]:
+        for key in _QUANTISATION_KEYS:
+            settings = part.get(key)
+            if isinstance(settings, dict) and settings:
+                return settings
+    for file, method in _METHODS_OF_FILES.items():
+        if (directory / file).is_file():
+            return {"quant_method": method, **read_json(directory / file)}
+    return {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -231,8 +253,12 @@ def _bits(settings: dict[str, Any]) -> int | None:
     return next((bits for bits in widths if isinstance(bits, int)), None)
 
 
-def _weight_files(directory: Path, name: str) -> list[Path]:
-    """The files that transformers will read; none where it is to say so."""
+def weight_files(directory: Path, name: str) -> list[Path]:
+    """The safetensors files of a model; none where there are none at all.
+
+    Raises:
+        ModelLoadError: one of them is missing, not whole or a Git LFS pointer.
+    """
     if (directory / WEIGHTS).is_file():
         files = [directory / WEIGHTS]
         if (directory / INDEX).is_file():

@@ -13,6 +13,7 @@ from river_llm.errors import ModelLoadError
 from river_llm.load.checkpoint import (
     ATTENTIONS,
     DESCRIPTIONS,
+    TEXT_PART_NAMES,
     check_description,
     check_weights,
     readable,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 # Models with a vision tower whose text part is a model of its own, and which transformers would
 # load whole or not at all.
 _WITH_TEXT_PART = ("gemma3", "mistral3")
-# Where the text part stands among their weights, in checkpoints of various ages.
-_TEXT_PART_NAMES = {r"^model\.language_model\.": "model.", r"^language_model\.": ""}
 
 
 def load_backbone(
@@ -161,7 +160,7 @@ def _load_checkpoint(
             check_weights(Path(source), name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
         text = _text_config(config)
-        options = {} if text is None else {"key_mapping": _TEXT_PART_NAMES}
+        options = {} if text is None else {"key_mapping": TEXT_PART_NAMES}
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=text or config,  # the vision tower stays on disk

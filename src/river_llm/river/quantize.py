@@ -126,6 +126,8 @@ def quantize(weight: Tensor, config: RiverConfig) -> QuantizedMatrix:
         )
     if config.quantizer == "gptq":
         raise ConfigError("gptq needs a layer's inputs; choose hqq or rtn for a weight alone")
+    if config.quantizer == "imported":
+        raise ConfigError("imported is what comes from a checkpoint; choose hqq or rtn")
     check_group_size(weight, config.group_size)
     rows, columns = weight.shape
     num_groups = columns // config.group_size

@@ -61,12 +61,14 @@ class River:
             (`self_attn.q_proj`) to its quantised weight.
         fingerprint: of the backbone's weights that it was made from.
         model_type: the backbone's architecture, `llama`.
+        source: method and name of the checkpoint that it was imported from.
     """
 
     config: RiverConfig
     exit_layers: list[dict[str, QuantizedMatrix]]
     fingerprint: str
     model_type: str
+    source: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -203,6 +205,8 @@ class River:
                         "".join(str(matrix.bits) for matrix in layer.values())
                         for layer in self.exit_layers
                     ]
+                if self.source is not None:
+                    manifest["source"] = self.source
                 (new / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         except (OSError, safetensors.SafetensorError) as error:
             raise RiverFileError(f"can't write the river to {directory}: {error}") from error
@@ -252,7 +256,8 @@ class River:
             raise RiverFileError(
                 f"{tensors_path} holds other bits or groups than {MANIFEST_NAME} says; {rebuild}"
             )
-        return cls(config, exit_layers, manifest["fingerprint"], manifest["model_type"])
+        origin = manifest["fingerprint"], manifest["model_type"], manifest.get("source")
+        return cls(config, exit_layers, *origin)
 
     @staticmethod
     def identity(directory: str | Path) -> tuple[RiverConfig, dict[str, Any]]:
@@ -277,7 +282,7 @@ class River:
             {name: matrix.to(device) for name, matrix in layer.items()}
             for layer in self.exit_layers
         ]
-        return River(self.config, exit_layers, self.fingerprint, self.model_type)
+        return replace(self, exit_layers=exit_layers)
 
 
 def _matrix_bits(
@@ -336,6 +341,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         for key, kind in _MANIFEST_FIELDS.items():
             if not isinstance(manifest[key], kind) or manifest[key] in (0, [], ""):
                 raise TypeError(key)
+        if not isinstance(manifest.get("source", ""), str):
+            raise TypeError("source")
         manifest["bits"] = _saved_bits(manifest)
     except (ConfigError, KeyError, TypeError) as error:
         raise RiverFileError(

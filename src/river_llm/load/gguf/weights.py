@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Rows of a tensor that become a weight, or a part of one.
 
     Attributes:
@@ -39,13 +39,18 @@ class _Piece:
         shape = self.tensor.shape
         return shape if self.end is None else (self.end - self.start, *shape[1:])
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        weight = self.tensor.read(torch.float32 if self.shift else dtype)
+    def arrange(self, rows: Tensor) -> Tensor:
+        """The piece's rows, in the model's order, out of those of the tensor."""
         if self.end is not None:
-            weight = weight[self.start : self.end]
+            rows = rows[self.start : self.end]
         if self.heads:  # [heads, dims / 2, 2] to [heads, 2, dims / 2]
-            pairs = weight.view(self.heads, -1, 2, *weight.shape[1:])
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
+            pairs = rows.reshape(self.heads, -1, 2, *rows.shape[1:])
+            rows = pairs.transpose(1, 2).reshape(rows.shape)
+        return rows
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Its values, dequantised."""
+        weight = self.arrange(self.tensor.read(torch.float32 if self.shift else dtype))
         if self.shift:
             weight = (weight - self.shift).to(dtype)
         return weight.contiguous()
@@ -67,24 +72,12 @@ def read_weights(
     Raises:
         ModelLoadError: a tensor becomes no weight, a weight has no tensor, or shapes differ.
     """
-    pieces: dict[str, dict[int, _Piece]] = {}
-    names = _names_in_file(metadata.architecture, config.num_hidden_layers, shapes)
-    for tensor in tensors.values():
-        if tensor.name in ROPE_TENSORS:
-            continue
-        found = list(_pieces(metadata, names, tensor, config))
-        if not found or any(name not in shapes for name, _, _ in found):
-            raise metadata.refusal(
-                f"has a tensor {tensor.name}, which {metadata.architecture} isn't known to have "
-                "here; without it the answers would be others; take another file of the model"
-            )
-        for name, place, piece in found:
-            if place in pieces.setdefault(name, {}):
-                raise metadata.refusal(
-                    f"has {name} twice, in {pieces[name][place].tensor.name} and in {tensor.name}"
-                )
-            pieces[name][place] = piece
-    parts = {name: [places[i] for i in sorted(places)] for name, places in pieces.items()}
+    parts, without_place = find_pieces(metadata, tensors, shapes, config)
+    if without_place:
+        raise metadata.refusal(
+            f"has a tensor {without_place[0]}, which {metadata.architecture} isn't known to have "
+            "here; without it the answers would be others; take another file of the model"
+        )
     missing = [name for name in shapes if name not in parts and not name.endswith(".bias")]
     if missing:
         raise metadata.refusal(
@@ -105,7 +98,37 @@ def read_weights(
     return weights
 
 
-def _names_in_file(architecture: str, layers: int, names: Any) -> dict[str, str]:
+def find_pieces(
+    metadata: Metadata, tensors: dict[str, GGUFTensor], names: Iterable[str], config: Any
+) -> tuple[dict[str, list[Piece]], list[str]]:
+    """What weights are made of, by their names in `transformers`, and which tensors become none of
+    these `names` nor a part of the rotary embedding.
+
+    Raises:
+        ModelLoadError: two tensors become the same.
+    """
+    names = set(names)
+    pieces: dict[str, dict[int, Piece]] = {}
+    without_place = []
+    modules = _modules_in_file(metadata.architecture, config.num_hidden_layers, names)
+    for tensor in tensors.values():
+        if tensor.name in ROPE_TENSORS:
+            continue
+        found = list(_pieces(metadata, modules, tensor, config))
+        if not found or any(name not in names for name, _, _ in found):
+            without_place.append(tensor.name)
+            continue
+        for name, place, piece in found:
+            if place in pieces.setdefault(name, {}):
+                raise metadata.refusal(
+                    f"has {name} twice, in {pieces[name][place].tensor.name} and in {tensor.name}"
+                )
+            pieces[name][place] = piece
+    parts = {name: [places[i] for i in sorted(places)] for name, places in pieces.items()}
+    return parts, without_place
+
+
+def _modules_in_file(architecture: str, layers: int, names: Iterable[str]) -> dict[str, str]:
     """The model's modules by the names that llama.cpp's converter gives their tensors."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(known.get(architecture, gguf.MODEL_ARCH.LLAMA), layers)
@@ -119,7 +142,7 @@ def _pieces(
     names: dict[str, str],
     tensor: GGUFTensor,
     config: Any,
-) -> Iterator[tuple[str, int, _Piece]]:
+) -> Iterator[tuple[str, int, Piece]]:
     """Which parts of which weights a tensor becomes: (name, place among the parts, piece)."""
     architecture = ARCHITECTURES[metadata.architecture]
     own, _, kind = tensor.name.rpartition(".")
@@ -130,18 +153,19 @@ def _pieces(
     queries, fused = names.get(f"{layer}.attn_q"), names.get(f"{layer}.attn_qkv")
     places = [f"attn_{letter}" for letter in "qkv"]
     if part == "attn_qkv" and queries is not None:
-        bounds = [0, *accumulate(count * config.head_dim for count in heads)]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
+        bounds = [0, *accumulate(count * head_dim for count in heads)]
         if tensor.shape[:1] != (bounds[3],):
             raise _has_another_shape(metadata, tensor.name, tensor.shape, (bounds[3],))
         for place, name in enumerate(_QKV):
-            piece = _Piece(tensor, bounds[place], bounds[place + 1], permuted[place])
+            piece = Piece(tensor, bounds[place], bounds[place + 1], permuted[place])
             yield f"{queries.removesuffix(_QKV[0])}{name}.{kind}", 0, piece
     elif part in places and fused is not None:
-        yield f"{fused}.{kind}", places.index(part), _Piece(tensor)
+        yield f"{fused}.{kind}", places.index(part), Piece(tensor)
     elif own in names:
         shift = architecture.norm_shift if part.endswith("norm") else 0.0
         turned = permuted[places.index(part)] if part in places else 0
-        yield f"{names[own]}.{kind}", 0, _Piece(tensor, heads=turned, shift=shift)
+        yield f"{names[own]}.{kind}", 0, Piece(tensor, heads=turned, shift=shift)
 
 
 def _has_another_shape(
