@@ -158,20 +158,16 @@ def _inspect(
 
 
 def _show_model(output: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from river_llm.cli.render import stdout
 
     river = RiverConfig.of(output["river"])
     width = river.describe_bits(output["average_bits"])
     stdout.print(
         f"{output['architecture']}, {output['num_layers']} decoder layers, each with the linear "
-        "layers"
+        "layers (outputs x inputs)"
     )
-    shapes = Table("linear layer", "outputs x inputs", box=None)
     for name, (rows, columns) in output["linears"].items():
-        shapes.add_row(name, f"{rows} x {columns}")
-    stdout.print(shapes)
+        stdout.print(f"  {name:20} {rows} x {columns}")
     ratio = output["river_bytes"] / output["backbone_linear_bytes"]
     stdout.print(
         f"model {format_bytes(output['model_bytes'])}, of that the decoder layers' linear weights "
