@@ -183,7 +183,7 @@ def _show_model(output: dict[str, Any]) -> None:
 def _show_text(output: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from river_llm.cli.render import exit_depth_table, print_token, stdout
+    from river_llm.cli.render import print_token, stdout
 
     num_layers, exit_layers = output["num_layers"], output["exit_layers"]
     stdout.print()
@@ -197,6 +197,4 @@ def _show_text(output: dict[str, Any]) -> None:
     stdout.print(table)
     for piece, exit_layer in zip(output["tokens"], exit_layers, strict=True):
         print_token(piece, exit_layer, num_layers)
-    stdout.print("\n")
-    stdout.print(exit_depth_table(exit_layers, num_layers))
-    stdout.print(f"mean exit depth {output['mean_exit_layer']:.1f} of {num_layers}")
+    stdout.print(f"\n\nmean exit depth {output['mean_exit_layer']:.1f} of {num_layers}")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import colorsys
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -110,22 +108,6 @@ def _offload_words(offload: OffloadStatistics) -> str:
     if offload.depth_capped:
         words += f", {offload.depth_capped} tokens capped"
     return words
-
-
-def exit_depth_table(exit_layers: Sequence[int], num_layers: int) -> Table:
-    """How many tokens left after how many layers."""
-    counts = Counter(exit_layers)
-    widest = max(counts.values())
-    table = Table(title="exit depth of the tokens", box=None, title_justify="left")
-    table.add_column("layers run", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("")
-    for exit_layer in sorted(counts):
-        count = counts[exit_layer]
-        width, style = max(1, round(30 * count / widest)), exit_layer_style(exit_layer, num_layers)
-        bar = ProgressBar(1, 1, width, finished_style=style)  # of ASCII where nothing else goes
-        table.add_row(str(exit_layer), str(count), bar)
-    return table
 
 
 def comparison_table(variants: Sequence[Compared], num_layers: int) -> Table:
