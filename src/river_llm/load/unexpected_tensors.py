@@ -15,13 +15,12 @@ from river_llm.errors import ModelLoadError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What older checkpoints hold of what a model computes itself: rotary frequencies, causal masks.
-_BUFFERS = re.compile(
-    r"(^|[._])(inv_freq|position_ids|(cos|sin)_cached?)$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$"
-)
-# Scales of a KV cache in 8 bits, which is the choice of who runs the model.
-_CACHE_SCALES = re.compile(
-    r"\.(self_attn|attn|attention|[kv]_proj|qkv_proj)\.(k|v|kv)_(scale|zero_point)$"
+# What older checkpoints hold of what a model computes itself (rotary frequencies, causal masks);
+# and scales of a KV cache in 8 bits, which is the choice of who runs the model.
+_WITHOUT_EFFECT = re.compile(
+    r"(^|[._])(inv_freq|position_ids|(cos|sin)_cached?)$"
+    r"|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$"
+    r"|\.(self_attn|attn|attention|[kv]_proj|qkv_proj)\.(k|v|kv)_(scale|zero_point)$"
     r"|\.[kv]_proj\.output_(scale|zero_point)$"
 )
 # Beside the language model: towers of other inputs and outputs, heads that predict further tokens
@@ -48,8 +47,7 @@ def check_unexpected(
         ModelLoadError: there are such tensors, or the LM head is another matrix than the embedding
             and the configuration says that they are one.
     """
-    left = sorted(key for key in keys if not _BUFFERS.search(key))
-    used = [key for key in left if not _CACHE_SCALES.search(key)]
+    used = sorted(key for key in keys if not _WITHOUT_EFFECT.search(key))
     lost = [key for key in used if _changes_the_answer(model, config, key)]
     if lost:
         raise ModelLoadError(
@@ -60,8 +58,6 @@ def check_unexpected(
     unknown = [key for key in used if not _is_apart(config, key)]
     if unknown:
         _log.warning("%s: no part of the model takes %s", name, _count(unknown))
-    elif left:
-        _log.info("%s: beside the language model there are %s", name, _count(left))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     text = model.config.get_text_config(decoder=True)
     is_tied = text.tie_word_embeddings and model._tied_weights_keys and head is not None
