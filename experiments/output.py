@@ -54,14 +54,3 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
     console.width = max(console.width, 140)  # no figure is cut off
     console.print(table)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other beats in one coordinate without losing in the other, largest first
-    coordinate first. More is better in both."""
-    order = sorted(range(len(points)), key=lambda i: points[i], reverse=True)
-    front: list[int] = []
-    for place in order:
-        if not front or points[place][1] > points[front[-1]][1]:
-            front.append(place)
-    return front

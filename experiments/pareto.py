@@ -21,14 +21,15 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from engine_steps import score, tokens_per_second
 from matplotlib.figure import Figure
-from output import describe, pareto_front, print_table, write_figure, write_json
+from output import describe, print_table, write_figure, write_json
 from text_scores import WindowScores, read_windows
 from torch import Tensor
 
 from river_llm import ExitPolicy, RiverConfig, RiverLM
 from river_llm.engines import Engine
+from river_llm.measure.pareto import pareto_front
+from river_llm.measure.teacher_forcing import decode_seconds, score
 
 _PROMPT = 16  # tokens before those whose decoding is timed
 _EXACT_WINDOWS, _DRAWS = 12, 1 << 14  # all signs up to so many windows, else so many draws
@@ -140,10 +141,11 @@ def time_variants(
     for done in range(rounds + 1):
         for variant in variants if done % 2 == 0 else reversed(variants):
             thresholds = variant.along(len(text))
-            engine = engines[variant.river]
-            rate = tokens_per_second(engine, text, thresholds, _PROMPT, variant.second_look)
+            seconds, depths = decode_seconds(
+                engines[variant.river], text, thresholds, _PROMPT, variant.second_look
+            )
             if done:
-                rates[variant.name].append(rate)
+                rates[variant.name].append(len(depths) / seconds)
         print(f"round {done} of {rounds}", flush=True)
     return rates
 

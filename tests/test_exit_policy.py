@@ -132,6 +132,17 @@ def test_a_policy_is_described_in_words_and_survives_json(words: str, policy: Ex
     assert policy.describe() == words
     fields = json.loads(json.dumps(policy.to_dict(), allow_nan=False))
     assert None not in fields.values()
-    if "layer_thresholds" in fields:
-        fields["layer_thresholds"] = tuple(map(float, fields["layer_thresholds"]))
-    assert ExitPolicy(**fields) == policy
+    assert ExitPolicy.of(fields) == policy
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "sometimes"}, "kind is 'sometimes'"),
+        ({"kind": "thresholds", "layer_thresholds": ["wide"]}, "the thresholds are"),
+        ({"kind": "never", "depth": 3}, "unexpected keyword argument 'depth'"),
+    ],
+)
+def test_fields_of_no_policy_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExitPolicy.of(fields)

@@ -18,14 +18,14 @@ import pareto
 import pytest
 import second_look
 import torch
-from engine_steps import score
-from output import pareto_front
 from text_scores import WindowScores, read_windows
 from tiny_lm import character_tokenizer
 from tiny_models import fake_quantised, tiny_model
 
 from river_llm import ExitPolicy, River, RiverConfig, attach_river
 from river_llm.engines import TorchEngine
+from river_llm.measure.pareto import pareto_front
+from river_llm.measure.teacher_forcing import score
 
 TEXT = "A river begins where water gathers: in a spring, under a glacier, in a marsh. " * 3
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Quantizer = Literal["hqq", "gptq", "rtn", "imported"]
 EngineChoice = Literal["auto", "cpu", "torch"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-PolicyName = Literal["never", "always"]
+PolicyName = Literal["never", "always", "tuned"]
 Prefill = Literal["backbone", "river", "sequence"]
 
 DEFAULT_MODEL = "smollm2"
@@ -177,8 +177,8 @@ class PolicyConfig(Settings):
 
     policy: PolicyName | None = setting(
         None,
-        "Tokens never leave, or always at once; without a policy, --threshold and --exit-layer, "
-        "answers are lossless.",
+        "Tokens never leave, always at once, or as `river-llm tune` chose for the river; without a "
+        "policy, --threshold and --exit-layer, answers are lossless.",
         one_of(*get_args(PolicyName)),
     )
     threshold: float | None = setting(
@@ -213,6 +213,8 @@ class PolicyConfig(Settings):
             raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
         if self.first_layer != 1 and self.threshold is None:
             raise ConfigError("first_layer goes with threshold")
+        if self.policy == "tuned" and self.prefill is not None:
+            raise ConfigError("a tuned policy brings its own prefill; leave it out")
         if self.is_lossless and self.prefill is not None:
             raise ConfigError("prefill goes with a policy; lossless mode runs prompts in full")
         if self.second_look is not None and (self.is_lossless or self.policy == "never"):
@@ -226,8 +228,8 @@ class PolicyConfig(Settings):
         """Whether there is no policy."""
         return self.policy is None and self.threshold is None and self.exit_layer is None
 
-    def exit_policy(self) -> ExitPolicy | None:
-        """The policy; None: lossless mode."""
+    def exit_policy(self) -> ExitPolicy | Literal["tuned"] | None:
+        """The policy; None: lossless mode. ``"tuned"`` is what was saved with the river."""
         from river_llm.river.policy import ExitPolicy
 
         rules: dict[str, Any] = {} if self.prefill is None else {"prefill": self.prefill}
@@ -236,9 +238,27 @@ class PolicyConfig(Settings):
             return ExitPolicy.similarity(self.threshold, self.first_layer, **rules)
         if self.exit_layer is not None:
             return ExitPolicy.fixed(self.exit_layer, **rules)
-        if self.policy is None:
-            return None
+        if self.policy is None or self.policy == "tuned":
+            return self.policy
         return ExitPolicy.always(**rules) if self.policy == "always" else ExitPolicy.never(**rules)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneConfig(Settings):
+    """How a setting is chosen by a budget."""
+
+    confidence: float = setting(
+        0.95,
+        "1 - the largest chance that what is certified is over the budget.",
+        number(lambda value: 0.5 <= value <= 0.9999, "between 0.5 and 0.9999"),
+        daily=True,
+    )
+    sequences: int = setting(
+        256, "Texts or prompts at most: a quarter to learn, half to certify.", whole(1), daily=True
+    )
+    tokens: int = setting(128, "Tokens of a text, or of an answer at most.", whole(8), daily=True)
+    rounds: int = setting(5, "Rounds that speeds are measured in.", whole(1))
+    seed: int = setting(0, "Of the texts that the model writes, and of the split.", whole(0, 2**62))
 
 
 @dataclass(frozen=True, slots=True)

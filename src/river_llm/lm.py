@@ -30,6 +30,7 @@ from river_llm.load.pretrained import RiverChoice, load_pretrained
 from river_llm.river.policy import ExitPolicy, check_is_policy
 from river_llm.river.residency import ResidencyPlan
 from river_llm.river.river import Progress
+from river_llm.river.tuned import NamedPolicy, chosen_policy
 from river_llm.settings import split_settings
 from river_llm.text.prompt import Message, Prompt, encode_prompt
 
@@ -82,7 +83,7 @@ class RiverLM:
         cls,
         name_or_path: str | Path = DEFAULT_MODEL,
         river: RiverChoice = None,
-        policy: ExitPolicy | None = None,
+        policy: NamedPolicy = None,
         *,
         progress: Progress | None = None,
         **settings: Any,
@@ -95,7 +96,8 @@ class RiverLM:
             river: the folder of a river that was saved, a `River`, or a `RiverConfig` to build one
                 by; by default 4-bit HQQ in groups of 64 is built.
             policy: when tokens leave the backbone. None: never; the river drafts and the backbone
-                verifies, so that every token is the backbone's (lossless mode).
+                verifies, so that every token is the backbone's (lossless mode). ``"tuned"``: what
+                `river-llm tune` has saved with the river, with the widths of its measurement.
             progress: called while the river is built with (layers done, layers in all).
             **settings: fields of `EngineConfig`: engine, threads, device, dtype, kv_bits, offload
                 and others.
@@ -104,13 +106,14 @@ class RiverLM:
             ModelLoadError, UnsupportedModelError, RiverFileError, ConfigError: see `errors`.
         """
         config = EngineConfig.of(settings)
-        loaded = load_pretrained(name_or_path, river, policy, config, progress)
+        chosen, config = chosen_policy(policy, river, config)
+        loaded = load_pretrained(name_or_path, river, chosen, config, progress)
         return cls(
             loaded.engine,
             loaded.tokenizer,
             loaded.river_config,
             loaded.stop_tokens,
-            policy,
+            chosen,
             fallback_reason=loaded.fallback_reason,
             residency=loaded.residency,
         )

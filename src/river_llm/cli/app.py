@@ -22,6 +22,7 @@ from river_llm.cli.imports import let_waiting_threads_sleep
 from river_llm.cli.inspect import inspect
 from river_llm.cli.options import print_version
 from river_llm.cli.streams import escape_what_stdout_lacks, note
+from river_llm.cli.tune import tune
 from river_llm.errors import InterruptedRunError, RiverError
 
 _INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
@@ -43,6 +44,7 @@ app.command()(build)
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
+app.command()(tune)
 app.command()(bench)
 app.command()(check_exact)
 app.command(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from river_llm.measure.rounds import Variant
 
 _WORDS = ("engine", "variant", "test")  # columns; the others are numbers
-_WIDEST = 400
 _ENGINE = EngineConfig(device="cpu")
 _Row = dict[str, str]  # of a table: heading -> cell
 
@@ -173,10 +172,11 @@ def _numbers(
 
 
 def _print(output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], _Row]) -> None:
-    """A table, wide enough that no figure is cut off."""
-    from rich.console import Console
+    """What it is of, and a table."""
     from rich.table import Table
     from rich.text import Text
+
+    from river_llm.cli.render import print_whole
 
     river = RiverConfig.of(output["river"])
     print(
@@ -192,7 +192,7 @@ def _print(output: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], _Row
         table.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row.values()))
-    Console(width=_WIDEST, highlight=False, markup=False).print(table)
+    print_whole(table)
 
 
 def _speed_row(result: Mapping[str, Any]) -> _Row:

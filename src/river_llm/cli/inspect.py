@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import load_attached, saved_or_new
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
-from river_llm.cli.usage import check_text, usage_error
+from river_llm.cli.usage import check_plot, check_text, usage_error
 from river_llm.config import (
     DEFAULT_MODEL,
     DEFAULT_THRESHOLD,
@@ -57,15 +56,18 @@ def inspect(
     """Show a model's layers, what its river costs in bytes, and what both do on a text."""
     from river_llm.cli.progress import LoadingProgress
     from river_llm.river.policy import ExitPolicy
+    from river_llm.river.tuned import Tuned
 
     chosen = policy.exit_policy() or ExitPolicy.similarity(DEFAULT_THRESHOLD)
+    tuned = None if river is None else Tuned.load(river)
     text = _read_text(text, text_file)
-    if plot is not None:
-        if text is None:
-            raise usage_error("--plot draws what is measured on a text; give --text")
-        _check_plot(plot)
+    if plot is not None and text is None:
+        raise usage_error("--plot draws what is measured on a text; give --text")
+    check_plot(plot)
     attached, tokenizer = load_attached(model, saved_or_new(river, config), chosen, engine)
     output = {"model": model, **_describe(attached)}
+    if tuned is not None:
+        output["tuned"] = {**tuned.to_dict(), "words": tuned.describe()}
     if text is not None:
         with LoadingProgress("reading the text"):
             inspection, pieces = _inspect(attached, tokenizer, text, max_tokens)
@@ -106,17 +108,6 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
         if not text.strip():
             raise usage_error("the text is empty")
     return text
-
-
-def _check_plot(plot: Path) -> None:
-    from river_llm.measure.plots import PLOT_SUFFIXES
-
-    if plot.suffix.lower() not in PLOT_SUFFIXES:
-        raise usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
-    if not plot.parent.is_dir():
-        raise usage_error(f"--plot: there is no directory {plot.parent}")
-    if find_spec("matplotlib") is None:
-        raise usage_error("--plot needs matplotlib: pip install 'river-llm[plot]'")
 
 
 def _describe(attached: AttachedRiver) -> dict[str, Any]:
@@ -178,6 +169,8 @@ def _show_model(output: dict[str, Any]) -> None:
         f"({river.quantizer}), {output['bits_per_weight']:.2f} bits a weight with scales, "
         f"{100 * ratio:.0f} % of those weights"
     )
+    if "tuned" in output:
+        stdout.print(f"tuned: {output['tuned']['words']}")
 
 
 def _show_text(output: dict[str, Any]) -> None:

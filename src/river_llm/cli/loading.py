@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from river_llm.lm import RiverLM
     from river_llm.river.attach import AttachedRiver
-    from river_llm.river.policy import ExitPolicy
+    from river_llm.river.tuned import NamedPolicy
 
 
 def saved_or_new(river: Path | None, config: RiverConfig) -> Path | RiverConfig:
@@ -50,7 +50,7 @@ def check_mode(policy: PolicyConfig, engine: EngineConfig, drafts: DraftConfig) 
 def load(
     model: str,
     river: Path | RiverConfig,
-    policy: ExitPolicy | None,
+    policy: NamedPolicy,
     engine: EngineConfig,
     drafts: DraftConfig | None = None,
 ) -> RiverLM:
@@ -68,7 +68,7 @@ def load(
         lm = RiverLM.from_pretrained(
             model, river, policy, progress=progress.layers_built, **engine.to_dict()
         )
-    if drafts is not None and policy is None:
+    if drafts is not None and lm.policy is None:
         from river_llm.generate import check_drafts
 
         check_drafts(lm.engine, drafts)
@@ -102,7 +102,7 @@ def _notes(lm: RiverLM, config: EngineConfig) -> list[str]:
 
 
 def load_attached(
-    model: str, river: Path | RiverConfig, policy: ExitPolicy, engine: EngineConfig
+    model: str, river: Path | RiverConfig, policy: NamedPolicy, engine: EngineConfig
 ) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
     """The model of `transformers` with its river attached, and its tokenizer.
 
@@ -114,8 +114,10 @@ def load_attached(
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
         from river_llm.load.pretrained import load_with_river
+        from river_llm.river.tuned import chosen_policy
 
-        return load_with_river(model, river, policy, engine, progress.layers_built)
+        chosen, engine = chosen_policy(policy, river, engine)
+        return load_with_river(model, river, chosen, engine, progress.layers_built)
 
 
 def prepare_torch(engine: EngineConfig) -> None:

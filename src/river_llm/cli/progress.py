@@ -39,12 +39,15 @@ class LoadingProgress:
 
     def layers_built(self, done: int, total: int) -> None:
         """The river has `done` of `total` exit layers."""
-        self._description = "building the exit river"
-        self.steps_done(done, total)
+        self.phase_done("building the exit river", done, total)
 
     def text_written(self, done: int, total: int) -> None:
         """The model has written `done` of `total` tokens of each sequence to calibrate on."""
-        self._description = "writing calibration text"
+        self.phase_done("writing calibration text", done, total)
+
+    def phase_done(self, description: str, done: int, total: int) -> None:
+        """`done` of `total` steps of a part of the work."""
+        self._description = description
         self.steps_done(done, total)
 
     def steps_done(self, done: int, total: int) -> None:

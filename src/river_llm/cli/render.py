@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         Origin,
     )
     from river_llm.measure.comparison import Compared
+    from river_llm.measure.tune import Tuning
     from river_llm.river.residency import OffloadStatistics
 
 # What a terminal obeys and does not show: C0 but newline and tab, delete, C1, and the characters
@@ -28,10 +30,16 @@ _OBEYED = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x20
 _WITHOUT_OBEYED = dict.fromkeys(code for code in _OBEYED if chr(code) not in "\n\t")
 
 _NGRAM_STYLE = "#4aa3e6"
+_WIDEST = 400
 _POSITIONS = 6  # of a draft that are shown
 
 stdout = Console(highlight=False, soft_wrap=True, markup=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_whole(table: Table) -> None:
+    """A table on stdout, as wide as it is: no figure is cut off."""
+    Console(width=_WIDEST, highlight=False, markup=False).print(table)
 
 
 def exit_layer_style(exit_layer: int, num_layers: int) -> str:
@@ -125,5 +133,27 @@ def comparison_table(variants: Sequence[Compared], num_layers: int) -> Table:
             f"{speed_up:.2f}x",
             f"{one.mean_exit_layer:.1f} of {num_layers}",
             f"{100 * one.agreement:.0f} %",
+        )
+    return table
+
+
+def tuning_table(found: Tuning) -> Table:
+    """What a budget's settings lose and gain; those that others beat are dim."""
+    caption = Text("x backbone: median of the rounds; p: of the test, if the budget weren't kept")
+    table = Table(caption=caption, caption_justify="left")
+    for heading in ("river", ""):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("exit depth", "mean KLD", "agreement", "x backbone", "p"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in found.measured:
+        table.add_row(
+            Text(Path(one.setting.river).name),
+            Text(one.setting.name + " (chosen)" * (one is found.chosen)),
+            f"{one.exit_layer:.1f}",
+            f"{one.kld:.4f}",
+            f"{100 * one.agreement:.1f} %",
+            f"{one.speed_up.median:.2f}",
+            "" if one.certificate is None else f"{one.certificate.p_value:.2g}",
+            style=None if one.is_on_front else "dim",
         )
     return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import typer
 
@@ -47,3 +49,21 @@ def check_text(name: str, text: str) -> None:
     """
     if not is_text(text):
         raise usage_error(f"{name} is no UTF-8 text; convert it first")
+
+
+def check_plot(plot: Path | None) -> None:
+    """Validate that a figure can be drawn there, where one is asked for.
+
+    Raises:
+        typer.Exit: it can't.
+    """
+    if plot is None:
+        return
+    from river_llm.measure.plots import PLOT_SUFFIXES
+
+    if plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise usage_error(f"--plot writes {', '.join(PLOT_SUFFIXES)}, not {plot.name}")
+    if not plot.parent.is_dir():
+        raise usage_error(f"--plot: there is no directory {plot.parent}")
+    if find_spec("matplotlib") is None:
+        raise usage_error("--plot needs matplotlib: pip install 'river-llm[plot]'")

@@ -43,7 +43,7 @@ def written_text(
     generator = torch.Generator(embedding.device).manual_seed(seed)
     first = torch.empty(NUM_SEQUENCES, 1, dtype=torch.long, device=embedding.device)
     first.random_(0, len(embedding), generator=generator)
-    prefix = _prefix(tokenizer).to(embedding.device)
+    prefix = text_prefix(tokenizer).to(embedding.device)
     token_ids = torch.cat([prefix.expand(NUM_SEQUENCES, -1), first], dim=1)
     length = _sequence_length(model)
     cache, new = None, token_ids
@@ -73,7 +73,7 @@ def given_text(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     Raises:
         ConfigError: it is too short.
     """
-    prefix = _prefix(tokenizer)
+    prefix = text_prefix(tokenizer)
     token_ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     length = _sequence_length(model) - len(prefix)
     num_sequences = len(token_ids) // length
@@ -89,7 +89,7 @@ def given_text(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     return whole.to(model.get_input_embeddings().weight.device)
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """What the tokenizer puts before every text, as a BOS token: `[tokens]`."""
     return torch.tensor(tokenizer("").input_ids, dtype=torch.long)
 

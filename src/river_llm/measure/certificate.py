@@ -21,7 +21,7 @@ from itertools import count
 
 CUT = 4.0  # times the budget
 _BUDGETS = 100.0, 1e-6  # the largest and the smallest that are tried
-_FINER = 1.01  # one of them over the next
+_FINER = 1.02  # one of them over the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def smallest_budget(
 ) -> Certificate | None:
     """The test at the smallest budget that passes; None if there is none.
 
-    Budgets are tested from large to small, each a hundredth below the one before, until one fails.
+    Budgets are tested from large to small, each 2 % below the one before, until one fails.
     Who keeps to one keeps to every larger one, so this is fixed-sequence testing again, and the
     confidence is that of a single test.
     """

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from river_llm.measure.inspection import TextInspection
+    from river_llm.measure.tune import Tuning
+    from river_llm.river.tuned import QualityBudget
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -59,6 +61,40 @@ def plot_inspection(
     by_token.set(xlabel="token", ylabel="backbone layers run", ylim=(0, num_layers))
     by_token.set_title(f"exit depth, {policy.describe()}", fontsize="medium")
 
+    save_figure(figure, command, path)
+
+
+def plot_tuning(found: Tuning, budget: QualityBudget, command: str, path: Path) -> None:
+    """Loss against speed of all settings, with the front, the budget and what was chosen.
+
+    Args:
+        command, path: as of `plot_inspection`.
+
+    Raises:
+        RiverError: it can't be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = [(one, one.speed_up.median, one.loss(budget)) for one in found.measured]
+    front = sorted((x, y) for one, x, y in points if one.is_on_front)
+    axes.plot(*zip(*front, strict=True), "k:", linewidth=1, label="no other is better in both")
+    for one, x, y in points:
+        axes.plot(x, y, "k*" if one is found.chosen else "ko", fillstyle="none")
+        if one.is_on_front:
+            words = f"{one.setting.name}\n{Path(one.setting.river).name}"
+            axes.annotate(words, (x, y), fontsize=6, xytext=(4, -8), textcoords="offset points")
+    is_agreement = budget.measure == "agreement"
+    limit = axes.axvline if budget.measure == "speed" else axes.axhline
+    limit(budget.loss, color="k", linestyle="--", linewidth=0.8, label=budget.describe())
+    label = "tokens that aren't the backbone's" if is_agreement else "mean KLD, nats"
+    axes.set(xlabel="times the backbone's speed", ylabel=label)
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylim(bottom=0)
+    axes.legend()
     save_figure(figure, command, path)
 
 

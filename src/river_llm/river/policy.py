@@ -13,6 +13,7 @@ engine needs to know.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -120,6 +121,20 @@ class ExitPolicy:
             ConfigError: there are none, one is no number or NaN, or entry 0 is finite.
         """
         return cls("thresholds", layer_thresholds=_floats(thresholds), **rules)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ExitPolicy:
+        """From what `to_dict` gave.
+
+        Raises:
+            ConfigError: it is no policy's.
+        """
+        thresholds = values.get("layer_thresholds")
+        of_layers = {} if thresholds is None else {"layer_thresholds": _floats(thresholds)}
+        try:
+            return cls(**{**values, **of_layers})
+        except TypeError as error:
+            raise ConfigError(f"exit policy: {error}") from error
 
     def treats_alike(self, num_layers: int) -> bool:
         """Whether a token leaves as it does in an answer where it stands in a prompt too."""

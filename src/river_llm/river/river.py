@@ -46,6 +46,7 @@ FORMAT_VERSION = 3
 _READABLE = (2, 3)  # version 2 has one width for all matrices
 MANIFEST_NAME = "river.json"
 TENSORS_NAME = "river.safetensors"
+TUNED_NAME = "tuned.json"  # see `tuned`
 _OLD_NAME = "drafts.json"  # version 0.2.0 kept there what it had learnt about drafts
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
@@ -392,5 +393,5 @@ def _check_place(directory: Path) -> None:
 
 def _is_of_river(entry: Path) -> bool:
     """Whether something in a river's folder is the river's own."""
-    own = (MANIFEST_NAME, TENSORS_NAME, _OLD_NAME)
+    own = (MANIFEST_NAME, TENSORS_NAME, TUNED_NAME, _OLD_NAME)
     return entry.name in own or entry.name.startswith(STAGING_PREFIX)
