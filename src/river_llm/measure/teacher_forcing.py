@@ -73,12 +73,11 @@ def score_texts(
                 range(sum(counts)),
             )
             result = run_text(engine, step, second_look)
-            of_texts = zip(
-                result.logits.split(counts), result.exit_layers.split(counts), strict=True
-            )
-            for i, (found, exits) in enumerate(of_texts):
-                logits[i].append(found.clone())
-                depths[i] += exits.tolist()
+            row = 0
+            for i, count in enumerate(counts):
+                logits[i].append(result.logits[row : row + count].clone())
+                depths[i] += result.exit_layers[row : row + count].tolist()
+                row += count
     return [(torch.cat(found), exits) for found, exits in zip(logits, depths, strict=True)]
 
 

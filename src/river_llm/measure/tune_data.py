@@ -110,7 +110,7 @@ class TuneData(Protocol):
         places: Sequence[int],
         progress: Callable[[int, int], None],
     ) -> list[list[SequenceLoss]]:
-        """What each setting loses on each of these sequences."""
+        """What each setting loses on each of these sequences; `progress` counts both."""
         ...
 
 
@@ -145,7 +145,7 @@ class Texts:
             reference = _predictions(backbone.engine, examples, _NEVER)  # for all settings
             for setting, losses in zip(settings, found, strict=True):
                 losses += _sequence_losses(setting, examples, reference)
-            progress(min(first + _SCORED_TOGETHER, len(places)), len(places))
+                progress(sum(map(len, found)), len(settings) * len(places))
         return found
 
 
@@ -174,17 +174,15 @@ class Prompts:
         places: Sequence[int],
         progress: Callable[[int, int], None],
     ) -> list[list[SequenceLoss]]:
-        found = []
-        for done, setting in enumerate(settings, 1):
+        found: list[list[SequenceLoss]] = [[] for _ in settings]
+        for setting, losses in zip(settings, found, strict=True):
             assert setting.policy is not None
-            losses: list[SequenceLoss] = []
             for first in range(0, len(places), _SCORED_TOGETHER):
                 some = places[first : first + _SCORED_TOGETHER]
                 examples = self._answers(setting.lm, setting.policy, some)
                 reference = _predictions(backbone.engine, examples, _NEVER)
                 losses += _sequence_losses(setting, examples, reference)
-            found.append(losses)
-            progress(done, len(settings))
+                progress(sum(map(len, found)), len(settings) * len(places))
         return found
 
     def _answers(self, lm: RiverLM, policy: ExitPolicy, places: Sequence[int]) -> list[Example]:
