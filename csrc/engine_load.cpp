@@ -10,7 +10,7 @@ namespace {
 
 SourceMatrix read_codes(const Codes& given, int columns, int bits, int group_size) {
   const auto& [codes, scales, zeros] = given;
-  require(bits < 16 && group_size > 0, "codes have 8, 6, 4 or 3 bits, in groups of one or more");
+  require(bits < 16 && group_size > 0, "codes have 8 or 3 to 6 bits, in groups of one or more");
   const size_t rows = codes.shape(0), groups = static_cast<size_t>(columns / group_size);
   require(codes.shape(1) == static_cast<size_t>(columns) * static_cast<size_t>(bits) / 8 &&
             scales.shape(0) == rows && zeros.shape(0) == rows && scales.shape(1) == groups &&

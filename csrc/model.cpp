@@ -11,9 +11,9 @@ namespace {
 constexpr int kLargestSize = 1 << 24;  // so that no product of a size and a few overflows an int
 
 void check_format(Format format, int columns) {
-  const bool coded = (format.bits == 3 || format.bits == 4 || format.bits == 6 || format.bits == 8) &&
+  const bool coded = ((format.bits >= 3 && format.bits <= 6) || format.bits == 8) &&
                      (format.group_size == 32 || format.group_size == 64 || format.group_size == 128);
-  require(format.bits == 16 || coded, "weights have 16, 8, 6, 4 or 3 bits and groups of 32, 64 or 128");
+  require(format.bits == 16 || coded, "weights have 16, 8 or 3 to 6 bits and groups of 32, 64 or 128");
   require(!coded || columns % format.group_size == 0, "a width is no multiple of the group");
 }
 

@@ -31,7 +31,7 @@ struct Shape {
   bool tied_head;         // the LM head's bfloat16 weights are the embedding's
 };
 
-constexpr int kWeightLayout = 4;  // counts the changes of packing.h and of the order of weights
+constexpr int kWeightLayout = 5;  // counts the changes of packing.h and of the order of weights
 constexpr int kMaxGroupedQueries = 64;  // query heads that share a key-value head
 
 // What may be prefetched past the last weight has to be mapped for speed, not for safety.
@@ -39,7 +39,7 @@ constexpr size_t kSlack = 16u << 10;
 
 // How weights are stored.
 struct Format {
-  int bits = 16;       // 16, or 8, 6, 4 or 3 in groups
+  int bits = 16;       // 16, or 8 or 3 to 6 in groups
   int group_size = 0;  // of codes
 };
 

@@ -84,6 +84,17 @@ void pack_three_bits(const uint8_t* lower, const uint8_t* upper, int group_size,
   }
 }
 
+// `upper` points to the group's bits above the nibbles, one for each code.
+void pack_five_bits(const uint8_t* nibbles, const uint8_t* upper, int group_size, uint32_t* out) {
+  for (int k = 0; k < group_size; k += 32, nibbles += 16, upper += 4, out += 5 * kLanes) {
+    pack_four_bits(nibbles, 32, out);
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i)
+      bits |= (upper[i / 8] >> i % 8 & 1u) << (i % 8 / 2 * 8 + i / 8 * 2 + i % 2);
+    out[4 * kLanes] = bits;
+  }
+}
+
 void pack_codes(const SourceRow* rows, int columns, int bits, int group_size, uint32_t* out) {
   const auto num_groups = static_cast<size_t>(columns / group_size);
   const auto row_bytes = static_cast<size_t>(columns) * bits / 8;
@@ -101,6 +112,8 @@ void pack_codes(const SourceRow* rows, int columns, int bits, int group_size, ui
         pack_three_bits(row + first / 4, row + columns / 4 + first / 8, group_size, packed);
       else if (bits == 4)
         pack_four_bits(row + first / 2, group_size, packed);
+      else if (bits == 5)
+        pack_five_bits(row + first / 2, row + columns / 2 + first / 8, group_size, packed);
       else if (bits == 6)
         pack_six_bits(row + first / 2, row + columns / 2 + first / 4, group_size, packed);
       else

@@ -10,6 +10,9 @@
 //              the upper two bits of the three, lowest first.
 //              3 bits: [group / 32][3][16] words in the same manner, of six bits that are two codes:
 //              of the inputs 0 2 4 6 the lower three, of 1 3 5 7 the upper three, ...
+//              5 bits: [group / 32][5][16] words: four of eight nibbles, as those of 4 bits, and the
+//              32 upper bits. In a byte of theirs, the bits are of the nibbles at that byte of the
+//              four, lower nibble first.
 //              8 bits: [group / 4][16] words of four codes, of the inputs 0 2 4 6, 1 3 5 7, ...
 //
 // Inputs of bfloat16 are padded with zeros to a multiple of 32, outputs to a multiple of 16. Where
@@ -29,7 +32,7 @@ struct SourceMatrix {
   int rows = 0;
   const bf16* weights = nullptr;   // [rows, K], for 16 bits
   const uint8_t* codes = nullptr;  // [rows, K * bits / 8]; 6 bits: K nibbles, then K times two bits;
-                                   // 3 bits: K times two bits, then K times one
+                                   // 5 bits: K nibbles, then K bits; 3: K times two, then K bits
   const bf16* scales = nullptr;    // [rows, K / group]
   const bf16* zeros = nullptr;     // [rows, K / group]
 };

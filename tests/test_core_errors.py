@@ -73,7 +73,7 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"river": (FOUR_BITS, 128)},
         "a width is no multiple of the group",
     ),
-    "5 bits": ({"river": ([[4] * 4, [4, 4, 4, 5]], GROUP)}, "16, 8, 6, 4 or 3 bits"),
+    "7 bits": ({"river": ([[4] * 4, [4, 4, 4, 7]], GROUP)}, "16, 8 or 3 to 6 bits"),
     "a river of bfloat16": ({"river": ([[4] * 4, [4, 4, 4, 16]], GROUP)}, "weights are codes"),
     "bits of one layer": ({"river": (FOUR_BITS[1:], GROUP)}, "bits for each projection of each"),
     "bits of three projections": ({"river": ([[4] * 3] * LAYERS, GROUP)}, "incompatible"),

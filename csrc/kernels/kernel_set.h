@@ -21,7 +21,7 @@ struct PackedMatrix {
   size_t panel_bytes = 0;
   int rows = 0;        // outputs, N
   int columns = 0;     // inputs, K, a multiple of kInputBlock
-  int bits = 16;       // 16: bfloat16; 3, 4, 6 or 8: codes in groups
+  int bits = 16;       // 16: bfloat16; 3, 4, 5, 6 or 8: codes in groups
   int group_size = 0;  // of codes
 
   int panels() const { return (rows + kLanes - 1) / kLanes; }

@@ -93,9 +93,9 @@ void panel_pairs(const uint8_t* panel, size_t panel_bytes, int pairs, const uint
 }
 
 // Words of four codes that lie together: of the inputs 0 2 4 6, 1 3 5 7 (6 bits: 8 10 12 14 and
-// 9 11 13 15 too; 3 bits: and so on, of 32 inputs).
+// 9 11 13 15 too; 3 and 5 bits: and so on, of 32 inputs).
 template <int Bits>
-constexpr int kCodeWords = Bits == 3 ? 8 : Bits == 6 ? 4 : 2;
+constexpr int kCodeWords = Bits == 3 || Bits == 5 ? 8 : Bits == 6 ? 4 : 2;
 
 // Calls use.operator()<0>(codes) ... <kCodeWords<Bits> - 1>(codes) with the words at `panel`;
 // returns where the next ones are.
@@ -116,6 +116,13 @@ RIVER_INLINE inline const uint8_t* read_codes(const uint8_t* panel, Use use) {
     const Words last = upper_two_bits(pairs[0], pairs[1], pairs[2]);
     use.template operator()<6>(low_three_bits(last));
     use.template operator()<7>(next_three_bits(last));
+  } else if constexpr (Bits == 5) {
+    const Words upper = load_words(panel + 256);
+    repeat<4>([&]<int P>() RIVER_INLINE {
+      const Words both = load_words(panel + 64 * P);
+      use.template operator()<2 * P>(with_fifth_bit<2 * P>(low_nibbles(both), upper));
+      use.template operator()<2 * P + 1>(with_fifth_bit<2 * P + 1>(high_nibbles(both), upper));
+    });
   } else if constexpr (Bits == 6) {
     const Words first = load_words(panel), second = load_words(panel + 64);
     const Words third = load_words(panel + 128);
@@ -223,6 +230,8 @@ void matmul(const PackedMatrix& matrix, int first, int last, const void* x, size
         panel_codes_rows<3>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else if (matrix.bits == 4)
         panel_codes_rows<4>(matrix, p, x_block, x_stride, count, out_block, out_stride);
+      else if (matrix.bits == 5)
+        panel_codes_rows<5>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else if (matrix.bits == 6)
         panel_codes_rows<6>(matrix, p, x_block, x_stride, count, out_block, out_stride);
       else

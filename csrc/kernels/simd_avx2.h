@@ -111,6 +111,16 @@ inline Words low_three_bits(Words w) {
 inline Words next_three_bits(Words w) {
   return low_three_bits({_mm256_srli_epi16(w.a, 3), _mm256_srli_epi16(w.b, 3)});
 }
+template <int Place>
+inline __m256i with_fifth_bit(__m256i nibbles, __m256i upper) {
+  const __m256i moved = Place < 4 ? _mm256_slli_epi32(upper, Place < 4 ? 4 - Place : 0)
+                                  : _mm256_srli_epi32(upper, Place < 4 ? 0 : Place - 4);
+  return _mm256_or_si256(nibbles, _mm256_and_si256(moved, _mm256_set1_epi8(16)));
+}
+template <int Place>
+inline Words with_fifth_bit(Words nibbles, Words upper) {
+  return {with_fifth_bit<Place>(nibbles.a, upper.a), with_fifth_bit<Place>(nibbles.b, upper.b)};
+}
 inline Words low_six_bits(Words w) {
   const __m256i mask = _mm256_set1_epi8(63);
   return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};

@@ -82,6 +82,12 @@ inline Words high_nibbles(Words w) {
 }
 inline Words low_three_bits(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(7)); }
 inline Words next_three_bits(Words w) { return low_three_bits(_mm512_srli_epi16(w, 3)); }
+template <int Place>  // each byte's nibble with that bit of `upper`'s byte above it
+inline Words with_fifth_bit(Words nibbles, Words upper) {
+  const Words moved = Place < 4 ? _mm512_slli_epi32(upper, Place < 4 ? 4 - Place : 0)
+                                : _mm512_srli_epi32(upper, Place < 4 ? 0 : Place - 4);
+  return _mm512_ternarylogic_epi32(nibbles, moved, _mm512_set1_epi8(16), 0xf8);  // x | (y & z)
+}
 inline Words low_six_bits(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(63)); }
 inline Words upper_two_bits(Words a, Words b, Words c) {  // shifted together: one mask for all
   constexpr int kOrAnd = 0xf8;                            // x | (y & z)

@@ -121,6 +121,12 @@ RIVER_NEON Words low_three_bits(Words w) {
 RIVER_NEON Words next_three_bits(Words w) {
   return low_three_bits(RIVER_PARTS(Words, vshrq_n_u32(w.v[i], 3)));
 }
+template <int Place>
+RIVER_NEON Words with_fifth_bit(Words nibbles, Words upper) {
+  const int32x4_t left = vdupq_n_s32(4 - Place);  // or right, where it is negative
+  return RIVER_PARTS(Words, vorrq_u32(nibbles.v[i], vandq_u32(vshlq_u32(upper.v[i], left),
+                                                              vdupq_n_u32(0x10101010u))));
+}
 RIVER_NEON Words low_six_bits(Words w) {
   return RIVER_PARTS(Words, vandq_u32(w.v[i], vdupq_n_u32(0x3f3f3f3fu)));
 }

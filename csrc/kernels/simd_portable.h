@@ -101,6 +101,11 @@ inline Words next_three_bits(Words w) {
   RIVER_LANES w.lane[i] = (w.lane[i] >> 3) & 0x07070707u;
   return w;
 }
+template <int Place>  // each byte's nibble with that bit of `upper`'s byte above it
+inline Words with_fifth_bit(Words nibbles, Words upper) {
+  RIVER_LANES nibbles.lane[i] |= (upper.lane[i] >> Place & 0x01010101u) << 4;
+  return nibbles;
+}
 inline Words low_six_bits(Words w) { RIVER_LANES w.lane[i] &= 0x3f3f3f3fu; return w; }
 // six bits out of the upper two of three words' bytes, a's lowest
 inline Words upper_two_bits(Words a, Words b, Words c) {

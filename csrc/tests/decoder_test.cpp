@@ -11,7 +11,7 @@ namespace {
 const std::vector<Kind> kKinds = {{},
                                   {16, 16, true},
                                   {8, 8, false},
-                                  {8, 16, true, 1, 2, {4, 6, 8, 3}},
+                                  {8, 16, true, 1, 2, {5, 6, 8, 3}},
                                   {.kv_bits = 8},
                                   {.has_everything = true, .kv_bits = 8}};
 

@@ -22,7 +22,8 @@ constexpr Size kCodes[] = {{16, 32, 4, 32},   {40, 64, 4, 32},  {33, 128, 4, 64}
                            {48, 576, 6, 64},  {24, 384, 6, 128}, {16, 32, 8, 32}, {40, 64, 8, 32},
                            {33, 128, 8, 64},  {48, 576, 8, 64}, {24, 384, 8, 128},
                            {16, 32, 3, 32},   {40, 96, 3, 32},  {33, 128, 3, 64}, {48, 576, 3, 64},
-                           {24, 384, 3, 128}};
+                           {24, 384, 3, 128}, {16, 32, 5, 32},  {40, 96, 5, 32}, {33, 128, 5, 64},
+                           {48, 576, 5, 64},  {24, 384, 5, 128}};
 
 // Activations whose groups are of very different size; a row of zeros, and one of next to nothing.
 std::vector<float> activations(int rows, int columns, Random& random) {
@@ -103,7 +104,7 @@ TEST(the_largest_codes_and_activations_overflow_nothing) {
   constexpr float kMost = 32512, kLowest = 32384;  // 127 * 256 + 0 and 127 * 256 - 128, the bytes'
   Random random(7);
   with_each_kernel_set([&](const KernelSet& kernels) {
-    for (const int bits : {3, 4, 6, 8})
+    for (const int bits : {3, 4, 5, 6, 8})
       for (const bool ones : {false, true}) {
         Source source(kLanes, kColumns, bits, kGroup, random);
         source.set_codes(ones);
@@ -129,7 +130,8 @@ TEST(the_largest_codes_and_activations_overflow_nothing) {
 TEST(a_row_of_a_batch_has_the_bits_of_that_row_alone) {
   constexpr Size kSizes[] = {{40, 96, 16, 0},   {40, 192, 3, 64},   {40, 192, 4, 64},
                              {40, 192, 6, 64},  {40, 192, 8, 64},   {16, 8192, 16, 0},
-                             {16, 8192, 3, 32}, {16, 8192, 4, 32},  {16, 8192, 6, 32}};
+                             {16, 8192, 3, 32}, {16, 8192, 4, 32},  {16, 8192, 6, 32},
+                             {40, 192, 5, 64},  {16, 8192, 5, 32}};
   with_each_kernel_set([&](const KernelSet& kernels) {
     for (const Size& size : kSizes) {
       Random random(4);

@@ -32,6 +32,13 @@ double weight_in_panel(const PackedMatrix& matrix, int row, int column) {
     const uint32_t both = which < 3 ? bits(static_cast<size_t>(which), 0, 63)
                                     : bits(0, 6, 3) | bits(1, 6, 3) << 2 | bits(2, 6, 3) << 4;
     code = both >> half & 7;
+  } else if (matrix.bits == 5) {
+    const auto start_of_32 = static_cast<size_t>(1 + place / 32 * 5);
+    const auto of = [&](size_t line) {
+      return word(panel, start + (start_of_32 + line) * kLanes + lane) >> (place % 8 / 2 * 8) & 255;
+    };
+    const uint32_t nibble = of(static_cast<size_t>(place % 32 / 8)) >> (place % 2 * 4) & 15;
+    code = nibble | (of(4) >> (place % 32 / 8 * 2 + place % 2) & 1) << 4;
   } else if (matrix.bits == 4) {
     const auto line = static_cast<size_t>(1 + place / 8);
     code = word(panel, start + line * kLanes + lane) >> (place % 8 * 4) & 15;
@@ -83,7 +90,7 @@ TEST(weights_come_back_from_their_panels) {
 
 TEST(codes_lie_in_their_panels_as_documented) {
   Random random(2);
-  for (const int bits : {3, 4, 6, 8})
+  for (const int bits : {3, 4, 5, 6, 8})
     for (const int group_size : {32, 64, 128}) {
       const int columns = 3 * group_size;
       const Source source(37, columns, bits, group_size, random);

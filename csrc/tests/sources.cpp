@@ -30,6 +30,11 @@ int Source::code(int row, int column) const {
     const int nibble = nibbles[column / 2] >> (column % 2 * 4) & 15;
     return nibble | (nibbles[columns_ / 2 + column / 4] >> (column % 4 * 2) & 3) << 4;
   }
+  if (bits_ == 5) {  // the row's nibbles, then one bit each
+    const uint8_t* nibbles = codes_.data() + static_cast<size_t>(row) * columns_ * 5 / 8;
+    const int nibble = nibbles[column / 2] >> (column % 2 * 4) & 15;
+    return nibble | (nibbles[columns_ / 2 + column / 8] >> column % 8 & 1) << 4;
+  }
   if (bits_ == 3) {  // two bits each, then one bit each
     const uint8_t* lower = codes_.data() + static_cast<size_t>(row) * columns_ * 3 / 8;
     const int two_bits = lower[column / 4] >> (column % 4 * 2) & 3;

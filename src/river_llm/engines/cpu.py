@@ -40,8 +40,8 @@ _BACKBONE, _RIVER = 0, 1
 class CpuEngine(NotCopiedEngine):
     """Decoding in C++ with packed weights; an `Engine` that drafts, offloads and gives its cache.
 
-    Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 3, 4, 6
-    or 8 bits (2 bits are held as 3, 5 as 6, matrices of one product as the widest of them).
+    Weights of the backbone are bfloat16 or 8-bit codes, those of the river codes of 8 or 3
+    to 6 bits (2 bits are held as 3, matrices of one product as the widest of them).
     Activations are rounded to bfloat16 for products with bfloat16 weights and to 16-bit fixed
     point, one scale a group, for products with codes; sums,
     norms and the residual stream are float32. A row has the same bits whatever rows stand beside

@@ -123,7 +123,7 @@ class WeightFormats:
 
     Attributes:
         backbone_bits, lm_head_bits: 16 (bfloat16) or 8.
-        river_bits: of each layer, 3, 4, 6 or 8 for each of `llama.PROJECTIONS`.
+        river_bits: of each layer, 8 or 3 to 6 for each of `llama.PROJECTIONS`.
         river_group_size: weights of the river that share a scale and a zero.
     """
 

@@ -79,12 +79,11 @@ class WeightPacker:
 
 
 def held_bits(model: PreTrainedModel, river: River) -> list[list[int]]:
-    """In how many bits the core holds the river's codes: of each layer, 3, 4, 6 or 8 for each of
+    """In how many bits the core holds the river's codes: of each layer, 8 or 3 to 6 for each of
     `PROJECTIONS`, whose matrices are packed together."""
 
     def held(exit_layer: dict[str, QuantizedMatrix], pieces: Pieces) -> int:
-        widest = max(exit_layer[name].bits for name, _ in pieces)
-        return next(bits for bits in (3, 4, 6, 8) if widest <= bits)
+        return max(3, *(exit_layer[name].bits for name, _ in pieces))  # 2 bits as 3
 
     return [
         [held(exit_layer, pieces) for pieces in layer_projections(model, index)]

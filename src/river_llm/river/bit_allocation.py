@@ -30,7 +30,7 @@ from river_llm.river.quantize import QuantizedMatrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WIDTHS = (4, 6, 8)  # that the native engine holds
+WIDTHS = (4, 5, 6, 8)
 _SEQUENCES = 16  # of the calibration text
 
 
