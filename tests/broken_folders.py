@@ -206,9 +206,10 @@ CASES: dict[str, tuple[Change, str]] = {
     **{
         f"{how}{' in its text part' * in_part}": (
             configured(**({"text_config": quantised} if in_part else quantised)),
-            rf"is quantised already \({how}\); take the original weights$",
+            rf"is quantised already \({how}\); take the original weights{fix}$",
         )
         for settings, how in QUANTISERS
+        for fix in [r", of .*: river-llm build MODEL --from \S+ -o DIR" * how.startswith("gptq")]
         for quantised in [{"quantization_config": settings}]
         for in_part in (False, True)
     },

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from river_llm import ExitPolicy, River
 from river_llm.load.gguf.file import GGUFTensor
 from river_llm.load.model import load_backbone
-from river_llm.load.quantized import Import, import_river
+from river_llm.load.quantized import Import, check_checkpoint, import_river
 from river_llm.load.quantized.gguf_checkpoint import decode
 from river_llm.river.backbone import decoder_layers
 from river_llm.river.quantize import QuantizedMatrix
@@ -213,6 +213,20 @@ def test_a_norm_that_was_rounded_otherwise_changes_nothing(
     imported = import_river(model, tmp_path / "c")
     for name, matrix in matrices(imported).items():
         check_holds(matrix, held[name])
+
+
+def test_a_checkpoint_of_the_hub_is_read_from_its_cache(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    save_checkpoint(folder, model, GPTQ)
+    check_checkpoint("org/name")
+    assert import_river(model, "org/name").river.source == "gptq: org/name"
 
 
 def test_layers_that_a_checkpoint_has_in_full_are_quantised(

@@ -34,6 +34,7 @@ _SETTINGS = (
 )
 _JSON = (CONFIG, INDEX, *_SETTINGS, "tokenizer.json", "added_tokens.json", "vocab.json")
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_OF_RIVERS = ("gptq", "compressed-tensors")  # methods that `quantized` reads
 _METHODS_OF_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method", "quant_type", "method")
@@ -222,7 +223,10 @@ def _is_dtype(value: object) -> bool:
 
 
 def _quantised_message(name: str, how: str) -> str:
-    return f"{name} is quantised already ({how}); take the original weights"
+    fix = "take the original weights"
+    if how.startswith(_OF_RIVERS):
+        fix += f", of which it may become the river: river-llm build MODEL --from {name} -o DIR"
+    return f"{name} is quantised already ({how}); {fix}"
 
 
 def _quantisation(part: dict[str, Any]) -> str | None:

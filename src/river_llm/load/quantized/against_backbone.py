@@ -55,7 +55,7 @@ def check_norm(weight: Tensor, own: Tensor) -> None:
         raise ModelLoadError(
             "is not the backbone's, as after AWQ, whose factors are folded into norms, which a "
             "river shares with its backbone; take a checkpoint of this very model without them, "
-            "or build a river that is better: --quantizer gptq"
+            "or build a better river without --from"
         )
 
 
