@@ -27,7 +27,7 @@ POLICIES = [
     ExitPolicy.similarity(0.6),
     ExitPolicy.similarity(0.6, prefill="token"),
     ExitPolicy.fixed(2, prefill="sequence"),
-    ExitPolicy.fixed(2, second_look=0.99),
+    ExitPolicy.fixed(2, second_look=0.9),
     ExitPolicy.similarity(0.6, prefill="token", second_look=0.9),
 ]
 SAMPLING = [
@@ -294,6 +294,26 @@ class TestErrors:
             run(Generator(ToyEngine()), [alone])
             assert answer(request) == answer(alone)
         assert engine.sequences() == []
+
+    @pytest.mark.parametrize("number", range(12))
+    def test_of_a_second_look_leave_it_to_the_next_step(self, number: int) -> None:
+        policy = ExitPolicy.fixed(2, second_look=0.9)
+        alone, request = make([8], policy), make([8], policy)
+        run(Generator(ToyEngine()), [alone])
+        engine = ToyEngine()
+        generator = Generator(engine)
+        countdown = iter(range(number, -1, -1))
+
+        def fail() -> None:
+            if next(countdown, None) == 0:
+                raise KeyboardInterrupt
+
+        engine.fail = fail
+        with suppress(KeyboardInterrupt):
+            run(generator, [request])
+        run(generator)
+        assert answer(request) == answer(alone)
+        assert request.exit_layers == alone.exit_layers
 
     @pytest.mark.parametrize(
         ("request_", "error", "message"),

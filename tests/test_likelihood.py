@@ -53,7 +53,7 @@ def step_by_step(engine: Engine, policy: ExitPolicy | None, candidate: Candidate
     (sequence,) = begin(engine)
     total, layers, is_greedy = 0.0, [], True
     for place, (token, target) in enumerate(pairwise(candidate.token_ids), start=1):
-        step = decode(engine, sequence, token, policy)
+        step = decode(engine, sequence, token, policy, candidate.token_ids[:place][-8:-1])
         if place >= candidate.start:
             total += float(step.logits[0].double().log_softmax(-1)[target])
             layers.append(int(step.exit_layers[0]))
@@ -90,12 +90,12 @@ def test_scores_are_those_of_single_steps_alone_and_in_a_batch(
 @any_policy
 def test_an_answer_is_known_as_the_greedy_one(engine: Engine, policy: ExitPolicy | None) -> None:
     (sequence,) = begin(engine)
-    for token in QUESTION:
-        step = decode(engine, sequence, token, policy)
-    answer = []
-    for _ in range(4):
-        answer.append(int(step.best_tokens[0]))
-        step = decode(engine, sequence, answer[-1], policy)
+    text = list(QUESTION)
+    for end in range(1, len(QUESTION) + 5):
+        step = decode(engine, sequence, text[end - 1], policy, text[:end][-8:-1])
+        if end >= len(QUESTION):
+            text.append(int(step.best_tokens[0]))
+    answer = text[len(QUESTION) : -1]
     other = [*answer[:-1], (answer[-1] + 1) % 90]
     item = [Candidate((*QUESTION, *tokens), len(QUESTION)) for tokens in (answer, other)]
     (scores,) = LikelihoodScorer(engine, policy).score([item])

@@ -19,7 +19,8 @@ from toy_engine import ToyEngine
 
 from river_llm import ConfigError, ExitPolicy, RiverLM, attach_river
 from river_llm.engines import Engine, Step, StepResult
-from river_llm.generate.second_look import run_step
+from river_llm.engines.native_model import RopeBoundary
+from river_llm.generate.second_look import run_step, tokens_before
 from river_llm.river.residency import OffloadConfig, ResidencyPlan
 
 LOOK = 0.6  # at some tokens of the tiny model
@@ -61,8 +62,10 @@ def plain_answer(
         logits, exit_layer = step.logits[-1], int(step.exit_layers[-1])
         looks.append(exit_layer < engine.num_layers and plain_margin(logits) <= LOOK)
         if looks[-1]:
-            engine.truncate(sequence, len(text) - 1)
-            step = append(engine, {sequence: text[-1:]})
+            start = max(len(prompt), len(text) - 8) if len(text) > len(prompt) else len(prompt) - 1
+            engine.truncate(sequence, start)
+            for token in text[start:]:
+                step = append(engine, {sequence: [token]})
             logits, exit_layer = step.logits[-1], engine.num_layers
         tokens.append(int(logits.argmax()))
         exit_layers.append(exit_layer)
@@ -153,16 +156,33 @@ class TestAnswers:
 
 
 def test_keys_and_values_are_overwritten_by_exact_ones() -> None:
+    """Of the token and of those before it."""
     engine = lm_on("cpu").engine
     ran, expected = begin(engine, [0, 0])
-    tokens = random_tokens(5, seed=1)
-    for token in tokens:
-        thresholds = torch.tensor(ExitPolicy.fixed(1).thresholds(engine.num_layers))
-        result, again = run_step(engine, Step([token], [ran], thresholds, [0]), [1.0])
-        exact = append(engine, {expected: [token]})
-        assert again == {0: 1}
-        assert torch.equal(result.best_tokens, exact.best_tokens)
+    tokens = random_tokens(10, seed=1)
+    thresholds = torch.tensor(ExitPolicy.fixed(1).thresholds(engine.num_layers))
+    for sequence in (ran, expected):
+        append(engine, {sequence: tokens[:2]}, thresholds)
+    for end, look in enumerate([None, 1.0, None, None, 1.0, None, None, 1.0], start=3):
+        step = Step([tokens[end - 1]], [ran], thresholds, [0])
+        before = [tokens_before(engine, tokens, end, 2)]
+        result, again = run_step(engine, step, [look], before)
+        found = result.logits
+        exact = append(engine, {expected: [tokens[end - 1]]})
+        assert again == ({} if look is None else {0: 1})
+        assert look is None or torch.equal(found, exact.logits)
     assert torch.equal(cached_states(engine, ran), cached_states(engine, expected))  # type: ignore[arg-type]
+
+
+def test_up_to_seven_tokens_run_again_with_one() -> None:
+    engine, text = ToyEngine(), list(range(20))
+    assert tokens_before(engine, text, 20) == text[12:19]
+    assert tokens_before(engine, text, 5) == text[:4]
+    assert tokens_before(engine, text, 20, 17) == [17, 18]
+    assert tokens_before(engine, text, 20, 20) == []
+    engine.rope_boundary = RopeBoundary(15, keep_changing=False)  # type: ignore[assignment]
+    assert tokens_before(engine, text, 15) == text[7:14]
+    assert tokens_before(engine, text, 16) == []  # its angles are others
 
 
 def test_rows_that_stay_or_are_not_asked_for_run_once() -> None:

@@ -13,7 +13,7 @@ from river_llm.generate.events import NewToken, Outcome, StepEvent
 from river_llm.generate.lossless import Guess, Speculation, accept, check_drafts
 from river_llm.generate.request import Request
 from river_llm.generate.rows import Part, decode_part, prompt_part, run_parts, runs_whole
-from river_llm.generate.second_look import Again, check_second_look
+from river_llm.generate.second_look import Again, check_second_look, tokens_before
 
 Observer = Callable[[StepEvent], None]
 Keep = Callable[[Request], None]
@@ -153,9 +153,19 @@ class Generator:
         return parts
 
     def _decode_part(self, request: Request, guess: Guess | None) -> Part:
-        self.engine.truncate(request.sequence, len(request.tokens) - 1)  # Ctrl-C left more
-        tokens = [request.tokens[-1], *(guess.tokens if guess else [])]
-        return decode_part(request.sequence, tokens, request.policy, self.engine.num_layers)
+        engine, sequence, text = self.engine, request.sequence, request.tokens
+        engine.truncate(sequence, len(text) - 1)  # Ctrl-C left more
+        length, policy = engine.length(sequence), request.policy
+        if length < len(text) - 1:  # it cut a second look short
+            part = decode_part(sequence, text[length:], None, engine.num_layers)
+            part.logits = 1
+            return part
+        before: list[int] = []
+        if policy is not None and policy.second_look is not None:
+            first = max(request.prompt_length, request.looked_at)
+            before = tokens_before(engine, text, len(text), first)
+        tokens = [text[-1], *(guess.tokens if guess else [])]
+        return decode_part(sequence, tokens, policy, engine.num_layers, before)
 
     # ---- postprocess ----
 
@@ -177,8 +187,9 @@ class Generator:
         for place, (token, exit_layer) in enumerate(zip(chosen, exit_layers, strict=True)):
             was_drafted = drafted[place : place + 1] == [token]
             origin = guess.source if guess and was_drafted else "backbone"
+            if looked_twice := part.first_logit + place in again:
+                request.looked_at = len(request.tokens)
             text = request.take(token, exit_layer)
-            looked_twice = part.first_logit + place in again
             tokens.append(NewToken(token, text, exit_layer, origin, looked_twice))
             if request.has_ended:
                 break

@@ -35,6 +35,7 @@ class Request:
         exit_layers: of each token of the answer, how many backbone layers ran to produce it.
         finish_reason: None while the answer grows.
         error: why it couldn't go on; None: it could.
+        looked_at: its tokens up to the last second look; those needn't run again.
         may_draft: false for the next step, where one with a draft gave no numbers.
     """
 
@@ -68,6 +69,7 @@ class Request:
         self.exit_layers: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
+        self.looked_at = 0
         self.may_draft = True
         self._most = sampling.max_new_tokens
         self._room = sys.maxsize  # of the context, for the answer

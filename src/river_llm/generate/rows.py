@@ -26,6 +26,7 @@ class Part:
         leaves_whole: the mean similarity of its rows decides, and not each row's own.
         minimum_groups: of each row, among all parts of the step; empty: each row is on its own.
         second_look: of the last row, where its logits are wanted; see `ExitPolicy`.
+        before: what runs again with it.
         first_row, first_logit: where they begin in the step and in its logits.
     """
 
@@ -36,6 +37,7 @@ class Part:
     leaves_whole: bool = False
     minimum_groups: Sequence[Hashable] = ()
     second_look: float | None = None
+    before: Sequence[int] = ()
     first_row: int = 0
     first_logit: int = 0
 
@@ -67,9 +69,14 @@ def prompt_part(
 
 
 def decode_part(
-    sequence: int, tokens: Sequence[int], policy: ExitPolicy | None, num_layers: int
+    sequence: int,
+    tokens: Sequence[int],
+    policy: ExitPolicy | None,
+    num_layers: int,
+    before: Sequence[int] = (),
 ) -> Part:
-    """Tokens of an answer or a draft, by the policy; None: they never leave."""
+    """Tokens of an answer or a draft, by the policy; None: they never leave. `before` runs again
+    with the last."""
     policy = policy or ExitPolicy.never()
     thresholds = _tensor(policy.thresholds(num_layers))
     groups = [policy] * len(tokens) if policy.batch == "minimum" else []
@@ -80,6 +87,7 @@ def decode_part(
         len(tokens),
         minimum_groups=groups,
         second_look=policy.second_look,
+        before=before,
     )
 
 
@@ -124,8 +132,10 @@ def run_parts(
 ) -> tuple[StepResult, Again]:
     """Run the step of some sequences, with second looks; see `run_step`."""
     step = build_step(parts)
-    looks = [look for part in parts for look in [part.second_look] * part.logits]
-    return run_step(engine, step, looks, keep_logits=keep_logits)
+    of_logits = [part for part in parts for _ in range(part.logits)]
+    looks = [part.second_look for part in of_logits]
+    before = [part.before for part in of_logits]
+    return run_step(engine, step, looks, before, keep_logits=keep_logits)
 
 
 # ---- one sequence alone ----
@@ -156,9 +166,15 @@ def prefill(
             return result
 
 
-def decode(engine: Engine, sequence: int, token: int, policy: ExitPolicy | None) -> StepResult:
-    """Run one more token."""
-    part = decode_part(sequence, [token], policy, engine.num_layers)
+def decode(
+    engine: Engine,
+    sequence: int,
+    token: int,
+    policy: ExitPolicy | None,
+    before: Sequence[int] = (),
+) -> StepResult:
+    """Run one more token; `before`: see `Part`."""
+    part = decode_part(sequence, [token], policy, engine.num_layers, before)
     return run_parts(engine, [part])[0]
 
 

@@ -1,15 +1,15 @@
-"""A second look: a token after which the river is unsure runs once more, through the backbone.
+"""A second look: a token after which the river is unsure runs once more, through the backbone, and
+its keys and values are overwritten.
 
-The layers before its exit were the backbone's already. So to cut the token off its sequence and to
-run it again gives what going on from its hidden state at the exit would, on any engine, and its
-keys and values in the later layers are overwritten by exact ones.
+It takes the tokens right before it along: they read the same weights, as drafts do that are
+verified, and the look is no better than the keys and values that it reads.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from river_llm.engines.step import NO_TOKEN, Engine, Offloading, Step, StepResul
 from river_llm.errors import ConfigError
 from river_llm.river.policy import ExitPolicy
 
+SPAN = 8  # tokens that run again, the unsure one among them
 Again = dict[int, int]  # logit rows of a step that ran again -> the layer after which they had left
 
 
@@ -33,14 +34,32 @@ def check_second_look(engine: Engine, policy: ExitPolicy) -> None:
         raise ConfigError("a second look runs the whole backbone; it can't go with no_miss")
 
 
+def tokens_before(engine: Engine, text: Sequence[int], end: int, first: int = 0) -> list[int]:
+    """What runs again with a text's token at `end - 1`: the tokens before it from `first` on, SPAN
+    with it at most; none where rotary angles would be others in one pass."""
+    start = max(first, end - SPAN)
+    if engine.rope_boundary is not None:
+        exact = engine.rope_boundary.rows_like_single_steps(start)
+        if exact is not None and exact < end - start:
+            return []
+    return list(text[start : end - 1])
+
+
 def run_step(
-    engine: Engine, step: Step, second_looks: Sequence[float | None], *, keep_logits: bool = True
+    engine: Engine,
+    step: Step,
+    second_looks: Sequence[float | None],
+    before: Sequence[Sequence[int]] = (),
+    *,
+    keep_logits: bool = True,
 ) -> tuple[StepResult, Again]:
     """Run a step, and those of its logit rows again that left and have a small margin.
 
     Args:
         second_looks: of each logit row, the margin up to which it runs again; None: never. Such a
             row is the last one of its sequence in the step.
+        before: of each logit row, the tokens that stand before it and run again with it; empty:
+            none do.
         keep_logits: the result's logits may be looked at; without, rows of the native engine that
             ran once may have none any more, unless there is no token to be chosen.
 
@@ -48,7 +67,8 @@ def run_step(
         What came of it, and which logit rows (0 to K - 1) ran again. Their exit layer is L.
 
     Raises:
-        RiverError: see `Engine.forward`; the cache is as it was.
+        RiverError: see `Engine.forward`; the cache is as it was, but for what was running again:
+            that is cut off.
     """
     if not any(second_looks):
         return engine.forward(step), {}
@@ -68,20 +88,30 @@ def run_step(
         if len(again) < len(margins) and (keep_logits or NO_TOKEN in first.best_tokens):
             _ = first.logits  # they are gone with the next pass
         rows = [step.logit_rows[place] for place in again]
-        return _joined(first, _run_again(engine, step, rows), rows, list(again)), again
+        ahead = [before[place] if before else () for place in again]
+        second = _run_again(engine, step, rows, ahead)
+        return _joined(first, second, rows, list(again)), again
     except BaseException:
         for sequence, length in lengths.items():
             engine.truncate(sequence, length)
         raise
 
 
-def run_text(engine: Engine, step: Step, second_look: float | None) -> StepResult:
+def run_text(
+    engine: Engine,
+    step: Step,
+    second_look: float | None,
+    texts: Mapping[int, Sequence[int]],
+    firsts: Mapping[int, int] | None = None,
+) -> StepResult:
     """Run rows of given text, each as decoding would take it. With a second look one token of each
     sequence at a time, since those behind it see the keys and values that it leaves.
 
     Args:
         step: without groups.
         second_look: of all its rows, see `ExitPolicy`.
+        texts: of each sequence, what it holds and these rows.
+        firsts: of each, how many tokens are a prompt, which don't run again with others; None: none.
     """
     if second_look is None:
         return engine.forward(step)
@@ -92,10 +122,16 @@ def run_text(engine: Engine, step: Step, second_look: float | None) -> StepResul
         seen[sequence] += 1
     logits, exits = [torch.empty(0, engine.vocab_size)], []
     for rows in columns.values():
+        sequences = [step.sequences[row] for row in rows]
+        thresholds = step.thresholds if step.thresholds.ndim == 1 else step.thresholds[rows]
         result, _ = run_step(
             engine,
-            Step(*_rows_of(step, rows), range(len(rows))),
+            Step([step.tokens[row] for row in rows], sequences, thresholds, range(len(rows))),
             [second_look] * len(rows),
+            [
+                tokens_before(engine, texts[s], engine.length(s) + 1, (firsts or {}).get(s, 0))
+                for s in sequences
+            ],
             keep_logits=bool(step.logit_rows),
         )
         exits.append(result.exit_layers)
@@ -106,18 +142,21 @@ def run_text(engine: Engine, step: Step, second_look: float | None) -> StepResul
     return StepResult(torch.cat(logits[bool(step.logit_rows) :])[wanted], torch.cat(exits)[order])
 
 
-def _run_again(engine: Engine, step: Step, rows: Sequence[int]) -> StepResult:
-    tokens, sequences, _ = _rows_of(step, rows)
-    for sequence in sequences:
-        engine.truncate(sequence, engine.length(sequence) - 1)
+def _run_again(
+    engine: Engine, step: Step, rows: Sequence[int], before: Sequence[Sequence[int]]
+) -> StepResult:
+    """These rows, and the tokens before them, through the backbone; the logits are the rows'."""
+    tokens: list[int] = []
+    sequences: list[int] = []
+    ends: list[int] = []
+    for row, ahead in zip(rows, before, strict=True):
+        sequence, count = step.sequences[row], len(ahead) + 1
+        engine.truncate(sequence, engine.length(sequence) - count)
+        tokens += [*ahead, step.tokens[row]]
+        sequences += [sequence] * count
+        ends.append(len(tokens) - 1)
     never = torch.full((engine.num_layers,), math.inf)
-    return engine.forward(Step(tokens, sequences, never, range(len(rows))))
-
-
-def _rows_of(step: Step, rows: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
-    """Tokens, sequences and thresholds of some rows."""
-    thresholds = step.thresholds if step.thresholds.ndim == 1 else step.thresholds[list(rows)]
-    return [step.tokens[i] for i in rows], [step.sequences[i] for i in rows], thresholds
+    return engine.forward(Step(tokens, sequences, never, ends))
 
 
 def _joined(
@@ -133,6 +172,6 @@ def _joined(
         return joined
 
     exit_layers, best_tokens = first.exit_layers.clone(), first.best_tokens.clone()
-    exit_layers[list(rows)] = second.exit_layers
+    exit_layers[list(rows)] = second.exit_layers.max()  # all layers
     best_tokens[places] = second.best_tokens
     return StepResult(logits, exit_layers, best_tokens, first.similarities)

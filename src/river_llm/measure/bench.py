@@ -17,7 +17,7 @@ from river_llm.config import SamplingConfig
 from river_llm.engines import CpuEngine, Engine, Step
 from river_llm.engines.native_core import usable_threads
 from river_llm.generate.rows import prefill
-from river_llm.generate.second_look import Again, run_step
+from river_llm.generate.second_look import SPAN, Again, run_step
 from river_llm.lm import RiverLM
 from river_llm.measure.bandwidth import BUFFER_BYTES, read_bandwidth
 from river_llm.measure.environment import describe_run
@@ -86,13 +86,17 @@ class Session:
         return [int(prefill(self.engine, *pair, policy).best_tokens[0]) for pair in pairs]
 
     def decode(
-        self, tokens: list[int], thresholds: Tensor, second_look: float | None = None
+        self,
+        tokens: list[int],
+        thresholds: Tensor,
+        second_look: float | None = None,
+        before: Sequence[Sequence[int]] = (),
     ) -> tuple[list[int], Tensor, Again]:
         """Append a token to each sequence: the next tokens, the exit layers `[batch]`, and which
-        sequences ran again."""
+        sequences ran again, with the tokens before."""
         step = Step(tokens, self._sequences, thresholds, range(len(tokens)))
         looks = [second_look] * len(tokens)
-        result, again = run_step(self.engine, step, looks, keep_logits=False)
+        result, again = run_step(self.engine, step, looks, before, keep_logits=False)
         return result.best_tokens.tolist(), result.exit_layers, again
 
     def step_bytes(
@@ -150,10 +154,14 @@ class EngineVariant:
         tokens = self._text.tokens(workload.batch, workload.context, 1)[:, 0].tolist()
         thresholds = torch.tensor(self._policy.thresholds(session.engine.num_layers))
         look = self._policy.second_look
+        texts = [[token] for token in tokens]
         steps = []
         start = time.perf_counter()
         for _ in range(workload.tokens):
-            tokens, exit_layers, again = session.decode(tokens, thresholds, look)
+            before = [text[-SPAN:-1] for text in texts]
+            tokens, exit_layers, again = session.decode(tokens, thresholds, look, before)
+            for i, token in enumerate(tokens):
+                texts[i] = [token] if i in again else [*texts[i][-SPAN:], token]
             steps.append((exit_layers, again))
         seconds = time.perf_counter() - start
         depths: list[list[int]] = [exit_layers.tolist() for exit_layers, _ in steps]

@@ -10,6 +10,7 @@ from statistics import median
 
 from river_llm.config import DraftConfig, SamplingConfig
 from river_llm.generate.rows import decode, new_sequence, prefill
+from river_llm.generate.second_look import tokens_before
 from river_llm.lm import RiverLM
 from river_llm.measure.rounds import Progress, Spread, interleaved
 from river_llm.river.policy import ExitPolicy
@@ -104,8 +105,9 @@ def _follow(
         agreed = int(int(step.best_tokens[0]) == answer[0])
         layers = 0
         start = time.perf_counter()
-        for token, next_token in pairwise(answer):
-            step = decode(engine, sequence, token, policy)
+        for place, (token, next_token) in enumerate(pairwise(answer), start=1):
+            before = tokens_before(engine, answer, place)
+            step = decode(engine, sequence, token, policy, before)
             agreed += int(step.best_tokens[0]) == next_token
             layers += int(step.exit_layers[0])
         seconds, steps = time.perf_counter() - start, len(answer) - 1

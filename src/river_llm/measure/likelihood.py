@@ -7,7 +7,7 @@ with a question in full precision it would be the backbone's own whatever the po
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,7 +105,7 @@ class LikelihoodScorer:
         width = self._engine.prefill_rows or len(rows)
         for first in range(0, len(rows), max(1, width)):
             owners, tokens = zip(*rows[first : first + width], strict=True)
-            self._run(tokens, owners, ())
+            self._run(tokens, owners, (), questions)
         self._held |= questions
 
     def _score_answers(self, candidates: dict[int, Candidate]) -> list[CandidateScore]:
@@ -113,6 +113,7 @@ class LikelihoodScorer:
         scores = [CandidateScore() for _ in candidates]
         for sequence in candidates:
             self._engine.truncate(sequence, len(self._held[sequence]))
+        texts = {sequence: one.token_ids for sequence, one in candidates.items()}
         width = max(1, _LOGIT_ROWS // len(candidates))
         longest = max(len(one.token_ids) - one.start for one in candidates.values())
         for first in range(0, longest, width):
@@ -126,7 +127,7 @@ class LikelihoodScorer:
                 for token in part[:-1]
             ]
             owners, tokens = zip(*rows, strict=True)
-            result = self._run(tokens, owners, range(len(rows)))
+            result = self._run(tokens, owners, range(len(rows)), texts)
             row = 0
             for score, part in zip(scores, parts, strict=True):
                 if targets := part[1:]:
@@ -139,10 +140,14 @@ class LikelihoodScorer:
         return scores
 
     def _run(
-        self, tokens: Sequence[int], sequences: Sequence[int], logit_rows: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[int],
+        logit_rows: Sequence[int],
+        texts: Mapping[int, Sequence[int]],
     ) -> StepResult:
         step = Step(tokens, sequences, self._thresholds, logit_rows)
-        return run_text(self._engine, step, self._second_look)
+        return run_text(self._engine, step, self._second_look, texts)
 
 
 def score_candidates(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from river_llm.engines import Engine, Step
 from river_llm.generate.rows import new_sequence, prefill
-from river_llm.generate.second_look import run_step, run_text
+from river_llm.generate.second_look import run_step, run_text, tokens_before
 from river_llm.river.policy import ExitPolicy
 
 _ROWS = 256  # whose logits are held at a time
@@ -72,7 +72,13 @@ def score_texts(
                 torch.cat([row[part] for row, part in zip(rows, parts, strict=True)]),
                 range(sum(counts)),
             )
-            result = run_text(engine, step, second_look)
+            result = run_text(
+                engine,
+                step,
+                second_look,
+                {s: text.tokens for s, text in zip(sequences, texts, strict=True)},
+                {s: text.first for s, text in zip(sequences, texts, strict=True)},
+            )
             row = 0
             for i, count in enumerate(counts):
                 logits[i].append(result.logits[row : row + count].clone())
@@ -114,9 +120,12 @@ def decode_seconds(
     with new_sequence(engine) as sequence:
         prefill(engine, sequence, tokens[:prompt], ExitPolicy.never())
         start = time.perf_counter()
-        for token, row in zip(tokens[prompt:], rows[prompt:], strict=True):
-            step = Step([token], [sequence], row, [0])
-            result, _ = run_step(engine, step, [second_look], keep_logits=False)
+        first = prompt
+        for place, row in enumerate(rows[prompt:], start=prompt):
+            step = Step([tokens[place]], [sequence], row, [0])
+            before = [tokens_before(engine, tokens, place + 1, first)]
+            result, again = run_step(engine, step, [second_look], before, keep_logits=False)
+            first = place + 1 if again else first
             result.best_tokens.tolist()
             depths.append(result.exit_layers)
         seconds = time.perf_counter() - start

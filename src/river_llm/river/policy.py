@@ -46,10 +46,10 @@ class ExitPolicy:
             ``"minimum"``: all together, by the smallest similarity (the paper's rule); padding has
             no say.
         second_look: a token that left, and whose margin is this or less, in (0, 1], runs once more
-            through the whole backbone, which overwrites its keys and values by exact ones and gives
-            the next token. The margin is 1 - p2 / p1 of the two most likely next tokens, before
-            temperature and logits processors; 1 looks again at every token. Of a prompt, its last
-            token only. None: there is no second look.
+            through the whole backbone, with up to seven tokens of the answer before it: that
+            overwrites their keys and values and gives the next token. The margin is 1 - p2 / p1 of
+            the two most likely next tokens, before temperature and logits processors; 1 looks again
+            at every token. Of a prompt, its last token only. None: there is no second look.
     """
 
     kind: PolicyKind = "never"
