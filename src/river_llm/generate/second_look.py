@@ -111,7 +111,7 @@ def run_text(
         step: without groups.
         second_look: of all its rows, see `ExitPolicy`.
         texts: of each sequence, what it holds and these rows.
-        firsts: of each, how many tokens are a prompt, which don't run again with others; None: none.
+        firsts: of each, how many tokens are a prompt, which don't run again with others.
     """
     if second_look is None:
         return engine.forward(step)
