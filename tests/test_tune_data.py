@@ -49,7 +49,8 @@ def step_by_step(lm: RiverLM, example: Example, policy: ExitPolicy) -> SequenceL
             layers.append(int(mine.exit_layers[-1]))
             theirs = prefill(lm.engine, of_backbone, prompt, None)
         else:
-            mine = decode(lm.engine, of_policy, tokens[place], policy)
+            before = tokens[max(example.prompt, place - 7) : place]
+            mine = decode(lm.engine, of_policy, tokens[place], policy, before)
             p, best = mine.logits[-1].double().log_softmax(-1).clone(), int(mine.best_tokens[-1])
             layers.append(int(mine.exit_layers[-1]))
             theirs = decode(lm.engine, of_backbone, tokens[place], None)
