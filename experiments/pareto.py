@@ -69,9 +69,13 @@ class Variant:
 
 
 def river_config(name: str, group_size: int) -> RiverConfig:
-    """``4bit``, ``4bit-gptq``, ``4bit-rtn``: the width, and how weights are quantised (HQQ)."""
+    """``4bit``, ``4bit-gptq``, ``4.5bit-gptq``: the width or, with a point, the average of widths,
+    and how weights are quantised (HQQ)."""
     width, _, quantizer = name.partition("bit")
-    return RiverConfig(int(width), group_size, quantizer.removeprefix("-") or "hqq")  # type: ignore[arg-type]
+    settings = {"group_size": group_size, "quantizer": quantizer.removeprefix("-") or "hqq"}
+    if "." in width:
+        return RiverConfig.of({"bits": "auto", "average_bits": float(width), **settings})
+    return RiverConfig.of({"bits": int(width), **settings})
 
 
 def plain_variants(
@@ -259,9 +263,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rivers",
         nargs="+",
-        default=["4bit-gptq", "6bit-gptq", "8bit", "4bit", "4bit-rtn"],
+        default=["4bit-gptq", "4.5bit-gptq", "5bit-gptq", "6bit-gptq", "8bit", "4bit", "4bit-rtn"],
         metavar="BITS",
-        help="4bit (HQQ), 4bit-gptq, 4bit-rtn and so on; exits take the first",
+        help="4bit (HQQ), 4bit-gptq, 4.5bit-gptq and so on; exits take the first",
     )
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)

@@ -192,7 +192,7 @@ class TestText:
         assert firsts == "a" + "b" * (NUM_SEQUENCES - 2) + "c"
 
     def test_too_short_a_text_is_refused(self, tiny_llama: PreTrainedModel) -> None:
-        with pytest.raises(ConfigError, match="has 9 tokens; give one of 3072"):
+        with pytest.raises(ConfigError, match="has 9 tokens; give one of 6144"):
             given_text("too short", tiny_llama, character_tokenizer())
 
 

@@ -80,6 +80,11 @@ class RiverConfig(Settings):
             raise ConfigError(f"average_bits goes with bits auto, not with {self.bits} bits")
 
     @property
+    def needs_text(self) -> bool:
+        """Whether a river is fitted to calibration text."""
+        return self.quantizer == "gptq" or self.bits == "auto"
+
+    @property
     def width(self) -> str:
         """Bits of a weight, or with auto their average: `4`, `4.5`."""
         return f"{self.average_bits or self.bits}"

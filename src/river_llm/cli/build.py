@@ -54,8 +54,7 @@ def build(
         _check_stands_alone(context)
     elif config.quantizer == "imported":
         raise usage_error("--quantizer imported is what --from CHECKPOINT makes; give that")
-    needs_text = config.quantizer == "gptq" or config.bits == "auto"
-    if calibrate is not None and not needs_text:
+    if calibrate is not None and not config.needs_text:
         raise usage_error("--calibrate goes with --quantizer gptq, or --bits auto")
     given = None if calibrate is None else read_text(calibrate)
     with LoadingProgress(f"loading {model}") as progress:
@@ -80,7 +79,7 @@ def build(
             text = None
             if given is not None:
                 text = given_text(given, backbone, tokenizer)
-            elif needs_text:
+            elif config.needs_text:
                 text = written_text(backbone, tokenizer, progress.text_written)
             river = River.build(backbone, config, progress.layers_built, text)
         seconds = time.perf_counter() - start

@@ -19,9 +19,9 @@ from river_llm.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUM_SEQUENCES = 48
-NUM_TOKENS = 256  # of a sequence
-_LEAST_SEQUENCES = 16  # below it the inputs of a layer have too few directions
+NUM_SEQUENCES = 96
+NUM_TOKENS = 128  # of a sequence
+_LEAST_SEQUENCES = 32  # below it the inputs of a layer have too few directions
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def written_text(
     progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Let the model write: token ids `[48, 256]`, or shorter where its context is.
+    """Let the model write: token ids `[96, 128]`, or shorter where its context is.
 
     Args:
         progress: called after each token of the sequences with (tokens done, tokens in all).
@@ -68,7 +68,7 @@ def _sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def given_text(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids `[sequences, tokens]` from all over a text, at most `[48, 256]`.
+    """Token ids `[sequences, tokens]` from all over a text, at most `[96, 128]`.
 
     Raises:
         ConfigError: it is too short.

@@ -126,8 +126,8 @@ def _load(
     if check is not None:
         check(model)
     if not isinstance(river, River):
-        is_calibrated = river is not None and river.quantizer == "gptq"
-        text = written_text(model, tokenizer) if is_calibrated else None
+        needs_text = river is not None and river.needs_text
+        text = written_text(model, tokenizer) if needs_text else None
         river = River.build(model, river, progress, text)
     return model, tokenizer, river
 

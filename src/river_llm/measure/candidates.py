@@ -11,7 +11,7 @@ from torch import Tensor
 from river_llm.river.policy import ExitPolicy
 
 _SHARES = 0.1, 1 / 3, 2 / 3  # of the layers, beside none of them
-_SECOND_LOOKS = 0.2, 0.5  # margins
+_SECOND_LOOKS = 0.2, 0.3, 0.4  # margins
 _BISECTIONS = 24
 _DIGITS = 4  # of a threshold, where they decide anything
 

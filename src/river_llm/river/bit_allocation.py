@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WIDTHS = (4, 5, 6, 8)
-_SEQUENCES = 16  # of the calibration text
+_SEQUENCES = 32  # of the calibration text
 
 
 @dataclass(frozen=True, slots=True)

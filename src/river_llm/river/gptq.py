@@ -23,7 +23,7 @@ from river_llm.river.quantize import BLOCK_ELEMENTS, SMALLEST_SCALE, QuantizedMa
 
 _DAMPING = 0.01  # of H's mean diagonal, added to it: H may be singular
 _BLOCK_COLUMNS = 64  # rounded between two updates of all columns behind them
-_RANGES = 8  # each from a group's whole range down to half of it
+_RANGES = 16  # each from a group's whole range down to half of it
 _REFITS = 2  # least-squares fits of scale and zero to the codes, for each range
 
 
