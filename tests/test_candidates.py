@@ -52,11 +52,11 @@ def test_rules_are_tried_at_the_depths_of_fixed_exits() -> None:
     seen = similarities()
     policies = candidate_policies(seen)
     depths = [policy.exit_layer for policy in policies if policy.kind == "fixed"]
-    assert depths == [0, 1, 4, 8, 0, 0]
+    assert depths == [0, 1, 4, 8, 0, 0, 0]
     assert [policy.second_look for policy in policies if policy.second_look] == [0.2, 0.3, 0.4]
     kinds = [policy.kind for policy in policies]
     assert (kinds.count("similarity"), kinds.count("thresholds")) == (3, 3)
-    for depth, policy in zip((1, 4, 8), policies[7::2], strict=True):
+    for depth, policy in zip((1, 4, 8), policies[8::2], strict=True):
         assert policy.kind == "thresholds"  # which reach every depth
         assert mean_depth(policy, seen) == pytest.approx(depth, abs=0.3)
     assert policies == candidate_policies(seen)
