@@ -205,7 +205,8 @@ class TestCommandLine:
         for name, options in (("own", ()), ("again", ()), ("file", ("--calibrate", text))):
             outcome = run("build", model, "-o", tmp_path / name, *settings, *options)
             assert outcome.exit_code == 0, outcome.stderr
-            assert "(gptq)" in outcome.stderr
+            origin = "text" if options else "the model's own text"
+            assert f"(gptq: {origin})" in outcome.stderr
             rivers.append(River.load(tmp_path / name))
         packed = [river.exit_layers[0]["mlp.up_proj"].packed for river in rivers]
         assert torch.equal(packed[0], packed[1])

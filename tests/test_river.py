@@ -22,8 +22,9 @@ from river_llm.config import BITS, RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.river import river as river_module
 from river_llm.river.backbone import decoder_layers, fingerprint
+from river_llm.river.manifest import MANIFEST_NAME, TENSORS_NAME
 from river_llm.river.quantize import quantize
-from river_llm.river.river import MANIFEST_NAME, TENSORS_NAME, River
+from river_llm.river.river import River
 
 LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from river_llm import ConfigError, ExitPolicy, River, RiverConfig
 from river_llm.config import EngineConfig
 from river_llm.errors import RiverFileError
-from river_llm.river.river import TUNED_NAME
+from river_llm.river.manifest import TUNED_NAME
 from river_llm.river.tuned import QualityBudget, Tuned, chosen_policy
 
 PER_LAYER = ExitPolicy.per_layer((float("inf"), 0.5, 0.75, float("-inf")))

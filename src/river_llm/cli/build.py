@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +82,9 @@ def build(
             elif config.needs_text:
                 text = written_text(backbone, tokenizer, progress.text_written)
             river = River.build(backbone, config, progress.layers_built, text)
+            if config.needs_text:
+                origin = "the model's own text" if calibrate is None else calibrate.name
+                river = replace(river, source=f"{config.quantizer}: {origin}")
         seconds = time.perf_counter() - start
         river.save(output)
     config = river.config

@@ -11,8 +11,6 @@ backbone's own and in neither.
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,18 +34,18 @@ from river_llm.river.backbone import (
 )
 from river_llm.river.bit_allocation import WIDTHS, allocate_bits, matrix_losses
 from river_llm.river.calibration import calibrated_exit_layers
+from river_llm.river.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TENSORS_NAME,
+    check_place,
+    read_manifest,
+)
 from river_llm.river.quantize import QuantizedMatrix, average_bits, quantize
-from river_llm.store import STAGING_PREFIX, atomic_write, file_digest, file_state
+from river_llm.store import atomic_write, file_digest, file_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FORMAT_VERSION = 3
-_READABLE = (2, 3)  # version 2 has one width for all matrices
-MANIFEST_NAME = "river.json"
-TENSORS_NAME = "river.safetensors"
-TUNED_NAME = "tuned.json"  # see `tuned`
-_OLD_NAME = "drafts.json"  # version 0.2.0 kept there what it had learnt about drafts
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
@@ -62,7 +60,8 @@ class River:
             (`self_attn.q_proj`) to its quantised weight.
         fingerprint: of the backbone's weights that it was made from.
         model_type: the backbone's architecture, `llama`.
-        source: method and name of the checkpoint that it was imported from.
+        source: method, and name of the checkpoint that it was imported from or of the calibration
+            text.
     """
 
     config: RiverConfig
@@ -166,7 +165,7 @@ class River:
         """
         directory = Path(directory).resolve()
         try:
-            _check_place(directory)
+            check_place(directory)
         except OSError as error:
             raise RiverFileError(f"can't write the river to {directory}: {error}") from error
         return directory
@@ -221,7 +220,7 @@ class River:
                 version.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory)
         rebuild = "build it again: river-llm build MODEL -o DIR"
         tensors_path = directory / TENSORS_NAME
         actual = tensors_path.stat().st_size if tensors_path.exists() else 0
@@ -269,7 +268,7 @@ class River:
             RiverFileError: there is no river, or one of another format version.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory)
         config = manifest.pop("config")
         try:
             state = file_state(directory / TENSORS_NAME)
@@ -315,83 +314,3 @@ def _quantize_layer(
     except ConfigError as error:
         raise ConfigError(f"{layer.name}.{name}: {error}") from error
     return exit_layer
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST_NAME
-    if not path.is_file():
-        raise RiverFileError(
-            f"{directory} holds no {MANIFEST_NAME}; build a river there: "
-            f"river-llm build MODEL -o {directory}"
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RiverFileError(
-            f"{path} is cut short, or no river's manifest; "
-            "build it again: river-llm build MODEL -o DIR"
-        ) from error
-    if version not in _READABLE:
-        raise RiverFileError(
-            f"{path} is of format version {version}, this release reads {FORMAT_VERSION}; "
-            "build it again: river-llm build MODEL -o DIR"
-        )
-    try:
-        manifest["config"] = RiverConfig.of(manifest["config"])
-        for key, kind in _MANIFEST_FIELDS.items():
-            if not isinstance(manifest[key], kind) or manifest[key] in (0, [], ""):
-                raise TypeError(key)
-        if not isinstance(manifest.get("source", ""), str):
-            raise TypeError("source")
-        manifest["bits"] = _saved_bits(manifest)
-    except (ConfigError, KeyError, TypeError) as error:
-        raise RiverFileError(
-            f"{path} is damaged ({error}); build it again: river-llm build MODEL -o DIR"
-        ) from error
-    return manifest
-
-
-def _saved_bits(manifest: dict[str, Any]) -> list[str]:
-    """Of each layer, the bits of each of `linears`, a digit each."""
-    width, num_linears = manifest["config"].bits, len(manifest["linears"])
-    if width != "auto":
-        return [str(width) * num_linears] * manifest["num_layers"]
-    bits: list[str] = manifest["bits"]
-    layer = re.compile(f"[{''.join(map(str, BITS))}]{{{num_linears}}}")
-    if len(bits) != manifest["num_layers"] or not all(map(layer.fullmatch, bits)):
-        raise TypeError("bits")
-    return bits
-
-
-_MANIFEST_FIELDS = {
-    "model_type": str,
-    "num_layers": int,
-    "linears": list,
-    "fingerprint": str,
-    "tensor_bytes": int,
-    "tensor_digest": str,
-}
-
-
-def _check_place(directory: Path) -> None:
-    if directory.is_dir():
-        others = sorted(entry.name for entry in directory.iterdir() if not _is_of_river(entry))
-        if others:
-            raise RiverFileError(
-                f"{directory} exists and holds other files than a river's, as {others[0]}, which "
-                "would be lost; choose a new directory"
-            )
-    elif directory.exists():
-        raise RiverFileError(f"{directory} exists and is a file; choose a new directory")
-    parent = next(path for path in directory.parents if path.exists())
-    if not parent.is_dir():
-        raise RiverFileError(f"{parent} is a file, so there can be no {directory}; choose another")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RiverFileError(f"{parent} can't be written to; choose another place for the river")
-
-
-def _is_of_river(entry: Path) -> bool:
-    """Whether something in a river's folder is the river's own."""
-    own = (MANIFEST_NAME, TENSORS_NAME, TUNED_NAME, _OLD_NAME)
-    return entry.name in own or entry.name.startswith(STAGING_PREFIX)

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 
 from river_llm.config import EngineConfig
 from river_llm.errors import ConfigError, RiverFileError
+from river_llm.river.manifest import TUNED_NAME
 from river_llm.river.policy import ExitPolicy
-from river_llm.river.river import TUNED_NAME, River
+from river_llm.river.river import River
 from river_llm.settings import is_number
 from river_llm.store import atomic_write
 
