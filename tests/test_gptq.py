@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_lm import character_tokenizer
 from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, mixed_bits, tiny_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -133,6 +134,15 @@ def test_matrices_that_share_inputs_share_bits(tiny_llama: PreTrainedModel) -> N
     assert all(matrix.is_consistent() for layer in river.exit_layers for matrix in layer.values())
 
 
+def test_inputs_that_are_too_much_alike_are_damped_more_or_refused() -> None:
+    hessian = torch.eye(64)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # no sum of squares has that, but for rounding
+    assert gptq(weights(4, 64), hessian.clone(), 4, 32).is_consistent()
+    hessian[0, 1] = hessian[1, 0] = 50
+    with pytest.raises(ConfigError, match="too much alike"):
+        gptq(weights(4, 64), hessian, 4, 32)
+
+
 def test_layers_are_as_they_were_when_one_fails(tiny_llama: PreTrainedModel) -> None:
     weight = tiny_llama.model.layers[2].mlp.up_proj.weight
     weight.data[0, 0] = torch.inf
@@ -182,6 +192,15 @@ class TestText:
         tiny_llama.lm_head.weight.data[5] = torch.nan
         with pytest.raises(LogitsError):
             written_text(tiny_llama, character_tokenizer())
+
+    def test_begins_as_the_tokenizer_begins_a_text(self, tiny_llama: PreTrainedModel) -> None:
+        tokenizer = character_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="! $A <end>", special_tokens=[("!", 0), ("<end>", tokenizer.eos_token_id)]
+        )
+        text = given_text("b" * 64 * 40, tiny_llama, tokenizer)
+        assert set(text[:, 0].tolist()) == {0}
+        assert not bool((text == tokenizer.eos_token_id).any())
 
     def test_given_is_from_all_over_it(self, tiny_llama: PreTrainedModel) -> None:
         tokenizer = character_tokenizer()

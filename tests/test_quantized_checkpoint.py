@@ -32,13 +32,15 @@ from safetensors.torch import load_file
 from tiny_models import fake_quantised
 from transformers import PreTrainedModel
 
-from river_llm import ExitPolicy, River
+from river_llm import ExitPolicy, River, RiverConfig
+from river_llm.errors import ModelLoadError
 from river_llm.load.gguf.file import GGUFTensor
 from river_llm.load.model import load_backbone
 from river_llm.load.quantized import Import, check_checkpoint, import_river
+from river_llm.load.quantized.against_backbone import in_river
 from river_llm.load.quantized.gguf_checkpoint import decode
 from river_llm.river.backbone import decoder_layers
-from river_llm.river.quantize import QuantizedMatrix
+from river_llm.river.quantize import QuantizedMatrix, quantize
 
 Kind = GGMLQuantizationType
 
@@ -297,3 +299,12 @@ class TestCommandLine:
     def test_nothing_else_is_imported(self, tmp_path: Path) -> None:
         outcome = run("build", "smollm2", "--quantizer", "imported", "-o", tmp_path / "r")
         outcome.check_fails(2, "--quantizer imported is what --from CHECKPOINT makes")
+
+
+def test_outputs_with_factors_of_their_own_are_refused() -> None:
+    own = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    coarse = quantize(own, RiverConfig(2, 32, "rtn")).dequantize()
+    assert in_river(coarse, own, 32).cosine > 0.7
+    factors = torch.linspace(0.6, 1.6, 64).unsqueeze(1)
+    with pytest.raises(ModelLoadError, match="outputs that are multiples of the backbone's"):
+        in_river(own * factors, own, 32)

@@ -91,7 +91,10 @@ def given_text(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """What the tokenizer puts before every text, as a BOS token: `[tokens]`."""
-    return torch.tensor(tokenizer("").input_ids, dtype=torch.long)
+    whole, plain = (tokenizer("a", add_special_tokens=added).input_ids for added in (True, False))
+    starts = range(len(whole) - len(plain) + 1)
+    end = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    return torch.tensor(whole[:end], dtype=torch.long)
 
 
 def _sequence_length(model: PreTrainedModel) -> int:

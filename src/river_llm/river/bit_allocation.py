@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WIDTHS = (4, 5, 6, 8)
-_SEQUENCES = 32  # of the calibration text
+_SEQUENCES = 32  # from all over the calibration text
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,8 @@ def matrix_losses(
     Raises:
         ConfigError: logits or gradients are not finite.
     """
-    text = token_ids[:_SEQUENCES]
+    places = torch.linspace(0, len(token_ids) - 1, min(_SEQUENCES, len(token_ids)))
+    text = token_ids[places.long()]
     generator = torch.Generator().manual_seed(0)
     watched = _WatchedProducts(layers, exit_layers)
     with watched.hooks(), _inputs_with_gradient(model), torch.enable_grad():

@@ -21,7 +21,7 @@ from river_llm.errors import ConfigError
 from river_llm.river.bit_packing import pack_codes
 from river_llm.river.quantize import BLOCK_ELEMENTS, SMALLEST_SCALE, QuantizedMatrix
 
-_DAMPING = 0.01  # of H's mean diagonal, added to it: H may be singular
+_DAMPINGS = (0.01, 0.1, 1.0)  # of H's mean diagonal, added to it: H may be singular
 _BLOCK_COLUMNS = 64  # rounded between two updates of all columns behind them
 _RANGES = 16  # each from a group's whole range down to half of it
 _REFITS = 2  # least-squares fits of scale and zero to the codes, for each range
@@ -35,7 +35,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantiz
             overwritten.
 
     Raises:
-        ConfigError: weights or inputs are not finite.
+        ConfigError: weights or inputs are not finite, or the inputs too few and alike.
     """
     weight = weight.detach().float()
     rows, columns = weight.shape
@@ -69,10 +69,16 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """U, upper triangular, with ``H^-1 = U^T U``; a column without inputs counts as one."""
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
-    diagonal += _DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    undamped, mean = diagonal.clone(), diagonal.mean()
+    for damping in _DAMPINGS:
+        diagonal.copy_(undamped + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if failed:
+            continue
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return factor
+    raise ConfigError("its inputs are too much alike; calibrate on more text, of more kinds")
 
 
 def _searched_grids(

@@ -16,6 +16,7 @@ from river_llm.river.quantize import QuantizedMatrix, quantize
 
 REQUANTIZED_BITS = 8  # enough to add nothing that counts to what 6 bits or fewer have lost
 _LEAST_COSINE = 0.7  # 2 bits have 0.8, other weights of the same shape next to 0
+_LARGEST_GAIN_SPREAD = 1.3  # 2 bits have 1.1
 # What another dtype may do to a norm's weight: relative to itself, and to the largest of all.
 _ROUNDING, _ROUNDING_OF_ALL = 2**-6, 2**-10
 
@@ -79,10 +80,24 @@ def in_river(weight: GroupedWeight | Tensor, own: Tensor, group_size: int) -> Im
             f"is another model's: the cosine between it and the backbone's weight is {cosine:.2f}; "
             "take a checkpoint of this very model"
         )
+    if _gain_spread(values, own.float()) > _LARGEST_GAIN_SPREAD:
+        raise ModelLoadError(
+            "has outputs that are multiples of the backbone's, as after AWQ of values; "
+            "take a checkpoint without such factors, or build a better river without "
+            "--from"
+        )
     if isinstance(weight, GroupedWeight) and weight.group_size % group_size == 0:
         return ImportedMatrix(weight.rounded(group_size), False, cosine)
     config = RiverConfig(REQUANTIZED_BITS, group_size)
     return ImportedMatrix(quantize(values, config), True, cosine)
+
+
+def _gain_spread(values: Tensor, own: Tensor) -> float:
+    """How much more of some rows of `own` there is in those of `values` than of others: the gains'
+    ninth decile over their first."""
+    gains = (values * own).sum(1) / own.square().sum(1).clamp(min=1e-30)
+    low, high = gains.quantile(torch.tensor([0.1, 0.9], device=gains.device)).tolist()
+    return float(high / low) if low > 0 else math.inf
 
 
 def _cosine(values: Tensor, own: Tensor) -> float:
