@@ -75,6 +75,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if failed:
             continue
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
             return factor
