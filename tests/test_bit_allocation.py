@@ -8,15 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, tiny_model
+from tiny_models import ARCHITECTURES, VOCABULARY, fake_quantised, mixed_bits, tiny_model
 from transformers import PreTrainedModel
 
 from river_llm import River, RiverConfig
+from river_llm.config import BITS
 from river_llm.errors import ConfigError
 from river_llm.river.backbone import decoder_layers
 from river_llm.river.bit_allocation import WIDTHS, MatrixLoss, allocate_bits, matrix_losses
 
 NARROW = RiverConfig(4, 32, "rtn")
+LINEARS = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+THREE = RiverConfig(3, 32, "rtn")
+AUTO = RiverConfig("auto", 32, "rtn")
+FOUR_BITS = dict.fromkeys(LINEARS, 4)
 TEXT = torch.randint(VOCABULARY, (16, 64), generator=torch.Generator().manual_seed(0))
 
 
@@ -105,3 +113,39 @@ def test_what_is_no_number_is_refused(tiny_llama: PreTrainedModel) -> None:
     tiny_llama.lm_head.weight.data[5] = torch.nan
     with pytest.raises(ConfigError, match="logits are no numbers"):
         matrix_losses(tiny_llama, layers, exit_layers, TEXT)
+
+
+def test_a_river_gives_each_matrix_its_bits(self, tiny_llama: PreTrainedModel) -> None:
+    bits = mixed_bits(tiny_llama)
+    river = River.build(tiny_llama, RiverConfig("auto", 32, "rtn"), bits=bits)
+    uniform = {width: River.build(tiny_llama, RiverConfig(width, 32, "rtn")) for width in BITS}
+    total = weights = 0
+    for index, layer in enumerate(river.exit_layers):
+        for name, matrix in layer.items():
+            width = bits[index][name]
+            assert matrix.bits == width
+            assert torch.equal(matrix.packed, uniform[width].exit_layers[index][name].packed)
+            total += width * matrix.shape[0] * matrix.shape[1]
+            weights += matrix.shape[0] * matrix.shape[1]
+    assert river.average_bits == total / weights
+
+
+@pytest.mark.parametrize(
+    ("config", "bits", "message"),
+    [
+        (AUTO, None, "bits auto needs calibration text"),
+        (THREE, [FOUR_BITS] * 4, "the river has 3 bits; bits of each matrix go with auto"),
+        (AUTO, [FOUR_BITS] * 3, "bits are to be given for self_attn.q_proj, .* of each layer"),
+        (AUTO, [*[FOUR_BITS] * 3, {"mlp.up_proj": 4}], "bits are to be given for"),
+        (AUTO, [*[FOUR_BITS] * 3, FOUR_BITS | {"mlp.up_proj": 7}], "no matrix has 7 bits"),
+    ],
+)
+def test_refuses_bits_that_do_not_fit(
+    self,
+    config: RiverConfig,
+    bits: list[dict[str, int]] | None,
+    message: str,
+    tiny_llama: PreTrainedModel,
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        River.build(tiny_llama, config, bits=bits)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tiny_models import mixed_bits, tiny_model
 from transformers import PreTrainedModel
 
-from river_llm.config import BITS, RiverConfig
+from river_llm.config import RiverConfig
 from river_llm.errors import ConfigError, RiverFileError
 from river_llm.river import river as river_module
 from river_llm.river.backbone import decoder_layers, fingerprint
@@ -32,7 +32,6 @@ LINEARS = [
 ]
 CONFIG = RiverConfig(bits=3, group_size=32, quantizer="rtn")
 AUTO = RiverConfig("auto", 32, "rtn")
-FOUR_BITS = dict.fromkeys(LINEARS, 4)
 BUILD_AND_SAVE = """
 import sys
 import torch
@@ -98,40 +97,6 @@ class TestBuilding:
         num_weights = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
         assert river.num_bytes == num_weights * 3 // 8 + 4 * num_weights // 32
         assert all(torch.equal(t, before[name]) for name, t in tiny_llama.state_dict().items())
-
-    def test_gives_each_matrix_its_bits(self, tiny_llama: PreTrainedModel) -> None:
-        bits = mixed_bits(tiny_llama)
-        river = River.build(tiny_llama, RiverConfig("auto", 32, "rtn"), bits=bits)
-        uniform = {width: River.build(tiny_llama, RiverConfig(width, 32, "rtn")) for width in BITS}
-        total = weights = 0
-        for index, layer in enumerate(river.exit_layers):
-            for name, matrix in layer.items():
-                width = bits[index][name]
-                assert matrix.bits == width
-                assert torch.equal(matrix.packed, uniform[width].exit_layers[index][name].packed)
-                total += width * matrix.shape[0] * matrix.shape[1]
-                weights += matrix.shape[0] * matrix.shape[1]
-        assert river.average_bits == total / weights
-
-    @pytest.mark.parametrize(
-        ("config", "bits", "message"),
-        [
-            (AUTO, None, "bits auto needs calibration text"),
-            (CONFIG, [FOUR_BITS] * 4, "the river has 3 bits; bits of each matrix go with auto"),
-            (AUTO, [FOUR_BITS] * 3, "bits are to be given for self_attn.q_proj, .* of each layer"),
-            (AUTO, [*[FOUR_BITS] * 3, {"mlp.up_proj": 4}], "bits are to be given for"),
-            (AUTO, [*[FOUR_BITS] * 3, FOUR_BITS | {"mlp.up_proj": 7}], "no matrix has 7 bits"),
-        ],
-    )
-    def test_refuses_bits_that_do_not_fit(
-        self,
-        config: RiverConfig,
-        bits: list[dict[str, int]] | None,
-        message: str,
-        tiny_llama: PreTrainedModel,
-    ) -> None:
-        with pytest.raises(ConfigError, match=f"^{message}"):
-            River.build(tiny_llama, config, bits=bits)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the system's account of memory")
     def test_and_saving_take_the_river_and_a_layer_at_most(self, tmp_path: Path) -> None:
