@@ -115,9 +115,9 @@ def test_what_is_no_number_is_refused(tiny_llama: PreTrainedModel) -> None:
         matrix_losses(tiny_llama, layers, exit_layers, TEXT)
 
 
-def test_a_river_gives_each_matrix_its_bits(self, tiny_llama: PreTrainedModel) -> None:
+def test_a_river_gives_each_matrix_its_bits(tiny_llama: PreTrainedModel) -> None:
     bits = mixed_bits(tiny_llama)
-    river = River.build(tiny_llama, RiverConfig("auto", 32, "rtn"), bits=bits)
+    river = River.build(tiny_llama, AUTO, bits=bits)
     uniform = {width: River.build(tiny_llama, RiverConfig(width, 32, "rtn")) for width in BITS}
     total = weights = 0
     for index, layer in enumerate(river.exit_layers):
@@ -141,7 +141,6 @@ def test_a_river_gives_each_matrix_its_bits(self, tiny_llama: PreTrainedModel) -
     ],
 )
 def test_refuses_bits_that_do_not_fit(
-    self,
     config: RiverConfig,
     bits: list[dict[str, int]] | None,
     message: str,
