@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_line import run
 
-from river_llm import RiverLM
+from river_llm import ExitPolicy, RiverLM
 from river_llm.river.tuned import Tuned
 
 pytest_plugins = ["cli_models"]
@@ -92,6 +94,89 @@ def test_a_budget_that_no_setting_keeps_is_answered(model: str, river: Path) -> 
     assert "never leave" in outcome.stdout
 
 
+@pytest.fixture
+def tuned(model: str, river: Path) -> Callable[..., None]:
+    """Tune the river to something by hand."""
+
+    def save(policy: ExitPolicy | None, **widths: int) -> None:
+        Tuned(
+            policy=policy,
+            budget="kld=0.5",
+            certified=None,
+            confidence=0.95,
+            sequences=0,
+            tokens=20,
+            cut_sequences=0,
+            loss=0.0,
+            held_out_loss=None,
+            speed_up=1.5,
+            data="notes.txt",
+            data_digest="abc",
+            seed=0,
+            widths={"backbone_bits": 16, "lm_head_bits": 16, "kv_bits": 16, **widths},
+            engine="cpu",
+            run={},
+        ).save(river)
+
+    return save
+
+
+def test_the_widths_of_the_measurement_are_told(
+    model: str, river: Path, tuned: Callable[..., None]
+) -> None:
+    tuned(ExitPolicy.fixed(2), kv_bits=8)
+    named = ("--model", model, "--river", river, "--policy", "tuned")
+    outcome = run("generate", "Hm", *named, "-n", 2, "--json")
+    assert outcome.json["kv_bits"] == 8
+    assert "the KV cache is in 8 bits: the answers are not exactly the model's" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "is_told"),
+    [(None, "never", False), (ExitPolicy.fixed(2, second_look=0.4), "fixed", True)],
+)
+def test_inspect_takes_what_was_tuned(
+    model: str,
+    river: Path,
+    tuned: Callable[..., None],
+    policy: ExitPolicy | None,
+    kind: str,
+    is_told: bool,
+) -> None:
+    tuned(policy)
+    outcome = run(
+        *("inspect", model, "--river", river, "--policy", "tuned"),
+        *("--text", "The river runs to the sea.", "--json"),
+    )
+    assert outcome.json["policy"]["kind"] == kind
+    assert ("second look is left out" in outcome.stderr) == is_told
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    river: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+
+    def denied(path: Path, mode: int) -> bool:
+        return access(path, mode) and not (Path(path) == river and mode & os.W_OK)
+
+    monkeypatch.setattr("os.access", denied)
+    outcome = run("tune", "no-such-model", "--river", river, *BUDGET)
+    outcome.check_fails(1, f"{river} can't be written to")
+
+
+def test_a_prompt_that_does_not_fit_is_named_by_its_place(other_model: str, tmp_path: Path) -> None:
+    river, prompts = tmp_path / "river", tmp_path / "prompts.txt"
+    assert run("build", other_model, "-o", river, "--quantizer", "hqq").exit_code == 0
+    lines = ["Name a river."] * 24
+    lines[16] = "water " * 200
+    prompts.write_text("\n".join(lines))
+    outcome = run("tune", other_model, "--river", river, *BUDGET, "--prompts", prompts)
+    assert outcome.exit_code == 1
+    assert outcome.stdout == ""
+    assert "prompt 17 of 24: the prompt has" in outcome.stderr
+
+
 def test_what_is_wrong_is_one_line(
     model: str, other_model: str, river: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -103,8 +188,8 @@ def test_what_is_wrong_is_one_line(
         (("--budget", "much"), 2, "the budget is 'much'; give kld=0.05, agreement=0.95 or"),
         (("--budget", "agreement=95"), 2, "agreement takes a share between 0 and 1"),
         (("--budget", "speed=500", *QUICK), 1, "no setting has 500 times the backbone's speed"),
-        ((*BUDGET, "--text", empty), 1, "empty.txt: 0 sequences"),
-        ((*BUDGET, "--text", short), 1, "needs 22, half of them to certify"),
+        ((*BUDGET, "--text", empty), 1, "empty.txt: 0 sequences of 128 tokens"),
+        ((*BUDGET, "--text", short), 1, "22, half of them to certify, 2816 tokens in all"),
         ((*BUDGET, "--text", text, "--prompts", text), 2, "--text or --prompts, not both"),
         ((*BUDGET, "--text", tmp_path / "none.txt"), 2, "none.txt"),
         ((*BUDGET, "--raw"), 2, "go with --prompts"),
@@ -113,6 +198,10 @@ def test_what_is_wrong_is_one_line(
         ((*BUDGET, "--tokens", 200_000), 1, "200000 tokens don't fit the model's context"),
     ]:
         run(*command, *options).check_fails(exit_code, words)
+    # known before anything is loaded
+    for options in (("--sequences", 21), ("--prompts", short)):
+        few = run("tune", "no-such-model", "--river", river, *BUDGET, *options)
+        few.check_fails(1, "needs 22, half of them to certify")
     run("tune", other_model, "--river", river, *BUDGET).check_fails(1, "built for other weights")
     nowhere = run("tune", model, "--river", tmp_path / "nothing", *BUDGET)
     nowhere.check_fails(1, "holds no river.json")

@@ -236,8 +236,8 @@ class TestCommandLine:
         [
             (b"text", ("--quantizer", "hqq"), 2, "--calibrate goes with --quantizer gptq"),
             (b"text", (), 1, "the calibration text has 1 tokens"),
-            (b"\xff\xfe", (), 1, "is no UTF-8 text"),
-            (None, (), 1, "can't be read as text"),
+            (b"\xff\xfe", (), 2, "is no UTF-8 text"),
+            (None, (), 2, "can't be read as text"),
         ],
     )
     def test_refuses_a_bad_text(

@@ -36,7 +36,7 @@ class KnownLosses(Texts):
     """A share of the mean that depends on the sequence; `spoilt` sequences lose much more."""
 
     def __init__(self, spoilt: Sequence[int] = (), count: int = COUNT, seed: int = 0) -> None:
-        super().__init__("known", [[1, 2, 3, i % 90] * 2 for i in range(count)])
+        super().__init__("known", [[1, 2, 3, i % 90] * 2 for i in range(count)], 8)
         self.asked: list[tuple[list[str], int]] = []
         self._spoilt = spoilt
         drawn = random.Random(seed)
@@ -142,6 +142,18 @@ class TestSpeed:
         certified = QualityBudget.parse(found.tuned.certified)
         assert 0.02 < certified.value < 0.03
         assert passes_of(found) == {"similarity > 0.5": True}
+
+    def test_what_is_just_as_fast_as_asked_for_is_chosen(self, lm: RiverLM) -> None:
+        assert tuned(lm, "speed=3").tuned.policy == ExitPolicy.fixed(0)  # there is no faster one
+
+    def test_no_smaller_budget_is_promised_than_was_tested(self, lm: RiverLM) -> None:
+        for seed in range(5):
+            found = tuned(lm, "speed=1.8", KnownLosses(seed=seed))
+            assert found.chosen.certificate is not None
+            assert found.tuned.certified is not None
+            promised = QualityBudget.parse(found.tuned.certified).value
+            tested = found.chosen.certificate.budget
+            assert tested <= promised < 1.001 * tested
 
     def test_lossless_mode_is_taken_where_it_is_as_fast(self, lm: RiverLM) -> None:
         found = tuned(lm, "speed=1.3")

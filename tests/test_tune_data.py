@@ -73,7 +73,7 @@ def test_losses_of_texts_are_those_of_single_steps(lm: RiverLM) -> None:
     policies = [ExitPolicy.fixed(0), ExitPolicy.fixed(2), MIXED, LOOK]
     settings = [Setting("river", lm, policy) for policy in policies]
     done: list[tuple[int, int]] = []
-    found = Texts("texts", TEXTS).losses(lm, settings, [2, 0], lambda *x: done.append(x))
+    found = Texts("texts", TEXTS, 30).losses(lm, settings, [2, 0], lambda *x: done.append(x))
     assert done == [(2, 8), (4, 8), (6, 8), (8, 8)]
     for of_setting, policy in zip(found, policies, strict=True):
         expected = [step_by_step(lm, Example(tuple(TEXTS[i])), policy) for i in (2, 0)]
@@ -159,12 +159,14 @@ def test_a_split_has_every_sequence_once() -> None:
 
 
 def test_too_few_sequences_say_how_many_are_needed() -> None:
-    check_count(Texts("notes.txt", [[1, 2]] * 22), 11)
-    message = r"notes\.txt: 21 sequences of 2 tokens; .* needs 22, half of them to certify"
+    check_count("notes.txt", 22, 64, 11)
+    message = (
+        r"notes\.txt: 21 sequences of 64 tokens; .* needs 22, half of them to certify, 1408 tokens"
+    )
     with pytest.raises(DataError, match=message):
-        check_count(Texts("notes.txt", [[1, 2]] * 21), 11)
+        check_count("notes.txt", 21, 64, 11)
 
 
 def test_a_digest_tells_tokens_apart() -> None:
-    assert Texts("a", [[1, 2], [3]]).digest != Texts("a", [[1], [2, 3]]).digest
-    assert Texts("a", [[1, 2]]).digest == Texts("b", [[1, 2]]).digest
+    assert Texts("a", [[1, 2], [3]], 2).digest != Texts("a", [[1], [2, 3]], 2).digest
+    assert Texts("a", [[1, 2]], 2).digest == Texts("b", [[1, 2]], 2).digest

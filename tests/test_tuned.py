@@ -50,7 +50,12 @@ def folder(tiny_river: River, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "loss", "largest"),
-    [("kld=0.05", 0.05, float("inf")), ("agreement=0.95", 0.05, 1)],
+    [
+        ("kld=0.05", 0.05, float("inf")),
+        ("kld=0.05000004", 0.05000004, float("inf")),
+        ("kld=1", 1, float("inf")),
+        ("agreement=0.95", 0.05, 1),
+    ],
 )
 def test_a_budget_is_parsed(text: str, loss: float, largest: float) -> None:
     budget = QualityBudget.parse(text)
@@ -70,6 +75,7 @@ def test_a_budget_is_parsed(text: str, loss: float, largest: float) -> None:
         ("kld=inf", "the budget is kld=inf; kld takes"),
         ("agreement=95", "agreement takes a share between 0 and 1, as agreement=0.95"),
         ("agreement=1", "agreement takes a share"),
+        ("agreement=1e-17", "agreement takes a share"),  # its loss would be 1
         ("speed=1", "speed takes a ratio above 1"),
         ("speed=inf", "speed takes a ratio above 1"),
     ],
@@ -118,6 +124,8 @@ def test_a_river_that_is_built_anew_is_not_tuned(folder: Path, tiny_river: River
         ({"policy": 3}, "is damaged"),
         ({"budget": "much"}, "is damaged .*budget is 'much'"),
         ({"widths": {"kv_bits": 16}}, "is damaged"),
+        ({"speed_up": "x"}, "is damaged .*speed_up is 'x'"),
+        ({"held_out_loss": "x"}, "is damaged .*held_out_loss is 'x'"),
         ({"speed": 3}, "is damaged .*unexpected keyword argument 'speed'"),
     ],
 )

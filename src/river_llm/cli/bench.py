@@ -138,7 +138,7 @@ def _load(
     from river_llm.river.policy import ExitPolicy
 
     if shape is None:
-        lm = load(model, river, None if lossless else ExitPolicy.never(), config)
+        lm, config = load(model, river, None if lossless else ExitPolicy.never(), config)
         described = describe_loaded(model, river, config, lm)
         if isinstance(lm.engine, CacheAccess):
             described["fingerprint"] = lm.engine.cache_identity([0])

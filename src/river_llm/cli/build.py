@@ -12,10 +12,9 @@ import typer
 from river_llm.cli import options
 from river_llm.cli.loading import prepare_torch
 from river_llm.cli.settings_options import with_settings
-from river_llm.cli.usage import usage_error
+from river_llm.cli.usage import read_given, usage_error
 from river_llm.config import EngineConfig, RiverConfig
 from river_llm.sizes import format_bytes
-from river_llm.text.utf8 import read_text
 
 _RIVER = RiverConfig(quantizer="gptq")
 
@@ -56,7 +55,7 @@ def build(
         raise usage_error("--quantizer imported is what --from CHECKPOINT makes; give that")
     if calibrate is not None and not config.needs_text:
         raise usage_error("--calibrate goes with --quantizer gptq, or --bits auto")
-    given = None if calibrate is None else read_text(calibrate)
+    given = None if calibrate is None else read_given(calibrate)
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
         from river_llm.load.calibration_text import given_text, written_text

@@ -53,7 +53,7 @@ def chat(
     check_stdin()
     check_mode(policy, engine, drafts)
     check_prompt_cache(prompt_cache, policy)
-    lm = load(model, saved_or_new(river, config), policy.exit_policy(), engine, drafts)
+    lm, _ = load(model, saved_or_new(river, config), policy.exit_policy(), engine, drafts)
     if not lm.tokenizer.chat_template:
         raise ConfigError(f"{model} has no chat template; use river-llm generate --raw")
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm)

@@ -13,7 +13,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import describe_loaded, load, saved_or_new
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json
-from river_llm.cli.usage import usage_error
+from river_llm.cli.usage import read_given, usage_error
 from river_llm.config import (
     DEFAULT_MODEL,
     DraftConfig,
@@ -22,8 +22,7 @@ from river_llm.config import (
     RiverConfig,
     SamplingConfig,
 )
-from river_llm.errors import DataError, InterruptedRunError
-from river_llm.text.utf8 import read_text
+from river_llm.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from river_llm.lm import RiverLM
@@ -62,7 +61,7 @@ def check_exact(
         raise usage_error("lossless mode verifies with the whole backbone: leave out --no-miss")
     texts = read_prompts(prompts)[:limit]
     built = saved_or_new(river, config)
-    lm = load(model, built, None, engine, drafts)
+    lm, engine = load(model, built, None, engine, drafts)
     from river_llm.cli.progress import LoadingProgress
     from river_llm.measure.exactness import check_exactness
 
@@ -99,10 +98,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         typer.Exit: it can't be read, or holds none.
     """
-    try:
-        lines = [line for line in read_text(path).split("\n") if line.strip()]
-    except DataError as error:
-        raise usage_error(str(error)) from error
+    lines = [line for line in read_given(path).split("\n") if line.strip()]
     if not lines:
         raise usage_error(f"{path} holds no prompt; put one on each line")
     if path.suffix != ".jsonl":

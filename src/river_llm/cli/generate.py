@@ -72,7 +72,7 @@ def generate(
     if sampling.seed is None and sampling.temperature > 0:  # one that can be told
         sampling = replace(sampling, seed=secrets.randbits(32))
     built = saved_or_new(river, config)
-    lm = load(model, built, policy.exit_policy(), engine, drafts)
+    lm, engine = load(model, built, policy.exit_policy(), engine, drafts)
     token_ids = lm.encode(prompt, form)
     cache = None if prompt_cache is None else PromptCache(prompt_cache, lm)
     settings = {

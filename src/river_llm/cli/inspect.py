@@ -14,7 +14,7 @@ from river_llm.cli import options
 from river_llm.cli.loading import load_attached, saved_or_new
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json, read_stdin
-from river_llm.cli.usage import check_plot, check_text, usage_error
+from river_llm.cli.usage import check_plot, check_text, read_given, usage_error
 from river_llm.config import (
     DEFAULT_MODEL,
     DEFAULT_THRESHOLD,
@@ -22,9 +22,7 @@ from river_llm.config import (
     PolicyConfig,
     RiverConfig,
 )
-from river_llm.errors import DataError
 from river_llm.sizes import format_bytes
-from river_llm.text.utf8 import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,10 +95,7 @@ def _read_text(text: str | None, text_file: Path | None) -> str | None:
     if text is not None and text_file is not None:
         raise usage_error("give --text or --text-file, not both")
     if text_file is not None:
-        try:
-            text = read_text(text_file)
-        except DataError as error:
-            raise usage_error(str(error)) from error
+        text = read_given(text_file)
     elif text == "-":
         text = read_stdin()
     if text is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,9 @@ def load(
     policy: NamedPolicy,
     engine: EngineConfig,
     drafts: DraftConfig | None = None,
-) -> RiverLM:
-    """The model with its river and the engine that runs them; notes go to stderr.
+) -> tuple[RiverLM, EngineConfig]:
+    """The model with its river and the engine that runs them, and its settings, those of a tuned
+    river included; notes go to stderr.
 
     Raises:
         RiverError: see `RiverLM.from_pretrained`.
@@ -64,9 +66,11 @@ def load(
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
         from river_llm.lm import RiverLM
+        from river_llm.river.tuned import chosen_policy
 
+        chosen, engine = chosen_policy(policy, river, engine)
         lm = RiverLM.from_pretrained(
-            model, river, policy, progress=progress.layers_built, **engine.to_dict()
+            model, river, chosen, progress=progress.layers_built, **engine.to_dict()
         )
     if drafts is not None and lm.policy is None:
         from river_llm.generate import check_drafts
@@ -74,7 +78,7 @@ def load(
         check_drafts(lm.engine, drafts)
     for note in _notes(lm, engine):
         print(f"river-llm: {note}", file=sys.stderr)
-    return lm
+    return lm, engine
 
 
 def _notes(lm: RiverLM, config: EngineConfig) -> list[str]:
@@ -104,7 +108,8 @@ def _notes(lm: RiverLM, config: EngineConfig) -> list[str]:
 def load_attached(
     model: str, river: Path | RiverConfig, policy: NamedPolicy, engine: EngineConfig
 ) -> tuple[AttachedRiver, PreTrainedTokenizerBase]:
-    """The model of `transformers` with its river attached, and its tokenizer.
+    """The model of `transformers` with its river attached, and its tokenizer; nothing runs twice
+    there, so a second look is left out, with a note on stderr.
 
     Raises:
         RiverError: see `load_with_river`.
@@ -114,10 +119,17 @@ def load_attached(
     with LoadingProgress(f"loading {model}") as progress:
         prepare_torch(engine)
         from river_llm.load.pretrained import load_with_river
+        from river_llm.river.policy import ExitPolicy
         from river_llm.river.tuned import chosen_policy
 
         chosen, engine = chosen_policy(policy, river, engine)
-        return load_with_river(model, river, chosen, engine, progress.layers_built)
+        chosen = chosen or ExitPolicy.never()
+        looks_again = chosen.second_look is not None
+        chosen = replace(chosen, second_look=None)
+        loaded = load_with_river(model, river, chosen, engine, progress.layers_built)
+    if looks_again:
+        print("river-llm: the policy's second look is left out here", file=sys.stderr)
+    return loaded
 
 
 def prepare_torch(engine: EngineConfig) -> None:

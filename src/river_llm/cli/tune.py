@@ -16,10 +16,9 @@ from river_llm.cli.imports import import_libraries
 from river_llm.cli.loading import describe_loaded, load
 from river_llm.cli.settings_options import with_settings
 from river_llm.cli.streams import print_json
-from river_llm.cli.usage import check_plot, usage_error
+from river_llm.cli.usage import check_plot, read_given, usage_error
 from river_llm.config import DEFAULT_MODEL, EngineConfig, PromptConfig, TuneConfig
-from river_llm.errors import ConfigError, DataError
-from river_llm.text.utf8 import read_text
+from river_llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from river_llm.lm import RiverLM
@@ -73,33 +72,45 @@ def tune(
     check_plot(plot)
     import_libraries()
     from river_llm.cli.progress import LoadingProgress
+    from river_llm.measure.tune import sequences_to_certify
     from river_llm.measure.tune import tune as tune_model
-    from river_llm.river.tuned import WIDTHS, QualityBudget
+    from river_llm.measure.tune_data import WRITTEN, check_count
+    from river_llm.river.tuned import WIDTHS, QualityBudget, Tuned
 
     try:
         asked = QualityBudget.parse(budget)
-        given = None if text is None else read_text(text)
-    except (ConfigError, DataError) as error:
+    except ConfigError as error:
         raise usage_error(str(error)) from error
+    given = None if text is None else read_given(text)
     questions = None if prompts is None else read_prompts(prompts)[: config.sequences]
-    lms = {str(one): load(model, one, _never(), engine) for one in dict.fromkeys(river)}
+    source = text or prompts
+    count = config.sequences if questions is None else len(questions)
+    name = WRITTEN if source is None else source.name
+    check_count(name, count, config.tokens, sequences_to_certify(asked, config))
+    for one in river:
+        Tuned.check_place(one)
+    lms = {str(one): load(model, one, _never(), engine)[0] for one in dict.fromkeys(river)}
     (first, backbone), *_ = lms.items()
     with LoadingProgress(f"tuning {model}") as progress:
         data = _data(backbone, config, form, text, given, prompts, questions, progress.phase_done)
         widths = {name: getattr(engine, name) for name in WIDTHS}
         found = tune_model(lms, data, asked, config, widths, progress.phase_done)
-    folder = Path(found.chosen.setting.river)
-    found.tuned.save(folder)
-    if plot is not None:
-        from river_llm.measure.plots import plot_tuning
-
-        plot_tuning(found, asked, shlex.join(["river-llm", *sys.argv[1:]]), plot)
     if json_output:
         described = describe_loaded(model, Path(first), engine, backbone)
         del described["river"], described["river_directory"]
         print_json({**described, **_describe(found)})
     else:
         _print(found)
+    folder = Path(found.chosen.setting.river)
+    found.tuned.save(folder)
+    if not json_output:
+        from river_llm.cli.render import stdout
+
+        stdout.print(f"it is saved with the river: --river {folder} --policy tuned")
+    if plot is not None:
+        from river_llm.measure.plots import plot_tuning
+
+        plot_tuning(found, asked, shlex.join(["river-llm", *sys.argv[1:]]), plot)
 
 
 def _never() -> Any:
@@ -118,12 +129,16 @@ def _data(
     questions: Any,
     progress: Any,
 ) -> TuneData:
+    from river_llm.generate.generator import check_prompt
     from river_llm.measure.tune_data import Prompts, given_texts, written_texts
 
     count, length = config.sequences, config.tokens
     if questions is not None:
         assert prompts is not None
         encoded = [lm.encode(question, form) for question in questions]
+        for number, tokens in enumerate(encoded, 1):
+            whose = f"prompt {number} of {len(encoded)}: "
+            check_prompt(len(tokens), lm.engine.context_length, whose)
         return Prompts(f"answers to {prompts.name}", encoded, length)
     if given is not None:
         assert text is not None
@@ -143,6 +158,7 @@ def _describe(found: Tuning) -> dict[str, Any]:
 def _print(found: Tuning) -> None:
     """The table of what was measured, and what was chosen."""
     from river_llm.cli.render import print_whole, stdout, tuning_table
+    from river_llm.measure.certificate import CUT
 
     print_whole(tuning_table(found))
     if found.slower:
@@ -151,7 +167,6 @@ def _print(found: Tuning) -> None:
     stdout.print(f"{river}: {tuned.describe()}")
     if tuned.cut_sequences:
         stdout.print(
-            f"{tuned.cut_sequences} of {tuned.sequences} sequences lost more than four times the "
-            "budget, and count as that much"
+            f"{tuned.cut_sequences} of {tuned.sequences} sequences lost more than {CUT:g} times "
+            "the budget, and count as that much"
         )
-    stdout.print(f"it is saved with the river: --river {river} --policy tuned")

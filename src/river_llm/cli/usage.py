@@ -8,6 +8,9 @@ from pathlib import Path
 
 import typer
 
+from river_llm.errors import DataError
+from river_llm.text.utf8 import read_text
+
 
 def usage_error(message: str) -> typer.Exit:
     """Wrong usage, said on stderr."""
@@ -49,6 +52,18 @@ def check_text(name: str, text: str) -> None:
     """
     if not is_text(text):
         raise usage_error(f"{name} is no UTF-8 text; convert it first")
+
+
+def read_given(path: Path) -> str:
+    """The text of a file that an option names.
+
+    Raises:
+        typer.Exit: it can't be read, or is no text.
+    """
+    try:
+        return read_text(path)
+    except DataError as error:
+        raise usage_error(str(error)) from error
 
 
 def check_plot(plot: Path | None) -> None:

@@ -92,18 +92,16 @@ def certify_in_order(
             return
 
 
-def smallest_budget(
-    losses: Sequence[float], confidence: float, largest: float = math.inf
-) -> Certificate | None:
+def smallest_budget(losses: Sequence[float], confidence: float) -> Certificate | None:
     """The test at the smallest budget that passes; None if there is none.
 
     Budgets are tested from large to small, each 2 % below the one before, until one fails.
     Who keeps to one keeps to every larger one, so this is fixed-sequence testing again, and the
     confidence is that of a single test.
     """
-    best, budget = None, min(_BUDGETS[0], largest / _FINER)
+    best, budget = None, _BUDGETS[0]
     while budget > _BUDGETS[1]:
-        certificate = certify(losses, budget, confidence, largest)
+        certificate = certify(losses, budget, confidence)
         if not certificate.passes:
             break
         best, budget = certificate, budget / _FINER

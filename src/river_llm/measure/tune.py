@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import ROUND_CEILING, Context
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -44,6 +45,7 @@ from river_llm.river.policy import ExitPolicy
 from river_llm.river.tuned import WIDTHS, QualityBudget, Tuned
 
 _PROMPT = 16  # tokens of a text before those whose decoding is timed
+_ROUND_UP = Context(prec=4, rounding=ROUND_CEILING)  # what wasn't tested isn't promised
 _HOPELESS = 1.5  # times the budget: settings that lost more aren't tried on the next sequences
 
 
@@ -132,7 +134,7 @@ def tune(
         DataError: there are too few sequences for a certificate.
         RiverError: a sequence doesn't fit the context, or logits are no numbers.
     """
-    check_count(data, least_sequences(budget.loss, config.confidence, budget.largest_loss))
+    check_count(data.name, len(data), data.tokens, sequences_to_certify(budget, config))
     learning, certifying, held_out = split_places(len(data), config.seed)
     backbone = next(iter(lms.values()))
     examples = data.examples(backbone, learning)
@@ -157,6 +159,11 @@ def tune(
     (left,) = _losses(data, backbone, [chosen.setting], held_out, partial(progress, "held out"))
     tuned = _tuned(chosen, left, data, budget, config, widths)
     return Tuning(measured, slower, chosen, tuned, len(held_out))
+
+
+def sequences_to_certify(budget: QualityBudget, config: TuneConfig) -> int:
+    """How many are needed at least."""
+    return least_sequences(budget.loss, config.confidence, budget.largest_loss)
 
 
 def _settings(lms: Mapping[str, RiverLM], examples: Sequence[Example]) -> list[Setting]:
@@ -246,8 +253,12 @@ def _fast_enough(
             f"{speeds[best].median:.2f} ({settings[best].name}, {settings[best].river})"
         )
     exact = max(speeds[i].median for i, one in enumerate(settings) if _is_exact(one))
-    least = max(exact, budget.value) if budget.measure == "speed" else exact
-    kept = [i for i, one in enumerate(settings) if _is_exact(one) or speeds[i].median > least]
+    asked = budget.value if budget.measure == "speed" else 0.0
+    kept = [
+        i
+        for i, one in enumerate(settings)
+        if _is_exact(one) or (speeds[i].median > exact and speeds[i].median >= asked)
+    ]
     return [settings[i] for i in kept], [speeds[i] for i in kept], len(settings) - len(kept)
 
 
@@ -335,7 +346,7 @@ def _tuned(
     test, setting = chosen.certificate, chosen.setting
     certified = None
     if test is not None and budget.measure == "speed":
-        certified = f"kld={test.budget:.4g}"
+        certified = f"kld={float(_ROUND_UP.create_decimal(test.budget)):g}"
     elif test is not None:
         certified = budget.describe()
     is_agreement = budget.measure == "agreement"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, steps in all)
 
+WRITTEN = "text that the model writes"
 _NEVER = ExitPolicy.never()
 _WRITTEN_TOGETHER, _SCORED_TOGETHER = 32, 8  # sequences
 _SEED_OFFSET = 1_000_003  # from the seeds that calibration text is written with
@@ -117,9 +118,9 @@ class TuneData(Protocol):
 class Texts:
     """Given texts; see `TuneData`."""
 
-    def __init__(self, name: str, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(self, name: str, sequences: Sequence[Sequence[int]], tokens: int) -> None:
         self.name = name
-        self.tokens = max(map(len, sequences), default=0)
+        self.tokens = tokens
         self._examples = [Example(tuple(tokens)) for tokens in sequences]
 
     def __len__(self) -> int:
@@ -208,7 +209,7 @@ def given_texts(
         if len(windows) > count
         else windows
     )
-    return Texts(name, [[*prefix, *window] for window in taken])
+    return Texts(name, [[*prefix, *window] for window in taken], length)
 
 
 def written_texts(lm: RiverLM, count: int, length: int, seed: int, progress: Progress) -> Texts:
@@ -240,7 +241,7 @@ def written_texts(lm: RiverLM, count: int, length: int, seed: int, progress: Pro
             for sequence in sequences:
                 engine.drop_sequence(sequence)
         written += texts
-    return Texts("text that the model writes", written)
+    return Texts(WRITTEN, written, length)
 
 
 def split_places(count: int, seed: int) -> tuple[list[int], list[int], list[int]]:
@@ -252,17 +253,18 @@ def split_places(count: int, seed: int) -> tuple[list[int], list[int], list[int]
     return places[:quarter], places[quarter:-quarter], places[-quarter:]
 
 
-def check_count(data: TuneData, certifying: int) -> None:
-    """Validate that half of the data are so many sequences.
+def check_count(name: str, count: int, tokens: int, certifying: int) -> None:
+    """Validate that half of so many sequences are `certifying`.
 
     Raises:
         DataError: they aren't.
     """
-    if len(data) < 2 * certifying:
+    needed = 2 * certifying
+    if count < needed:
         raise DataError(
-            f"{data.name}: {len(data)} sequences of {data.tokens} tokens; a certificate at this "
-            f"confidence needs {2 * certifying}, half of them to certify: give more, or lower "
-            "--confidence"
+            f"{name}: {count} sequences of {tokens} tokens; a certificate at this confidence needs "
+            f"{needed}, half of them to certify, {needed * tokens} tokens in all: give more, or "
+            "lower --confidence"
         )
 
 

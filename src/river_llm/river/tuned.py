@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from river_llm.store import atomic_write
 Measure = Literal["kld", "agreement", "speed"]
 NamedPolicy = ExitPolicy | Literal["tuned"] | None  # None: lossless mode
 WIDTHS = ("backbone_bits", "lm_head_bits", "kv_bits")
+_NUMBERS = ("confidence", "sequences", "tokens", "cut_sequences", "loss", "speed_up", "seed")
 _FORMAT_VERSION = 1
 _AGAIN = "tune it again: river-llm tune MODEL --river DIR --budget kld=0.05"
 
@@ -42,7 +44,10 @@ class QualityBudget:
     def __post_init__(self) -> None:
         allowed = {
             "kld": (0 < self.value < 100, "a number of nats above 0, as kld=0.05"),
-            "agreement": (0 < self.value < 1, "a share between 0 and 1, as agreement=0.95"),
+            "agreement": (
+                0 < self.value < 1 and self.loss < 1,
+                "a share between 0 and 1, as agreement=0.95",
+            ),
             "speed": (1 < self.value < math.inf, "a ratio above 1, as speed=2.0"),
         }
         if not allowed[self.measure][0]:
@@ -80,8 +85,8 @@ class QualityBudget:
         return 1.0 if self.measure == "agreement" else math.inf
 
     def describe(self) -> str:
-        """As it is parsed."""
-        return f"{self.measure}={self.value:g}"
+        """As it is parsed, to the last digit."""
+        return f"{self.measure}={float(self.value)!r}".removesuffix(".0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,20 @@ class Tuned:
         """Plain JSON values."""
         policy = None if self.policy is None else self.policy.to_dict()
         return {**asdict(self), "policy": policy}
+
+    @staticmethod
+    def check_place(directory: Path) -> None:
+        """Validate that there is a river that `save` can write to.
+
+        Raises:
+            RiverFileError: there is none, or its folder can't be written to.
+        """
+        _river_digest(directory)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise RiverFileError(
+                f"{directory} can't be written to, and what is tuned is kept there; copy the river "
+                "to another place"
+            )
 
     def save(self, directory: Path) -> None:
         """Write it into a river's folder, whole or not at all.
@@ -182,6 +201,9 @@ class Tuned:
         QualityBudget.parse(self.budget)
         if not all(is_number(self.widths[name]) for name in WIDTHS):
             raise TypeError("widths")
+        for name in _NUMBERS if self.held_out_loss is None else (*_NUMBERS, "held_out_loss"):
+            if not is_number(getattr(self, name)):
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
 
     def check_settings(self, config: EngineConfig) -> EngineConfig:
         """Settings with the widths that it was measured with, where they name none.
