@@ -48,12 +48,18 @@ def engine(lm: RiverLM) -> Engine:
     return lm.engine
 
 
+def tokens_before(text: Sequence[int], start: int, end: int) -> Sequence[int]:
+    """What runs again with a text's token at `end - 1`: none of the question with the answer."""
+    return text[max(end - 8, start if end >= start else 0) : end - 1]
+
+
 def step_by_step(engine: Engine, policy: ExitPolicy | None, candidate: Candidate) -> CandidateScore:
     """The plain reference: one token after the other."""
     (sequence,) = begin(engine)
     total, layers, is_greedy = 0.0, [], True
     for place, (token, target) in enumerate(pairwise(candidate.token_ids), start=1):
-        step = decode(engine, sequence, token, policy, candidate.token_ids[:place][-8:-1])
+        before = tokens_before(candidate.token_ids, candidate.start, place)
+        step = decode(engine, sequence, token, policy, before)
         if place >= candidate.start:
             total += float(step.logits[0].double().log_softmax(-1)[target])
             layers.append(int(step.exit_layers[0]))
@@ -92,7 +98,8 @@ def test_an_answer_is_known_as_the_greedy_one(engine: Engine, policy: ExitPolicy
     (sequence,) = begin(engine)
     text = list(QUESTION)
     for end in range(1, len(QUESTION) + 5):
-        step = decode(engine, sequence, text[end - 1], policy, text[:end][-8:-1])
+        before = tokens_before(text, len(QUESTION), end)
+        step = decode(engine, sequence, text[end - 1], policy, before)
         if end >= len(QUESTION):
             text.append(int(step.best_tokens[0]))
     answer = text[len(QUESTION) : -1]
@@ -108,7 +115,7 @@ def test_scores_do_not_depend_on_how_many_rows_a_step_has(
 ) -> None:
     engine = make_lm().engine
     expected = LikelihoodScorer(engine, MIXED).score(ITEMS)
-    monkeypatch.setattr(likelihood, "_LOGIT_ROWS", rows)
+    monkeypatch.setattr(likelihood, "LOGIT_ROWS", rows)
     monkeypatch.setattr(type(engine), "prefill_rows", rows)
     spy = RowSpy(engine, monkeypatch)
     found = LikelihoodScorer(engine, MIXED).score(ITEMS)
@@ -131,6 +138,28 @@ def test_a_prefix_that_items_share_runs_once(
         check_equal(scorer.score([item])[0], steps)
     # the question's first token and twice its second one, which differ
     assert sum(spy.rows) == 30 + 3 * (1 + 2)
+
+
+def test_scores_do_not_depend_on_what_was_scored_before(engine: Engine) -> None:
+    """Second looks at an answer leave its question alone, those at a question its prefix."""
+    policy = ExitPolicy.fixed(1, second_look=0.99)  # at some tokens of the tiny model
+    questions = [QUESTION, QUESTION[:8], (*QUESTION[:8], 60, 61, 62), (*QUESTION, 63)]
+    items = [
+        [Candidate((*question, *answer), len(question)) for answer in ([30, 31], [32, 33, 34], [9])]
+        for question in questions
+    ]
+    alone = {
+        one: LikelihoodScorer(engine, policy).score([[one]])[0][0] for item in items for one in item
+    }
+    assert {layer for score in alone.values() for layer in score.exit_layers} == {1, 4}
+    for order in (items, items[::-1], [item[::-1] for item in items]):
+        scorer = LikelihoodScorer(engine, policy)
+        for item in order:
+            (found,) = scorer.score([item])
+            expected = [alone[one] for one in item]
+            check_equal(found, expected)
+            if engine.name == "cpu":
+                assert found == expected  # bit for bit
 
 
 def test_every_candidate_has_a_score_at_its_place(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from river_llm.generate.cached_text import common_prefix
 from river_llm.generate.second_look import run_text
 from river_llm.river.policy import ExitPolicy
 
-_LOGIT_ROWS = 256  # whose logits are held at a time
+LOGIT_ROWS = 256  # whose logits a step gives at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class LikelihoodScorer:
     """Scores candidates, of which those with the same question run it once.
 
     Each of the items that run side by side has a sequence of the engine; what its question begins
-    with as the one before did, as examples in front of each question are, isn't run again. `close`
-    drops the sequences.
+    with as the one before did, as examples in front of each question are, isn't run again; with
+    second looks only where that is the whole question before. `close` drops the sequences.
     """
 
     def __init__(self, engine: Engine, policy: ExitPolicy | None = None) -> None:
@@ -98,14 +98,17 @@ class LikelihoodScorer:
         """Have these in the sequences; what they hold of them stays."""
         rows: list[tuple[int, int]] = []
         for sequence, question in questions.items():
-            common = common_prefix(question, self._held[sequence])
+            held = self._held[sequence]
+            common = common_prefix(question, held)
+            if self._second_look is not None and common < len(held):
+                common = 0  # looks at what is cut off may have overwritten what is before it
             self._engine.truncate(sequence, common)
-            self._held[sequence] = question[:common]
+            self._held[sequence] = ()  # until all have run
             rows += [(sequence, token) for token in question[common:]]
         width = self._engine.prefill_rows or len(rows)
         for first in range(0, len(rows), max(1, width)):
             owners, tokens = zip(*rows[first : first + width], strict=True)
-            self._run(tokens, owners, (), questions)
+            self._run(tokens, owners, (), questions, {})
         self._held |= questions
 
     def _score_answers(self, candidates: dict[int, Candidate]) -> list[CandidateScore]:
@@ -114,7 +117,8 @@ class LikelihoodScorer:
         for sequence in candidates:
             self._engine.truncate(sequence, len(self._held[sequence]))
         texts = {sequence: one.token_ids for sequence, one in candidates.items()}
-        width = max(1, _LOGIT_ROWS // len(candidates))
+        starts = {sequence: one.start for sequence, one in candidates.items()}
+        width = max(1, LOGIT_ROWS // len(candidates))
         longest = max(len(one.token_ids) - one.start for one in candidates.values())
         for first in range(0, longest, width):
             parts = []  # each token predicts the next
@@ -127,7 +131,7 @@ class LikelihoodScorer:
                 for token in part[:-1]
             ]
             owners, tokens = zip(*rows, strict=True)
-            result = self._run(tokens, owners, range(len(rows)), texts)
+            result = self._run(tokens, owners, range(len(rows)), texts, starts)
             row = 0
             for score, part in zip(scores, parts, strict=True):
                 if targets := part[1:]:
@@ -145,9 +149,10 @@ class LikelihoodScorer:
         sequences: Sequence[int],
         logit_rows: Sequence[int],
         texts: Mapping[int, Sequence[int]],
+        firsts: Mapping[int, int],
     ) -> StepResult:
         step = Step(tokens, sequences, self._thresholds, logit_rows)
-        return run_text(self._engine, step, self._second_look, texts)
+        return run_text(self._engine, step, self._second_look, texts, firsts)
 
 
 def score_candidates(

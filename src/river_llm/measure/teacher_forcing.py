@@ -13,9 +13,8 @@ from torch import Tensor
 from river_llm.engines import Engine, Step
 from river_llm.generate.rows import new_sequence, prefill
 from river_llm.generate.second_look import run_step, run_text, tokens_before
+from river_llm.measure.likelihood import LOGIT_ROWS
 from river_llm.river.policy import ExitPolicy
-
-_ROWS = 256  # whose logits are held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,8 @@ class ScoredText:
     Attributes:
         tokens: `[T]`.
         thresholds: `[L]`, see `ExitPolicy.thresholds`, or `[T, L]`, a row for each token.
-        first: the logits of so many tokens aren't wanted, and there are no second looks at them.
+        first: so many tokens are a prompt but for its last one: their logits aren't wanted, and
+            there are no second looks at them.
     """
 
     tokens: Sequence[int]
@@ -54,14 +54,16 @@ def score_texts(
     depths: list[list[int]] = [[] for _ in texts]
     rows = [text.thresholds.expand(len(text.tokens), -1) for text in texts]
     with ExitStack() as open_sequences:
-        sequences = [open_sequences.enter_context(new_sequence(engine)) for _ in texts]
+        sequences = [
+            open_sequences.enter_context(new_sequence(engine, text.first + 1)) for text in texts
+        ]
         for text, thresholds, sequence in zip(texts, rows, sequences, strict=True):
-            for start in range(0, text.first, _ROWS):
-                part = slice(start, min(start + _ROWS, text.first))
+            for start in range(0, text.first, LOGIT_ROWS):
+                part = slice(start, min(start + LOGIT_ROWS, text.first))
                 tokens = text.tokens[part]
                 owners = [sequence] * len(tokens)
                 engine.forward(Step(tokens, owners, thresholds[part], ()))
-        width = max(1, _ROWS // len(texts))
+        width = max(1, LOGIT_ROWS // len(texts))
         longest = max(len(text.tokens) - text.first for text in texts)
         for start in range(0, longest, width):
             parts = [slice(x.first + start, x.first + start + width) for x in texts]
@@ -92,8 +94,8 @@ def similarities(engine: Engine, tokens: Sequence[int]) -> Tensor:
     never = torch.tensor(ExitPolicy.never().thresholds(engine.num_layers))
     found = []
     with new_sequence(engine) as sequence:
-        for first in range(0, len(tokens), _ROWS):
-            part = tokens[first : first + _ROWS]
+        for first in range(0, len(tokens), LOGIT_ROWS):
+            part = tokens[first : first + LOGIT_ROWS]
             owners = [sequence] * len(part)
             result = engine.forward(Step(part, owners, never, (), record_similarities=True))
             assert result.similarities is not None
@@ -117,7 +119,7 @@ def decode_seconds(
     """
     rows = thresholds.expand(len(tokens), -1)
     depths = []
-    with new_sequence(engine) as sequence:
+    with new_sequence(engine, prompt) as sequence:
         prefill(engine, sequence, tokens[:prompt], ExitPolicy.never())
         start = time.perf_counter()
         first = prompt
