@@ -11,15 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lossless_lm import PROMPTS, RANDOM, both_engines, lm_on, overflowing_subject
-from native_engines import engine_of, random_tokens
+from lossless_lm import CONTEXT, PROMPTS, RANDOM, both_engines, lm_on, overflowing_subject
+from native_engines import Subject, engine_of, random_tokens
 from steps import append, begin, cached_states
 from torch import Tensor
 from toy_engine import ToyEngine
 
-from river_llm import ConfigError, ExitPolicy, RiverLM, attach_river
+from river_llm import ConfigError, ExitPolicy, River, RiverLM, SamplingConfig, attach_river
 from river_llm.engines import Engine, Step, StepResult
 from river_llm.engines.native_model import RopeBoundary
+from river_llm.errors import LogitsError
+from river_llm.generate import Generator, Request
 from river_llm.generate.second_look import run_step, tokens_before
 from river_llm.river.residency import OffloadConfig, ResidencyPlan
 
@@ -243,6 +245,28 @@ def test_margins_of_what_is_no_number_are_none(kind: str) -> None:
     (sequence,) = begin(engine)
     step = append(engine, {sequence: [5, 6]}, ExitPolicy.always(), record_margins=True)
     assert all(map(math.isnan, step.margins.tolist()))
+
+
+@both_engines
+def test_a_look_that_gives_no_numbers_ends_its_own_answer_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject("Llama", {"max_position_embeddings": CONTEXT})
+    monkeypatch.setattr(River, "check_fits", lambda *_: None)
+    subject.model.model.layers[2].mlp.down_proj.weight.data.fill_(math.nan)  # of the backbone
+    lm, policy = lm_on(kind, subject), ExitPolicy.always()
+    expected = lm.generate(PROMPTS[0], raw=True, max_new_tokens=6, policy=policy).tokens
+    ids, generator = lm.tokenizer(PROMPTS[0]).input_ids, Generator(lm.engine)
+    requests = [
+        Request(ids, lm.tokenizer, SamplingConfig(max_new_tokens=6), one)
+        for one in (policy, looking(policy, 1.0))
+    ]
+    for request in requests:
+        generator.add(request)
+    while not generator.is_idle:
+        generator.step()
+    assert isinstance(requests[1].error, LogitsError)
+    assert requests[0].tokens[len(ids) :] == expected
 
 
 class TestRefused:

@@ -61,7 +61,8 @@ def run_step(
         before: of each logit row, the tokens that stand before it and run again with it; empty:
             none do.
         keep_logits: the result's logits may be looked at; without, rows of the native engine that
-            ran once may have none any more, unless there is no token to be chosen.
+            ran once may have none any more, unless there is no token to be chosen; they are NaN
+            where that is so of a row that ran again.
 
     Returns:
         What came of it, and which logit rows (0 to K - 1) ran again. Their exit layer is L.
@@ -85,12 +86,13 @@ def run_step(
     if not again:
         return first, again
     try:
-        if len(again) < len(margins) and (keep_logits or NO_TOKEN in first.best_tokens):
+        is_kept = keep_logits or NO_TOKEN in first.best_tokens
+        if is_kept and len(again) < len(margins):
             _ = first.logits  # they are gone with the next pass
         rows = [step.logit_rows[place] for place in again]
         ahead = [before[place] if before else () for place in again]
         second = _run_again(engine, step, rows, ahead)
-        return _joined(first, second, rows, list(again)), again
+        return _joined(first, second, rows, list(again), is_kept), again
     except BaseException:
         for sequence, length in lengths.items():
             engine.truncate(sequence, length)
@@ -160,14 +162,23 @@ def _run_again(
 
 
 def _joined(
-    first: StepResult, second: StepResult, rows: Sequence[int], places: list[int]
+    first: StepResult,
+    second: StepResult,
+    rows: Sequence[int],
+    places: list[int],
+    is_kept: bool,
 ) -> StepResult:
-    """The first result, where some rows, at these places among the logits, are the second's."""
+    """The first result, where some rows, at these places among the logits, are the second's.
+    `is_kept`: the first's logits outlast the second pass."""
 
     def logits() -> Tensor:
         if len(places) == len(best_tokens):
             return second.logits
-        joined = first.logits.clone()
+        if is_kept or NO_TOKEN not in second.best_tokens:
+            joined = first.logits.clone()
+        else:  # somebody asks why a row has no token
+            size = len(best_tokens), second.logits.shape[1]
+            joined = second.logits.new_full(size, math.nan)
         joined[places] = second.logits
         return joined
 
