@@ -36,6 +36,18 @@ def test_variants_follow_the_backbones_answer(make_lm: Callable[..., RiverLM]) -
     assert lm.engine.sequences() == []
 
 
+def test_a_variant_runs_again_what_generation_does(lm: RiverLM, rows: list[int]) -> None:
+    policy = ExitPolicy.fixed(1, second_look=0.6)
+    sampling = SamplingConfig(24)
+    answer = lm.generate_batch_tokens([PROMPT], sampling, policy=policy)[0].tokens
+    generated = list(rows)
+    assert len({*generated[1:]}) > 2  # some looks at few tokens, some at many
+    rows.clear()
+    (found,) = compare_variants(lm, PROMPT, answer, {"River": policy}, rounds=1)
+    assert rows == generated
+    assert found.agreement == 1
+
+
 def test_without_a_policy_river_has_one_of_its_own(make_lm: Callable[..., RiverLM]) -> None:
     lm = make_lm()
     lm.policy = None

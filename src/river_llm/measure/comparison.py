@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import median
 
 from river_llm.config import DraftConfig, SamplingConfig
-from river_llm.generate.rows import decode, new_sequence, prefill
+from river_llm.generate.rows import decode_part, new_sequence, prefill, run_parts
 from river_llm.generate.second_look import tokens_before
 from river_llm.lm import RiverLM
 from river_llm.measure.rounds import Progress, Spread, interleaved
@@ -104,10 +104,13 @@ def _follow(
         step = prefill(engine, sequence, prompt, policy)
         agreed = int(int(step.best_tokens[0]) == answer[0])
         layers = 0
+        text, first = [*prompt, *answer], len(prompt)
         start = time.perf_counter()
-        for place, (token, next_token) in enumerate(pairwise(answer), start=1):
-            before = tokens_before(engine, answer, place)
-            step = decode(engine, sequence, token, policy, before)
+        for end, (token, next_token) in enumerate(pairwise(answer), start=len(prompt) + 1):
+            before = tokens_before(engine, text, end, first)
+            part = decode_part(sequence, [token], policy, engine.num_layers, before)
+            step, again = run_parts(engine, [part])
+            first = end if again else first
             agreed += int(step.best_tokens[0]) == next_token
             layers += int(step.exit_layers[0])
         seconds, steps = time.perf_counter() - start, len(answer) - 1
