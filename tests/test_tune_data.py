@@ -11,6 +11,7 @@ from steps import begin
 from river_llm import ExitPolicy, RiverLM
 from river_llm.errors import DataError
 from river_llm.generate.rows import decode, prefill
+from river_llm.measure import tune_data
 from river_llm.measure.tune_data import (
     Example,
     Prompts,
@@ -80,6 +81,20 @@ def test_losses_of_texts_are_those_of_single_steps(lm: RiverLM) -> None:
         check_equal(of_setting, expected)
         assert all(loss.kld > 0 for loss in of_setting)
     assert not lm.engine.sequences()
+
+
+@pytest.mark.parametrize(("texts_of_logits", "counts"), [(2, [2, 3]), (0, [1, 2, 3])])
+def test_fewer_texts_are_scored_together_where_their_logits_are_many(
+    lm: RiverLM, texts_of_logits: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, texts = [Setting("river", lm, MIXED)], Texts("texts", TEXTS)
+    (together,) = texts.losses(lm, settings, [2, 0, 1], nothing)
+    most = texts_of_logits * texts.tokens * lm.engine.vocab_size
+    monkeypatch.setattr(tune_data, "_LOGITS", most)
+    done: list[int] = []
+    (found,) = texts.losses(lm, settings, [2, 0, 1], lambda some, _: done.append(some))
+    assert done == counts
+    check_equal(found, together)
 
 
 def test_losses_of_prompts_are_those_of_each_settings_own_answers(lm: RiverLM) -> None:

@@ -34,7 +34,8 @@ Progress = Callable[[str, int, int], None]  # (what is done, steps done, steps i
 
 WRITTEN = "text that the model writes"
 _NEVER = ExitPolicy.never()
-_WRITTEN_TOGETHER, _SCORED_TOGETHER = 32, 8  # sequences
+_WRITTEN_TOGETHER, _SCORED_TOGETHER = 32, 8  # sequences at most
+_LOGITS = 1 << 28  # of a setting, and of the backbone, that are held at a time, about
 _SEED_OFFSET = 1_000_003  # from the seeds that calibration text is written with
 
 
@@ -141,8 +142,9 @@ class Texts:
         progress: Callable[[int, int], None],
     ) -> list[list[SequenceLoss]]:
         found: list[list[SequenceLoss]] = [[] for _ in settings]
-        for first in range(0, len(places), _SCORED_TOGETHER):
-            examples = [self._examples[i] for i in places[first : first + _SCORED_TOGETHER]]
+        count = _scored_together(backbone.engine, self.tokens)
+        for first in range(0, len(places), count):
+            examples = [self._examples[i] for i in places[first : first + count]]
             reference = _predictions(backbone.engine, examples, _NEVER)  # for all settings
             for setting, losses in zip(settings, found, strict=True):
                 losses += _sequence_losses(setting, examples, reference)
@@ -176,10 +178,11 @@ class Prompts:
         progress: Callable[[int, int], None],
     ) -> list[list[SequenceLoss]]:
         found: list[list[SequenceLoss]] = [[] for _ in settings]
+        count = _scored_together(backbone.engine, self.tokens)
         for setting, losses in zip(settings, found, strict=True):
             assert setting.policy is not None
-            for first in range(0, len(places), _SCORED_TOGETHER):
-                some = places[first : first + _SCORED_TOGETHER]
+            for first in range(0, len(places), count):
+                some = places[first : first + count]
                 examples = self._answers(setting.lm, setting.policy, some)
                 reference = _predictions(backbone.engine, examples, _NEVER)
                 losses += _sequence_losses(setting, examples, reference)
@@ -278,6 +281,11 @@ def _last_logits(engine: Engine, sequences: list[int], new: list[list[int]]) -> 
     logits = engine.forward(Step(tokens, owners, never, ends)).logits.float().cpu()
     check_logits(logits)
     return logits
+
+
+def _scored_together(engine: Engine, tokens: int) -> int:
+    """How many texts, with so many predicted tokens each, are scored side by side."""
+    return max(1, min(_SCORED_TOGETHER, _LOGITS // (max(1, tokens) * engine.vocab_size)))
 
 
 def _sequence_losses(
