@@ -87,7 +87,7 @@ def test_losses_of_texts_are_those_of_single_steps(lm: RiverLM) -> None:
 def test_fewer_texts_are_scored_together_where_their_logits_are_many(
     lm: RiverLM, texts_of_logits: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, texts = [Setting("river", lm, MIXED)], Texts("texts", TEXTS)
+    settings, texts = [Setting("river", lm, MIXED)], Texts("texts", TEXTS, 30)
     (together,) = texts.losses(lm, settings, [2, 0, 1], nothing)
     most = texts_of_logits * texts.tokens * lm.engine.vocab_size
     monkeypatch.setattr(tune_data, "_LOGITS", most)
