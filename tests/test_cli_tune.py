@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from command_line import run
@@ -92,6 +93,17 @@ def test_a_budget_that_no_setting_keeps_is_answered(model: str, river: Path) -> 
     outcome = run("tune", model, "--river", river, "--budget", "kld=1e-9", *QUICK)
     assert outcome.exit_code == 0
     assert "never leave" in outcome.stdout
+
+
+def test_a_result_that_cannot_be_saved_is_shown(
+    model: str, river: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("river_llm.river.tuned.atomic_write", Mock(side_effect=OSError("full")))
+    outcome = run("tune", model, "--river", river, *BUDGET, *QUICK)
+    assert outcome.exit_code == 1
+    assert "(chosen)" in outcome.stdout
+    assert "it is saved" not in outcome.stdout
+    assert outcome.stderr.endswith(f"can't write to {river / 'tuned.json'}: full\n")
 
 
 @pytest.fixture
