@@ -259,7 +259,7 @@ class TuneConfig(Settings):
         daily=True,
     )
     sequences: int = setting(
-        200, "Texts or prompts at most: a quarter to learn, half to certify.", whole(1), daily=True
+        120, "Texts or prompts at most: a quarter to learn, half to certify.", whole(1), daily=True
     )
     tokens: int = setting(128, "Tokens of a text, or of an answer at most.", whole(8), daily=True)
     rounds: int = setting(5, "Rounds that speeds are measured in.", whole(1))
